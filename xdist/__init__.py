@@ -1,0 +1,45 @@
+"""xdist: train on sequences too long for one device.
+
+Public names are loaded on first use (PEP 562), so that `import xdist` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "init_mesh": "xdist.mesh",
+    "Mesh": "xdist.mesh",
+    "SequenceShard": "xdist.shard",
+    "Layout": "xdist.layout",
+    "Mask": "xdist.mask",
+    "attention": "xdist.ops",
+    "linear_attention": "xdist.ops",
+    "causal_conv1d": "xdist.ops",
+    "cross_entropy": "xdist.ops",
+    "mean": "xdist.ops",
+    "switch": "xdist.ops",
+    "reduce_gradients": "xdist.train.gradients",
+    "clip_grad_norm": "xdist.train.gradients",
+    "checks": "xdist.comm",
+}
+_ROOMS = ("comm", "config", "errors", "nn", "testing", "certify", "plan", "models", "train")
+
+__all__ = ["__version__", *_HOME, *_ROOMS]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        value = getattr(importlib.import_module(_HOME[name]), name)
+        globals()[name] = value
+        return value
+    if name in _ROOMS:
+        return importlib.import_module(f"xdist.{name}")
+    raise AttributeError(f"module 'xdist' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
