@@ -28,7 +28,7 @@ _HOME = {
 }
 _ROOMS = ("comm", "config", "errors", "nn", "testing", "certify", "plan", "models", "train")
 
-__all__ = ["__version__", *_HOME, *_ROOMS]
+__all__ = [*_HOME, *_ROOMS]  # noqa: PLE0604 - the tables above hold strings only
 
 
 def __getattr__(name: str) -> Any:
@@ -42,4 +42,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted(["__version__", *__all__])

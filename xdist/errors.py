@@ -76,7 +76,7 @@ class NumericsError(XdistError, ArithmeticError):
     exit_code = 6
 
 
-class PeerLost(XdistError, RuntimeError):
+class PeerLost(XdistError, RuntimeError):  # noqa: N818 - a public name of the contract
     """Another rank died, hung or left in the middle of a move."""
 
     exit_code = 7
