@@ -1,0 +1,77 @@
+# Every target does all of its own set-up: a virtual environment in .venv with the versions of
+# constraints.txt. Nothing is downloaded after that. PYTHON picks the interpreter (3.11 or newer).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+CONFIG ?= configs/quickstart.toml
+export PYTHONUNBUFFERED := 1
+
+.PHONY: help quickstart test test-slow check docs bench gpu clean
+
+help:
+	@echo "make quickstart  prepare text, certify, then train one sequence of 1,048,576 bytes on 2 ranks"
+	@echo "make test        the tests (within 15 minutes on 2 cores)"
+	@echo "make test-slow   the long tests (within 35 minutes)"
+	@echo "make check       lint, format, types, docs build"
+	@echo "make docs        build the site into site/"
+	@echo "make bench       measure; JSON and tables into docs/benchmarks/"
+	@echo "make gpu         the checks that need one CUDA card; says so and passes without one"
+	@echo "make clean       remove caches, site/ and build files (not runs/ and not .venv)"
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "xdist needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1)."; \
+	  echo "Name another one: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11"; exit 3; }
+	@echo "making a virtual environment in $(VENV)"
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	  echo "python -m venv failed; on Debian and Ubuntu it is the package python3-venv."; exit 3; }
+
+# The build backend comes from the pinned list too, so that nothing is built with a newer one.
+$(VENV)/.installed-run: constraints.txt pyproject.toml | $(BIN)/python
+	@echo "installing xdist and its dependencies (torch is the large one)"
+	@$(PIP) hatchling editables
+	@$(PIP) --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: constraints.txt pyproject.toml | $(VENV)/.installed-run
+	@echo "installing the tools of tests and docs"
+	@$(PIP) --no-build-isolation --editable '.[dev,docs,tensorboard]'
+	@touch $@
+
+# Real text that every machine has: the sources of the running Python's standard library.
+quickstart: $(VENV)/.installed-run
+	$(BIN)/xdist prepare text \
+	  "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')" \
+	  data-cache/stdlib.zarr
+	$(BIN)/xdist certify $(CONFIG)
+	$(BIN)/xdist launch local $(CONFIG)
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest --durations=15
+
+test-slow: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m "slow and not gpu" --durations=15 --timeout=1500
+
+check: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/mkdocs build --quiet --strict --site-dir site
+
+docs: $(VENV)/.installed-dev
+	$(BIN)/mkdocs build --strict --site-dir site
+	@echo "open site/index.html, or: $(BIN)/mkdocs serve"
+
+bench: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.benchmarks $(BENCH)
+
+# No virtual environment: the Python that already has torch for this card, and a plain copy of the
+# tree. GPU_PYTHON names another one.
+GPU_PYTHON ?= $(PYTHON)
+gpu:
+	@PYTHONPATH=.:kernels:launchers $(GPU_PYTHON) tests/gpu/main.py
+
+clean:
+	rm -rf site build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -print | xargs rm -rf
