@@ -1,0 +1,283 @@
+"""The typed tree of settings: read from TOML, checked whole, frozen. Imports no torch.
+
+To add a setting, add a field with a description (and its unit) to its section below: loading,
+overrides, `xdist show` and docs/config.md follow from the model. `load` lives in
+`config_load.py`, checks over several keys in `config_checks.py`; both are re-exported here.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationInfo,
+    model_validator,
+)
+
+from xdist.config_checks import parse_pattern, problems, raise_problems
+
+if TYPE_CHECKING:
+    from xdist.config_load import load, override, parse, to_toml
+
+__all__ = ["Config", "load", "override", "parse", "parse_pattern", "to_toml"]
+
+Count = Annotated[int, Field(ge=1)]
+Amount = Annotated[int, Field(ge=0)]
+
+
+def _spelled(word: str) -> tuple[BeforeValidator, PlainSerializer]:
+    """TOML has no null: None is written and read as `word`."""
+    return (
+        BeforeValidator(lambda value: None if value == word else value),
+        PlainSerializer(lambda value: word if value is None else value),
+    )
+
+
+_AUTO = _spelled("auto")
+_NONE = _spelled("none")
+
+
+def setting(default: Any, description: str) -> Any:
+    """A field with its default and its one-line description."""
+    return Field(default=default, description=description)
+
+
+class Section(BaseModel):
+    """A table of settings: frozen, no unknown keys, no conversion between types."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Run(Section):
+    """Where a run writes and what it draws from."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$")] = setting(
+        "run", "name of the run; its files are in directory/name"
+    )
+    directory: str = setting("runs", "folder that holds the runs")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = setting(
+        0, "seed of the initial weights and of the data order"
+    )
+    threads: Count = setting(1, "CPU threads of each rank")
+
+
+class Model(Section):
+    """The model; `kind` names its file in xdist/models."""
+
+    kind: Literal["hybrid_lm"] = setting("hybrid_lm", "which model")
+    vocab_size: Annotated[int, Field(ge=2)] = setting(256, "number of token ids; 256 for bytes")
+    dim: Count = setting(96, "width of the residual stream, channels")
+    pattern: str = setting(
+        "linear*3,attention*1", "layers from bottom to top: kind*count, comma separated"
+    )
+    head_dim: Count = setting(32, "channels of one head; must divide dim")
+    mlp_ratio: Annotated[float, Field(gt=0)] = setting(2.0, "hidden width of the MLPs over dim")
+    conv_width: Count = setting(4, "taps of the causal convolution of a linear layer, tokens")
+    window: Annotated[int | None, Field(ge=0), *_NONE] = setting(
+        256, 'keys to the left that an attention query sees, tokens; "none" is unlimited'
+    )
+    ngram_orders: Annotated[tuple[Annotated[int, Field(ge=2)], ...], Field(strict=True)] = setting(
+        (), "orders of the hashed n-gram input embeddings, e.g. [2, 3, 4]; [] for none"
+    )
+    ngram_buckets: Count = setting(32768, "rows of each n-gram embedding table")
+    dtype: Literal["float32", "float64"] = setting("float32", "dtype of the parameters")
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The kind of each layer, bottom to top."""
+        return parse_pattern(self.pattern)
+
+
+class Parallel(Section):
+    """Degrees of the mesh and how layers cross ranks. ranks = data x ring x ulysses."""
+
+    data: Annotated[int | None, Field(ge=1), *_AUTO] = setting(
+        None, 'ranks that read different sequences; "auto" is ranks / (ring x ulysses)'
+    )
+    ring: Count = setting(1, "outer factor of the ranks that share one sequence")
+    ulysses: Count = setting(1, "inner factor of the ranks that share one sequence")
+    layout: Literal["contiguous", "zigzag"] = setting(
+        "contiguous", "which positions each sequence rank holds"
+    )
+    attention: Literal["auto", "ulysses", "ring", "gather", "halo"] = setting(
+        "auto", "how attention layers cross ranks"
+    )
+    recurrent: Literal["auto", "scan", "switch"] = setting("auto", "how linear layers cross ranks")
+
+    @property
+    def sequence_ranks(self) -> int:
+        """Ranks that share one sequence."""
+        return self.ring * self.ulysses
+
+
+class Data(Section):
+    """The token store and how it is read."""
+
+    store: str = setting("", "path of the zarr store made by `xdist prepare text`")
+    documents: Literal["join", "separate"] = setting(
+        "join", '"separate": no layer and no label crosses a document boundary'
+    )
+    held_out: str = setting("held_out", "array group of the store that evaluation reads")
+    prefetch: Count = setting(2, "batches read ahead by a thread")
+    on_bad: Literal["stop", "skip"] = setting(
+        "stop", "what to do with a sample whose chunk is missing or damaged"
+    )
+    max_bad: Amount = setting(0, 'samples that on_bad = "skip" may drop before the run stops')
+    allow_fingerprint_change: bool = setting(
+        False, "resume although the store is not the one of the checkpoint"
+    )
+
+
+class Stage(Section):
+    """One stage of the curriculum."""
+
+    length: Count = setting(4096, "tokens of one whole sequence, over all its ranks")
+    batch: Count = setting(8, "sequences of one micro-step, over all data ranks")
+    steps: Count = setting(100, "optimizer steps of this stage")
+
+
+class Train(Section):
+    """The loop."""
+
+    curriculum: Annotated[tuple[Stage, ...], Field(min_length=1)] = setting(
+        (Stage(),), "stages in order, each {length, batch, steps}"
+    )
+    accumulation: Count = setting(1, "micro-steps of one optimizer step")
+    precision: Literal["float32", "bfloat16", "float64"] = setting(
+        "float32", "dtype of matrix products; bfloat16 keeps parameters and sums in float32"
+    )
+    compile: bool = setting(False, "compile the hot functions with torch.compile")
+    tile_tokens: Count = setting(4096, "tokens of one tile; bounds the memory of activations")
+    max_skipped: Amount = setting(3, "steps in a row that may be skipped for non-finite values")
+    step_timeout_s: Annotated[float, Field(gt=0)] = setting(
+        600.0, "longest wait for another rank inside a step, seconds"
+    )
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of all stages."""
+        return sum(stage.steps for stage in self.curriculum)
+
+
+class Optimizer(Section):
+    """Update rule and learning-rate schedule."""
+
+    name: Literal["adamw"] = setting("adamw", "update rule")
+    learning_rate: Annotated[float, Field(gt=0)] = setting(3e-3, "peak learning rate")
+    betas: Annotated[
+        tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]],
+        Field(strict=True),
+    ] = setting((0.9, 0.95), "decay of the first and of the second moment, per step")
+    eps: Annotated[float, Field(gt=0)] = setting(1e-8, "added to the root of the second moment")
+    weight_decay: Annotated[float, Field(ge=0)] = setting(0.1, "decoupled decay, per learning rate")
+    warmup_steps: Amount = setting(50, "optimizer steps of linear warm-up")
+    schedule: Literal["cosine", "constant"] = setting("cosine", "shape after the warm-up")
+    final_ratio: Annotated[float, Field(ge=0, le=1)] = setting(
+        0.1, "last learning rate over the peak (cosine)"
+    )
+    clip_norm: Annotated[float, Field(gt=0)] = setting(1.0, "largest global norm of the gradients")
+
+
+class Checkpoint(Section):
+    """Saving and resuming."""
+
+    every_steps: Amount = setting(0, "optimizer steps between saves; 0 saves only at the end")
+    keep: Count = setting(2, "newest checkpoints that are kept")
+    resume: Literal["auto", "strict", "never"] = setting(
+        "auto",
+        '"auto" takes the newest good checkpoint, "strict" stops if the newest is bad, '
+        '"never" wants a folder without checkpoints',
+    )
+
+
+class Evaluate(Section):
+    """Held-out bits per byte."""
+
+    every_steps: Amount = setting(0, "optimizer steps between evaluations; 0 only at the end")
+    tokens: Count = setting(1_048_576, "held-out tokens read by one evaluation")
+    length: Count = setting(262_144, "tokens of one evaluated sequence")
+
+
+class Certify(Section):
+    """`xdist certify`: the sharded model against the unsharded one."""
+
+    length: Count = setting(2048, "tokens of the certified sequence")
+    ranks: Annotated[tuple[Count, ...], Field(min_length=1)] = setting(
+        (1, 2, 3), "numbers of sequence ranks that are compared"
+    )
+
+
+class Log(Section):
+    """What is written besides metrics.jsonl."""
+
+    tensorboard: bool = setting(False, "write TensorBoard events (extra: tensorboard)")
+    every_steps: Count = setting(1, "optimizer steps between progress lines")
+
+
+class Launch(Section):
+    """How ranks are started."""
+
+    ranks: Annotated[int | None, Field(ge=1), *_AUTO] = setting(
+        None, 'ranks of the run; "auto" is data x ring x ulysses (data "auto" counts as 1)'
+    )
+    max_restarts: Amount = setting(
+        0, "restarts after a lost rank; none is made when no step was completed since the last"
+    )
+    init_timeout_s: Annotated[float, Field(gt=0)] = setting(
+        300.0, "longest wait for all ranks to join, seconds"
+    )
+
+
+class Config(Section):
+    """A whole run. Every section may be left out."""
+
+    run: Run = setting(Run(), "")
+    model: Model = setting(Model(), "")
+    parallel: Parallel = setting(Parallel(), "")
+    data: Data = setting(Data(), "")
+    train: Train = setting(Train(), "")
+    optimizer: Optimizer = setting(Optimizer(), "")
+    checkpoint: Checkpoint = setting(Checkpoint(), "")
+    evaluate: Evaluate = setting(Evaluate(), "")
+    certify: Certify = setting(Certify(), "")
+    log: Log = setting(Log(), "")
+    launch: Launch = setting(Launch(), "")
+
+    @model_validator(mode="after")
+    def _cross_checks(self, info: ValidationInfo) -> Config:
+        # `load` runs the same checks itself, to list them beside the errors of single keys.
+        if not (info.context and info.context.get("collecting")):
+            raise_problems(problems(self), "config")
+        return self
+
+    @property
+    def run_directory(self) -> pathlib.Path:
+        """The folder of this run's metrics, status, logs and checkpoints."""
+        return pathlib.Path(self.run.directory) / self.run.name
+
+    @property
+    def ranks(self) -> int:
+        """Number of ranks: `launch.ranks`, or the product of the degrees."""
+        if self.launch.ranks is not None:
+            return self.launch.ranks
+        return (self.parallel.data or 1) * self.parallel.sequence_ranks
+
+    @property
+    def data_degree(self) -> int:
+        """Number of data ranks: `parallel.data`, or what the sequence ranks leave."""
+        return self.parallel.data or self.ranks // self.parallel.sequence_ranks
+
+
+def __getattr__(name: str) -> Any:
+    # config_load needs Config, so its functions are looked up on first use.
+    if name in {"load", "override", "parse", "to_toml"}:
+        from xdist import config_load
+
+        return getattr(config_load, name)
+    raise AttributeError(f"module 'xdist.config' has no attribute {name!r}")
