@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 CONFIG ?= configs/quickstart.toml
 export PYTHONUNBUFFERED := 1
+# mkdocs-material advertises another tool at each build.
+export NO_MKDOCS_2_WARNING := 1
 
 .PHONY: help quickstart test test-slow check docs bench gpu clean
 
