@@ -26,9 +26,11 @@ def test_forward_and_every_gradient(dtype: torch.dtype, monkeypatch: pytest.Monk
     torch.manual_seed(0)
     cases = itertools.product((1, 2, 40), (1, 4), (None, "silu"), (False, True))
     for n, width, activation, packed in cases:
-        whole = torch.randn(2, width - 1 + n, 6, dtype=torch.float64).to(dtype).requires_grad_()
-        weight = torch.randn(6, width, dtype=torch.float64).to(dtype).requires_grad_()
-        bias = torch.randn(6, dtype=torch.float64).to(dtype).requires_grad_()
+        # Values that dtype holds exactly, in float64: the loop's own gradients are then float64.
+        whole, weight, bias = (
+            torch.randn(shape).to(dtype).double().requires_grad_()
+            for shape in ((2, width - 1 + n, 6), (6, width), (6,))
+        )
         total = width - 1 + n
         cuts = tuple(sorted({0, *(c for c in (1, 2, 5, 6, 21) if c < total), total}))
         cuts = cuts if packed else (0, total)
@@ -42,11 +44,12 @@ def test_forward_and_every_gradient(dtype: torch.dtype, monkeypatch: pytest.Monk
         positions = torch.arange(width - 1, total)
         into = positions - starts[torch.searchsorted(starts, positions, right=True) - 1]
         with torch.no_grad():
-            prefix, x = whole.detach().split([width - 1, n], 1)
+            prefix, x = whole.detach().to(dtype).split([width - 1, n], 1)
             options = {"activation": activation, "prefix": prefix, "into_document": into}
-            got = conv.causal_conv_forward(x, weight, bias, **options)
+            given = (x, weight.detach().to(dtype), bias.detach().to(dtype))
+            got = conv.causal_conv_forward(*given, **options)
             dx, dweight, dbias, dprefix = conv.causal_conv_backward(
-                x, weight, bias, dout.to(dtype), **options
+                *given, dout.to(dtype), **options
             )
         case = (n, width, activation, packed)
         assert got.dtype == dx.dtype == dtype

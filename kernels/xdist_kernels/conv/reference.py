@@ -5,6 +5,8 @@ y_t = activation(bias + sum_w weight[:, w] x_{t-W+1+w}),  x = 0 before the docum
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -22,7 +24,7 @@ def causal_conv_reference(
     n, width = x.shape[1], weight.shape[1]
     cuts = (0, n) if cu_seqlens is None else cu_seqlens
     outs = []
-    for start, stop in zip(cuts[:-1], cuts[1:], strict=True):
+    for start, stop in itertools.pairwise(cuts):
         for t in range(start, stop):
             taps = range(max(0, width - 1 - (t - start)), width)
             y = sum(
