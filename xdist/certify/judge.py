@@ -187,8 +187,8 @@ def _outputs(c: Comparison) -> tuple[float, list[Finding]]:
             f"{wrong.numel()} are wrong, first at position {position}: token "
             f"{position - piece.start} of the segment [{piece.start}, {piece.stop}) of rank "
             f"{piece.rank}",
-            "wrong from a segment's first tokens on: a layer is called without its shard, or "
-            "looks back without a halo or a scan. Wrong everywhere: positions, or a mean, are local",
+            "wrong from a segment's first tokens on: a layer lacks its shard, or looks back "
+            "without a halo or a scan; wrong everywhere: positions, or a mean, are local",
         )
     ]
 
@@ -264,10 +264,10 @@ def _probe(c: Comparison) -> tuple[float, list[Finding]]:
         largest = max(largest, leak)
         if not leak <= LEAK_TOLERANCE[c.dtype]:
             reached = int(forbidden.argmax())
-            where = "an earlier token" if start <= reached < position else "another document"
+            whom = "an earlier token" if start <= reached < position else "another document"
             findings.append(
                 c.finding(
-                    f"token {position} reaches {where}: the output at {reached} moved by {leak:.1e}",
+                    f"token {position} reaches {whom}: the output at {reached} moved by {leak:.1e}",
                     "a mask is missing or local: pass the shard, whose documents and positions "
                     "are global, to every layer that looks along the sequence",
                 )
