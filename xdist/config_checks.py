@@ -130,8 +130,9 @@ def geometry(config: Config) -> list[Problem]:
         # A degree the user left at 1 is not offered while the other one is in use.
         if ranks % held == 0 and (degree > 1 or inner == 1):
             free = ranks // held
-            fits = [free] if parallel.data is not None else nearest(degree, divisors(free), 1)
-            settings += [f"parallel.{name}={fit}" for fit in fits]
+            # Of two that are as near, the larger: fewer ranks per sequence is seldom the wish.
+            fit = min(divisors(free), key=lambda d: (abs(d - degree), -d))
+            settings.append(f"parallel.{name}={free if parallel.data is not None else fit}")
     settings[1:1] = [f"launch.ranks={m}" for m in nearest(ranks, multiples, 2)]
     what = f"{ranks} ranks do not fit the degrees of [parallel]"
     return [Problem(keys, what, why, _either(settings), GeometryError)]

@@ -266,6 +266,7 @@ def _suggest(path: Path) -> str:
     found, numbers = near[0], [str(part) for part in path if isinstance(part, int)]
     for number in numbers:
         found = found.replace(".N.", f".{number}.", 1)
+    found = found.replace(".N.", ".0.")
     return f"did you mean {found}?"
 
 

@@ -1,0 +1,92 @@
+"""How a failure is told: the record one rank leaves behind, and the message a person reads."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+import socket
+import sys
+import time
+import traceback
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells count
+
+
+@dataclasses.dataclass(frozen=True)
+class Failure:
+    """Why one rank ended. `time_s` is seconds since the epoch, to tell who failed first."""
+
+    rank: int
+    host: str
+    exit_code: int
+    kind: str
+    what: str
+    why: str
+    do: str
+    traceback: str
+    time_s: float
+
+    @property
+    def is_consequence(self) -> bool:
+        """Whether this rank only noticed that another one was gone."""
+        return self.kind == "PeerLost"
+
+    def message(self, details: str = "") -> str:
+        """What, why and do, a line each, then where the details are."""
+        lines = [f"xdist: {self.what}", self.why, self.do]
+        if details:
+            lines.append(f"details: {details}")
+        return "\n".join(line for line in lines if line)
+
+
+def failure_of(error: BaseException, rank: int) -> Failure:
+    """Describe an exception. Errors of xdist carry their own words and exit code."""
+    # Not imported at the top: the command line first checks that `xdist` is this project.
+    from xdist.errors import XdistError
+
+    if isinstance(error, XdistError):
+        what, why, do, code = error.what, error.why, error.do, error.exit_code
+    elif isinstance(error, KeyboardInterrupt):
+        what, why, do, code = "interrupted", "", "", INTERRUPTED
+    else:
+        text = str(error).strip().splitlines()
+        what = f"rank {rank} failed with {type(error).__name__}" + (f": {text[0]}" if text else "")
+        why, do, code = "", "", 1
+    return Failure(
+        rank=rank,
+        host=socket.gethostname(),
+        exit_code=code,
+        kind=type(error).__name__,
+        what=what,
+        why=why,
+        do=do,
+        traceback="".join(traceback.format_exception(error)),
+        time_s=time.time(),
+    )
+
+
+def write_failure(failure: Failure, path: str | os.PathLike[str]) -> None:
+    """Write the record beside and rename it, so that a reader never sees half of it."""
+    target = pathlib.Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    beside = target.with_name(f".{target.name}.{os.getpid()}")
+    beside.write_text(json.dumps(dataclasses.asdict(failure), indent=1) + "\n", encoding="utf-8")
+    beside.replace(target)
+
+
+def read_failure(path: str | os.PathLike[str]) -> Failure | None:
+    """The record at `path`, None when that rank left none."""
+    try:
+        return Failure(**json.loads(pathlib.Path(path).read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+
+
+def tell(failure: Failure, details: str = "") -> None:
+    """Print the message on stderr; of an exception that is not xdist's own, the traceback too."""
+    print(failure.message(details), file=sys.stderr)
+    if failure.exit_code == 1:
+        print(failure.traceback, end="", file=sys.stderr)
+    sys.stderr.flush()

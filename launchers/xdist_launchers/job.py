@@ -1,0 +1,112 @@
+"""What a launcher starts: one job of N ranks, and the body of one rank."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import shlex
+import sys
+from collections.abc import Sequence
+
+from xdist.config import Config, load, override
+from xdist.config_checks import raise_problems, world_problem
+from xdist_launchers.failure import failure_of, tell, write_failure
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A checked config and the words that make each rank read the same one.
+
+    `command` starts one rank; it gets the path of the rank's failure record appended.
+    """
+
+    command: tuple[str, ...]
+    ranks: int
+    threads: int
+    directory: pathlib.Path
+    max_restarts: int
+    init_timeout_s: float
+    again: str
+
+    def log_file(self, rank: int) -> pathlib.Path:
+        """Where a rank other than 0 prints."""
+        return self.directory / "logs" / f"rank-{rank}.log"
+
+    def error_file(self, rank: int) -> pathlib.Path:
+        """Where a rank leaves why it failed."""
+        return error_file(self.directory, rank)
+
+
+def error_file(directory: pathlib.Path, rank: int) -> pathlib.Path:
+    """Where a rank of a run leaves why it failed, with its traceback."""
+    return directory / "logs" / f"rank-{rank}.error.json"
+
+
+def local_job(path: str, overrides: Sequence[str], *, render: bool = False) -> Job:
+    """Read and check the config before anything is started; raises ConfigError.
+
+    `path` may be "" when the job is only rendered: the settings are the defaults then.
+    """
+    if not path and not render:
+        from xdist.errors import ConfigError
+
+        raise ConfigError(
+            "no config was given",
+            "only --print can do without one",
+            "xdist launch local CONFIG --ranks N",
+        )
+    config = load(path, overrides) if path else override(Config(), overrides)
+    ranks = config.ranks
+    # Every rank reads the same number of ranks, whether it came from the file or from degrees.
+    settings = [item for item in overrides if not item.startswith("launch.ranks=")]
+    words = [path, *settings]
+    return Job(
+        command=(*program(), "train", *words, f"launch.ranks={ranks}", "--error-file"),
+        ranks=ranks,
+        threads=config.run.threads,
+        directory=config.run_directory,
+        max_restarts=config.launch.max_restarts,
+        init_timeout_s=config.launch.init_timeout_s,
+        again=shlex.join(["xdist", "launch", "local", *words, "--ranks", str(ranks)]),
+    )
+
+
+def program() -> tuple[str, ...]:
+    """The command line of this very installation; -P keeps the current folder off sys.path."""
+    return (sys.executable, "-P", "-m", "xdist_launchers.cli")
+
+
+def run_rank(path: str, overrides: Sequence[str], record: pathlib.Path | None) -> int:
+    """Train as the rank that the environment names; returns the exit code.
+
+    A failure is written to `record`, and whoever gave that path tells the user. Without one it is
+    told here: by the rank it happened on, or by rank 0 alone when all ranks fail alike.
+    """
+    rank, directory = 0, None
+    try:
+        from xdist.rank import read_rank
+
+        here = read_rank()
+        rank = here.rank
+        config = load(path, overrides)
+        directory = config.run_directory
+        problem = world_problem(config, here.world_size)
+        raise_problems([problem] if problem else [], path)
+        if config.launch.ranks is None:
+            config = override(config, [f"launch.ranks={here.world_size}"])
+
+        from xdist.train import run
+
+        return run(config)
+    except (Exception, KeyboardInterrupt) as error:
+        failure = failure_of(error, rank)
+        if record is not None:
+            write_failure(failure, record)
+            return failure.exit_code
+        details = ""
+        if directory is not None and directory.is_dir():
+            details = str(error_file(directory, rank))
+            write_failure(failure, details)
+        if rank == 0 or failure.exit_code != 2:
+            tell(failure, details)
+        return failure.exit_code

@@ -1,0 +1,250 @@
+"""`xdist launch local`: every rank on this host, watched until all have ended.
+
+Rank 0 inherits the terminal; the others print into logs/rank-N.log. The first rank that fails is
+the one that is told; ranks that only lost it are consequences. Nothing is left running: ranks are
+in groups of their own that are killed at the end, and the kernel kills them if this process dies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+import shlex
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from types import FrameType
+
+from xdist_launchers.doctor import memory_bytes
+from xdist_launchers.failure import Failure, read_failure
+from xdist_launchers.job import Job
+from xdist_launchers.processes import Child, adopt_orphans, children, kill_orphans, rss_bytes, stop
+from xdist_launchers.rank_env import LOOPBACK, common_env, free_port, rank_env, rendezvous_env
+from xdist_launchers.run_state import Progress, replace_status
+
+PEER_GRACE_S = 3.0  # for the others to notice by themselves, and to say what they were doing
+TERM_S = 2.0  # from SIGTERM to SIGKILL
+STOP_S = 5.0  # the same when the user stops the run
+OOM_SHARE = 0.9  # of the host's memory, from which SIGKILL is taken for the OOM killer's
+
+
+@dataclass
+class _Watch:
+    """One attempt: the ranks' processes, when each ended, and the last memory sample."""
+
+    ranks: list[Child]
+    ended_at: dict[int, float] = field(default_factory=dict)
+    memory_share: float = 0.0
+    rss: dict[int, int] = field(default_factory=dict)
+    sampled_at: float = -1e9
+
+    def look(self) -> None:
+        """Note who has ended, and sample memory once a second."""
+        now = time.monotonic()
+        for rank, child in enumerate(self.ranks):
+            if child.ended:
+                self.ended_at.setdefault(rank, now)
+        # A killed process has freed its memory: a sample after its end would blame nobody.
+        if now - self.sampled_at >= 1.0 and (self.sampled_at < 0 or not self.failed()):
+            self.sampled_at = now
+            available, total = memory_bytes()
+            self.memory_share = 1 - available / total
+            self.rss = {r: rss_bytes(child.pid) for r, child in enumerate(self.ranks)}
+
+    def failed(self) -> list[int]:
+        """Ranks that ended by themselves with anything but success."""
+        return [rank for rank in self.ended_at if self.ranks[rank].exit_code != 0]
+
+
+class _Signals:
+    """SIGINT, SIGTERM and SIGHUP are noted, to be acted on by the loop."""
+
+    def __init__(self) -> None:
+        self.seen: list[int] = []
+
+    def note(self, number: int, _frame: FrameType | None) -> None:
+        self.seen.append(number)
+
+    @contextlib.contextmanager
+    def caught(self) -> Iterator[_Signals]:
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        before = {number: signal.signal(number, self.note) for number in numbers}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def run(job: Job) -> int:
+    """Start the ranks and wait; returns the exit code of the run.
+
+    0 when all ranks succeeded; the first failing rank's own code; 7 when a signal killed it;
+    128 + the signal's number when this process was told to stop.
+    """
+    mine = children()
+    adopt_orphans()
+    with _Signals().caught() as signals:
+        restarts = 0
+        while True:
+            progress = Progress(job.directory)
+            watch = _attempt(job, signals, mine)
+            if signals.seen:
+                return _stopped(job, signals.seen[0])
+            failed = watch.failed()
+            if not failed:
+                return 0
+            failure, trace = _first(job, watch, failed)
+            if failure.exit_code == 7 and restarts < job.max_restarts and progress.made():
+                restarts += 1
+                print(f"{failure.what}; restart {restarts} of {job.max_restarts}", file=sys.stderr)
+                continue
+            replace_status(job.directory, failure)
+            _tell(job, failure, trace)
+            return failure.exit_code
+
+
+def _attempt(job: Job, signals: _Signals, mine: set[int]) -> _Watch:
+    """Start all ranks and return when all have ended; those that must be are ended."""
+    (job.directory / "logs").mkdir(parents=True, exist_ok=True)
+    port = free_port()
+    watch = _Watch([])
+    try:
+        for rank in range(job.ranks):
+            job.error_file(rank).unlink(missing_ok=True)
+            env = os.environ | _env(job, rank, port)
+            command = [*job.command, str(job.error_file(rank))]
+            if rank == 0:
+                watch.ranks.append(Child(command, env, None))
+            else:
+                with job.log_file(rank).open("wb") as log:
+                    watch.ranks.append(Child(command, env, log))
+        first_failure = None
+        while len(watch.ended_at) < job.ranks and not signals.seen:
+            watch.look()
+            if watch.failed():
+                first_failure = first_failure or time.monotonic()
+                if time.monotonic() - first_failure > PEER_GRACE_S:
+                    break
+            time.sleep(0.02)
+        watch.look()
+    finally:
+        # A second signal while the first is obeyed: no more waiting.
+        patience = STOP_S if signals.seen else TERM_S
+        stop(watch.ranks, term_s=patience, hurry=lambda: len(signals.seen) > 1)
+        kill_orphans(mine)
+    return watch
+
+
+def _env(job: Job, rank: int, port: int) -> dict[str, str]:
+    common = common_env(world_size=job.ranks, local_world_size=job.ranks, threads=job.threads)
+    return common | rendezvous_env(LOOPBACK, port) | rank_env(rank, rank)
+
+
+def _first(job: Job, watch: _Watch, failed: list[int]) -> tuple[Failure, str]:
+    """The failure that caused the others, and what is worth reading of its output."""
+
+    def order(rank: int) -> tuple[bool, bool, float]:
+        record = read_failure(job.error_file(rank))
+        # gloo ends a process with SIGABRT when it loses a peer at a bad moment.
+        aborted = watch.ranks[rank].killed_by == signal.SIGABRT
+        return (record is not None and record.is_consequence, aborted, watch.ended_at[rank])
+
+    rank = min(failed, key=order)
+    child = watch.ranks[rank]
+    record = read_failure(job.error_file(rank))
+    if record is not None:
+        return record, record.traceback if record.exit_code == 1 else ""
+    trace = _tail(job.log_file(rank)) if rank else ""
+    if child.killed_by is not None:
+        return _killed(job, watch, rank, child.killed_by), trace
+    host = socket.gethostname()
+    what = f"rank {rank} on {host} ended with exit code {child.exit_code} and left no reason"
+    code = child.exit_code or 1
+    failure = Failure(rank, host, code, "", what, "", f"run again: {job.again}", "", time.time())
+    return failure, trace
+
+
+def _killed(job: Job, watch: _Watch, rank: int, number: int) -> Failure:
+    """Failure 12 of the list in docs/failures.md: a signal ended a rank."""
+    host = socket.gethostname()
+    name = signal.Signals(number).name if number in set(signal.Signals) else "unknown"
+    share = f"host memory {watch.memory_share:.0%} at last sample"
+    why = f"killed by signal {number} ({name}), {share}"
+    if number == signal.SIGKILL and watch.memory_share >= OOM_SHARE:
+        why += ": likely the OOM killer"
+    why += f"; rank {rank} held {watch.rss.get(rank, 0) / 2**30:.2f} GiB"
+    progress = Progress(job.directory)
+    if progress.checkpoint:
+        do = f"run again, it resumes from {progress.checkpoint}: {job.again}"
+    else:
+        do = f"run again, from the start for lack of a checkpoint: {job.again}"
+    step = progress.step
+    what = f"rank {rank} on {host} died" + (f" after step {step}" if step is not None else "")
+    return Failure(rank, host, 7, "PeerLost", what, why, do, "", time.time())
+
+
+def _tail(path: pathlib.Path, lines: int = 30) -> str:
+    """The end of a rank's log: an interpreter's last words after a crash."""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    return "".join(text.splitlines(keepends=True)[-lines:])
+
+
+def _tell(job: Job, failure: Failure, trace: str) -> None:
+    """The message, where to read on, and the failing rank's traceback last."""
+    details = job.error_file(failure.rank)
+    if not details.exists():
+        details = job.log_file(failure.rank) if failure.rank else job.directory / "status.json"
+    print(failure.message(str(details)), file=sys.stderr)
+    if trace:
+        print(f"rank {failure.rank} said at last:\n{trace.rstrip()}", file=sys.stderr)
+    sys.stderr.flush()
+
+
+def _stopped(job: Job, number: int) -> int:
+    """The user stopped the run."""
+    name = signal.Signals(number).name
+    failure = Failure(
+        rank=0,
+        host=socket.gethostname(),
+        exit_code=128 + number,
+        kind="",
+        what=f"stopped by {name}; all {job.ranks} ranks have ended",
+        why="",
+        do=f"go on with: {job.again}",
+        traceback="",
+        time_s=time.time(),
+    )
+    replace_status(job.directory, failure, state="stopped")
+    print(failure.message(), file=sys.stderr, flush=True)
+    return failure.exit_code
+
+
+def script(job: Job) -> str:
+    """The same start as a bash script: environment and commands, for reading or for running.
+
+    The port is chosen when the script runs. It waits for all ranks, without the watching above.
+    """
+    env = common_env(world_size=job.ranks, local_world_size=job.ranks, threads=job.threads)
+    env |= {"MASTER_ADDR": LOOPBACK, "GLOO_SOCKET_IFNAME": "lo"}
+    pick = "import socket; s = socket.socket(); s.bind(('127.0.0.1', 0)); print(s.getsockname()[1])"
+    lines = [
+        "#!/usr/bin/env bash",
+        f"# {job.ranks} rank(s) of xdist on this host",
+        "set -euo pipefail",
+        *(f"export {name}={shlex.quote(value)}" for name, value in env.items()),
+        f'export MASTER_PORT="$({shlex.quote(sys.executable)} -c {shlex.quote(pick)})"',
+        f"mkdir -p {shlex.quote(str(job.directory / 'logs'))}",
+    ]
+    # The config of a job that has none is the script's first argument.
+    words = ['"${1:?give the path of a config}"' if not w else shlex.quote(w) for w in job.command]
+    for rank in range(job.ranks):
+        assigned = " ".join(f"{name}={value}" for name, value in rank_env(rank, rank).items())
+        to_log = f" > {shlex.quote(str(job.log_file(rank)))} 2>&1" if rank else ""
+        lines.append(f"{assigned} {' '.join(words[:-1])}{to_log} &")
+    lines += ['for pid in $(jobs -p); do wait "$pid"; done', ""]
+    return "\n".join(lines)

@@ -1,0 +1,37 @@
+"""The environment of one rank: torchrun's variables, so that no rank asks who started it."""
+
+from __future__ import annotations
+
+import socket
+
+LOOPBACK = "127.0.0.1"
+
+
+def free_port() -> int:
+    """A TCP port that is free on the loopback interface now."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.bind((LOOPBACK, 0))
+        return int(probe.getsockname()[1])
+
+
+def common_env(*, world_size: int, local_world_size: int, threads: int) -> dict[str, str]:
+    """What all ranks of one host share, but for the rendezvous."""
+    return {
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(local_world_size),
+        "OMP_NUM_THREADS": str(threads),
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def rank_env(rank: int, local_rank: int) -> dict[str, str]:
+    """What tells one rank from another."""
+    return {"RANK": str(rank), "LOCAL_RANK": str(local_rank)}
+
+
+def rendezvous_env(address: str, port: int) -> dict[str, str]:
+    """Where rank 0 listens. On the loopback interface gloo stays there too."""
+    env = {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
+    if address == LOOPBACK:
+        env["GLOO_SOCKET_IFNAME"] = "lo"
+    return env

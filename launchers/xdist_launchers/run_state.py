@@ -1,0 +1,75 @@
+"""What a launcher reads and writes of a run's folder: status.json and the newest step."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import re
+from typing import Any
+
+from xdist_launchers.failure import Failure
+
+
+def read_status(directory: pathlib.Path) -> dict[str, Any]:
+    """status.json of a run, empty when there is none."""
+    path = directory / "status.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def replace_status(directory: pathlib.Path, failure: Failure, state: str = "failed") -> None:
+    """Replace status.json: ranks that were killed could not. Step and checkpoint stay as known."""
+    known = Progress(directory)
+    old = read_status(directory)
+    values = old | {
+        "state": state,
+        "step": known.step if known.step is not None else old.get("step", 0),
+        "exit_code": failure.exit_code,
+        "rank": failure.rank,
+        "host": failure.host,
+        "reason": "; ".join(part for part in (failure.what, failure.why) if part),
+        "last_checkpoint": known.checkpoint,
+    }
+    beside = directory / f".status.json.launcher.{os.getpid()}"
+    beside.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    beside.replace(directory / "status.json")
+
+
+class Progress:
+    """The newest completed step and checkpoint of a run, as its folder tells them now."""
+
+    def __init__(self, directory: pathlib.Path) -> None:
+        self.directory = directory
+        self.checkpoint = str(read_status(directory).get("last_checkpoint") or "")
+        self.step = _last_step(directory / "metrics.jsonl")
+        self._file = _identity(directory / "metrics.jsonl")
+
+    def made(self) -> bool:
+        """Whether a step was completed since this was read.
+
+        A start replaces metrics.jsonl by one that ends at the checkpoint it resumes from.
+        """
+        now = Progress(self.directory)
+        found = re.search(r"(\d+)/*$", self.checkpoint)
+        resumed_from = int(found.group(1)) if found else 0
+        return now._file != self._file and (now.step or 0) > resumed_from
+
+
+def _identity(path: pathlib.Path) -> int | None:
+    return path.stat().st_ino if path.exists() else None
+
+
+def _last_step(path: pathlib.Path) -> int | None:
+    """The step of the last whole line of metrics.jsonl."""
+    if not path.exists():
+        return None
+    with path.open("rb") as file:
+        # Lines are a few hundred bytes to a few KiB: the last 64 KiB hold several.
+        file.seek(max(0, path.stat().st_size - 65536))
+        tail = file.read()
+    for line in reversed(tail.splitlines()):
+        try:
+            return int(json.loads(line)["step"])
+        except (ValueError, KeyError, TypeError):
+            continue
+    return None
