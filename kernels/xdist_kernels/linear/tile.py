@@ -123,19 +123,26 @@ def summary(z: Tensor, factors: Decays, state: Tensor) -> Tensor:
     return _states(key, _heads(z, heads, 2), factors.states[:, :, -1:], state)[:, :, 0]
 
 
+def states(z: Tensor, factors: Decays, state: Tensor) -> Tensor:
+    """The states before each chunk and after the tile, [B, H, chunks + 1, K, V]."""
+    heads = state.shape[1]
+    key = _scaled(z, heads, 1, factors.key)
+    return _states(key, _heads(z, heads, 2), factors.states, state)
+
+
 def forward(z: Tensor, factors: Decays, state: Tensor) -> tuple[Tensor, Tensor]:
     """Outputs [N, C, H * D] and all states [B, H, chunks + 1, K, V] (the last: after the tile)."""
     heads = state.shape[1]
     queries, keys, values = (_heads(z, heads, part) for part in range(3))
-    states = _states(_scaled(z, heads, 1, factors.key), values, factors.states, state)
-    before = states[:, :, :-1].transpose(0, 1).flatten(1, 2)
+    through = states(z, factors, state)
+    before = through[:, :, :-1].transpose(0, 1).flatten(1, 2)
     query = _scaled(z, heads, 0, factors.query)
     out = torch.empty_like(query)
     for h in range(heads):
         weight = queries[h].bmm(keys[h].transpose(1, 2)).mul_(factors.intra[h])
         part = weight.bmm(values[h])
         out[:, :, h] = part.baddbmm_(query[:, :, h], before[h])
-    return out.flatten(2), states
+    return out.flatten(2), through
 
 
 def adjoint_summary(z: Tensor, factors: Decays, dout: Tensor, dstate: Tensor) -> Tensor:
@@ -158,15 +165,15 @@ def _adjoint_states(query: Tensor, douts: list[Tensor], factors: Tensor, dstate:
 
 
 def backward(
-    z: Tensor, factors: Decays, states: Tensor, dout: Tensor, dstate: Tensor
+    z: Tensor, factors: Decays, through: Tensor, dout: Tensor, dstate: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of one tile.
 
-    states: as returned by `forward`; dout: [N, C, H * D]; dstate: [B, H, K, V], the gradient of
+    through: the states as `states` or `forward` returns them; dout: [N, C, H * D]; dstate: [B, H, K, V], the gradient of
     the state after the tile. Returns dz like z, dlog_decay [B, T, H], and the gradient of the
     state before the tile.
     """
-    batch, heads = states.shape[:2]
+    batch, heads = through.shape[:2]
     rows, size, width = z.shape
     dim = width // (3 * heads)
     queries, keys, values = (_heads(z, heads, part) for part in range(3))
@@ -174,7 +181,7 @@ def backward(
     query = _scaled(z, heads, 0, factors.query)
     key = _scaled(z, heads, 1, factors.key)
     adjoint = _adjoint_states(query, douts, factors.states, dstate)
-    before = states[:, :, :-1].transpose(0, 1).flatten(1, 2)
+    before = through[:, :, :-1].transpose(0, 1).flatten(1, 2)
     after = adjoint[:, :, 1:].transpose(0, 1).flatten(1, 2)
     dz = torch.empty(rows, size, 3, heads, dim, dtype=z.dtype, device=z.device)
     for h in range(heads):
@@ -185,12 +192,18 @@ def backward(
         dz[:, :, 0, h] = dquery.baddbmm_(dweight, keys[h])
         dkey = values[h].bmm(after[h].transpose(1, 2)).mul_(factors.key[..., h : h + 1])
         dz[:, :, 1, h] = dkey.baddbmm_(dweight.transpose(1, 2), queries[h])
-    # d c_t = q_t . dq_t - k_t . dk_t, and log_decay_t enters every later c of the tile; what flows
-    # through the state after the tile is its inner product with its gradient (MATH.md 0).
+    # d c_t = q_t . dq_t - k_t . dk_t, and log_decay_t enters every later c of its chunk; what flows
+    # on is the inner product of the state after the chunk with its gradient (MATH.md 0).
     parts = z.view(rows, size, 3, heads, dim)[:, :, :2] * dz[:, :, :2]
     parts = parts.sum(-1)
-    slope = (parts[:, :, 0] - parts[:, :, 1]).view(batch, -1, heads)
-    edge = (states[:, :, -1] * dstate).sum((-1, -2)).unsqueeze(1)
+    slope = parts[:, :, 0] - parts[:, :, 1]  # [N, C, H]
+    edge = _edge(through, adjoint)
     total = slope.sum(1, keepdim=True) + edge
-    dlog_decay = total - slope.cumsum(1) + slope
+    dlog_decay = (total - slope.cumsum(1) + slope).view(batch, -1, heads)
     return dz.view(rows, size, width), dlog_decay, adjoint[:, :, 0]
+
+
+def _edge(through: Tensor, adjoint: Tensor) -> Tensor:
+    """<S, dS> after each chunk, [N, 1, H]."""
+    dot = torch.linalg.vecdot(through[:, :, 1:].flatten(3), adjoint[:, :, 1:].flatten(3))
+    return dot.permute(0, 2, 1).reshape(-1, 1, through.shape[1])
