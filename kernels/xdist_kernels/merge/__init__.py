@@ -1,0 +1,1 @@
+"""Merging softmax attention over disjoint sets of keys."""
