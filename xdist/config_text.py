@@ -75,8 +75,11 @@ class _Scanner:
                 self._pair(prefix)
         return self.lines
 
-    def _note(self, path: Path) -> None:
-        self.lines.setdefault(path, self.text.count("\n", 0, self.at) + 1)
+    def _note(self, path: Path, above: int = 0) -> None:
+        """Note this line for a path and for its parents below depth `above`, if they are new."""
+        line = self.text.count("\n", 0, self.at) + 1
+        for depth in range(above + 1, len(path) + 1):
+            self.lines.setdefault(path[:depth], line)
 
     def _resolve(self, path: Path) -> Path:
         """Insert the index of the newest item after each name that is an array of tables."""
@@ -123,8 +126,7 @@ class _Scanner:
         start = self.at
         path = (*prefix, *self._key())
         end, self.at = self.at, start
-        for depth in range(len(prefix) + 1, len(path) + 1):
-            self._note(path[:depth])
+        self._note(path, len(prefix))
         self.at = self.text.index("=", end) + 1
         self._value(path)
 
