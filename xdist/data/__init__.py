@@ -1,0 +1,30 @@
+"""Token stores on disk, the order samples are drawn in, and each rank's own slice of them.
+
+Names are loaded on first use: preparing a store needs no torch, drawing an order needs no zarr.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_HOME = {
+    "TextStore": "xdist.data.store",
+    "Split": "xdist.data.store",
+    "prepare_text": "xdist.data.prepare",
+    "standard_library": "xdist.data.sources",
+    "sample_start": "xdist.data.order",
+    "evaluation_windows": "xdist.data.order",
+    "Loader": "xdist.data.loader",
+    "Request": "xdist.data.loader",
+    "Batch": "xdist.data.loader",
+    "require_same_data": "xdist.data.identity",
+}
+
+__all__ = list(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'xdist.data' has no attribute {name!r}")

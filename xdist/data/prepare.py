@@ -1,0 +1,349 @@
+"""`xdist prepare text`: files -> a zarr store of tokens, written beside, renamed when complete."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import lzma
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+from zarr.codecs import ZstdCodec
+
+from xdist.data.identity import FORMAT, VERSION, fingerprint
+from xdist.data.sources import Source, Sources, collect, split_held_out
+from xdist.data.store import TextStore
+from xdist.errors import ConfigError, DataError
+
+BYTE_VOCABULARY = 256
+FIGURES_BYTES = 1 << 20
+_READ_BYTES = 8 << 20
+_ZSTD_LEVEL = 3
+
+Progress = Callable[[int, int], None]
+
+
+class Prepared(NamedTuple):
+    """What `prepare_text` made, or found: sizes in tokens, bytes on disk, what was passed over."""
+
+    path: Path
+    tokens: dict[str, int]
+    documents: dict[str, int]
+    stored_bytes: int
+    fingerprint: str
+    figures: dict[str, Any]
+    skipped: tuple[str, ...]
+    kept: bool
+
+    def lines(self) -> list[str]:
+        """The summary for a person."""
+        word = "kept as it is" if self.kept else "written"
+        found = [f"{self.path} {word}: {self.stored_bytes / 1e6:.1f} MB on disk"]
+        found += [
+            f"  {name}: {self.tokens[name]:,} tokens in {self.documents[name]:,} documents"
+            for name in self.tokens
+        ]
+        if self.figures:
+            found.append(
+                f"  first {self.figures['bytes']:,} held-out bytes: order-0 entropy "
+                f"{self.figures['order0_bits_per_byte']:.3f} bits per byte, "
+                f"xz -9e {self.figures['xz_bits_per_byte']:.3f}"
+            )
+        if self.skipped:
+            found.append(f"  {len(self.skipped)} files passed over, the first: {self.skipped[0]}")
+        found.append(f"  fingerprint {self.fingerprint}")
+        return found
+
+
+def prepare_text(
+    paths: Iterable[str | Path] | Sources,
+    store: str | Path,
+    *,
+    held_out_fraction: float = 0.05,
+    vocabulary_size: int | None = None,
+    pattern: str = "*",
+    chunk_bytes: int = 1 << 18,
+    existing: Literal["error", "keep", "replace"] = "error",
+    on_progress: Progress | None = None,
+) -> Prepared:
+    """Write the files as one token store: splits `train` and, unless the fraction is 0, `held_out`.
+
+    Args:
+        paths: files and folders (`pattern` picks files inside folders), or collected `Sources`
+            (`sources.standard_library()`). Each file is one document.
+        store: the folder to make.
+        held_out_fraction: share of files held out whole, chosen by a hash of their names.
+        vocabulary_size: None for bytes; else every file is a 1-D `.npy` of token ids below it.
+        chunk_bytes: decoded bytes of one chunk, the unit that is read and checksummed.
+        existing: what to do with a store that is there: refuse, keep it when it holds the same
+            names, sizes and settings (else refuse), or replace it.
+        on_progress: called with (bytes done, bytes in all).
+
+    Raises:
+        ConfigError: a fraction, chunk size or vocabulary outside its range.
+        DataError: nothing to read, a file that changed meanwhile, a store in the way.
+    """
+    _check_arguments(held_out_fraction, vocabulary_size, chunk_bytes)
+    target = Path(store)
+    sources = paths if isinstance(paths, Sources) else collect(paths, pattern=pattern)
+    if not sources.files:
+        raise DataError(f"no text to write to {target}", "no file was found", "name other paths")
+    reader = _bytes_of if vocabulary_size is None else _ids_of
+    train, held_out = split_held_out(sources.files, held_out_fraction)
+    splits = {"train": train} | ({"held_out": held_out} if held_out else {})
+    if target.exists() or target.is_symlink():
+        if existing == "error":
+            raise DataError(
+                f"{target} exists", "nothing was written", "replace it, or name another folder"
+            )
+        if existing == "keep":
+            return _kept(target, sources, splits, vocabulary_size)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    size = vocabulary_size or BYTE_VOCABULARY
+    beside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        beside.chmod(0o750)
+        _write(beside, splits, size, reader, chunk_bytes, _Meter(on_progress, sources.total_bytes))
+        _replace(beside, target)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return _describe(target, sources, kept=False)
+
+
+def compression_figures(sample: NDArray[np.uint8]) -> dict[str, Any]:
+    """What simple models make of `sample`: order-0 entropy and `xz -9e`, in bits per byte."""
+    counts = np.bincount(sample, minlength=BYTE_VOCABULARY).astype(np.float64)
+    shares = counts[counts > 0] / max(sample.size, 1)
+    packed = lzma.compress(sample.tobytes(), preset=9 | lzma.PRESET_EXTREME)
+    return {
+        "bytes": int(sample.size),
+        "order0_bits_per_byte": float(-(shares * np.log2(shares)).sum()),
+        "xz_bits_per_byte": 8 * len(packed) / max(sample.size, 1),
+    }
+
+
+class _Meter:
+    """Adds up the bytes done and tells the caller."""
+
+    def __init__(self, tell: Progress | None, total_bytes: int) -> None:
+        self.tell = tell
+        self.total_bytes = total_bytes
+        self.done_bytes = 0
+
+    def add(self, count: int) -> None:
+        self.done_bytes += count
+        if self.tell is not None:
+            self.tell(self.done_bytes, self.total_bytes)
+
+
+_Reader = Callable[[Source, int], Iterator[NDArray[Any]]]
+
+
+def _write(
+    folder: Path,
+    splits: dict[str, list[Source]],
+    vocabulary_size: int,
+    reader: _Reader,
+    chunk_bytes: int,
+    meter: _Meter,
+) -> None:
+    dtype = np.dtype(np.min_scalar_type(vocabulary_size - 1))
+    group = zarr.open_group(folder, mode="w", zarr_format=3)
+    facts: dict[str, Any] = {
+        "format": FORMAT,
+        "version": VERSION,
+        "vocabulary_size": vocabulary_size,
+        "dtype": dtype.name,
+        "splits": {},
+    }
+    for name, files in splits.items():
+        facts["splits"][name] = _write_split(
+            group, name, files, dtype, vocabulary_size, reader, chunk_bytes, meter
+        )
+    figures = {}
+    if vocabulary_size == BYTE_VOCABULARY and reader is _bytes_of and "held_out" in splits:
+        sample = np.asarray(group["held_out/tokens"][:FIGURES_BYTES])  # type: ignore[index]
+        figures = compression_figures(sample)
+    group.attrs["xdist"] = {
+        "format": FORMAT,
+        "version": VERSION,
+        "fingerprint": fingerprint(facts),
+        "facts": facts,
+        "figures": figures,
+    }
+
+
+def _write_split(
+    group: zarr.Group,
+    name: str,
+    files: Sequence[Source],
+    dtype: np.dtype[Any],
+    vocabulary_size: int,
+    reader: _Reader,
+    chunk_bytes: int,
+    meter: _Meter,
+) -> dict[str, Any]:
+    """Write one split; returns its facts (counts and hashes)."""
+    lengths = [_length_of(source, reader) for source in files]
+    table = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    chunk_length = max(1, chunk_bytes // dtype.itemsize)
+    tokens = _array(group, f"{name}/tokens", int(table[-1]), dtype, chunk_length)
+    digest = hashlib.sha256()
+    at, pending, held = 0, [], 0
+    for source, length in zip(files, lengths, strict=True):
+        for part in reader(source, length):
+            _check_ids(part, source, vocabulary_size)
+            narrow = part.astype(dtype, copy=False)
+            digest.update(narrow.tobytes())
+            pending.append(narrow)
+            held += narrow.size
+            meter.add(part.nbytes)
+        # Whole chunks only: each chunk is compressed once.
+        if held >= max(chunk_length, _READ_BYTES):
+            whole = held - held % chunk_length
+            joined = np.concatenate(pending)
+            tokens[at : at + whole] = joined[:whole]
+            at, pending, held = at + whole, [joined[whole:]], held - whole
+    if held:
+        tokens[at : at + held] = np.concatenate(pending)
+    _array(group, f"{name}/documents", table.size, table.dtype, 1 << 15)[:] = table
+    raw = b"".join(source.name.encode("utf-8", "surrogateescape") + b"\0" for source in files)
+    names = np.frombuffer(raw, dtype=np.uint8)
+    _array(group, f"{name}/names", names.size, names.dtype, 1 << 18)[:] = names
+    return {
+        "tokens": int(table[-1]),
+        "documents": len(files),
+        "tokens_sha256": digest.hexdigest(),
+        "documents_sha256": hashlib.sha256(table.tobytes()).hexdigest(),
+        "names_sha256": hashlib.sha256(raw).hexdigest(),
+    }
+
+
+def _array(
+    group: zarr.Group, key: str, length: int, dtype: np.dtype[Any], chunk_length: int
+) -> zarr.Array:
+    # Chunks of zeros are written like any other: a chunk that is absent is an error when reading.
+    return group.create_array(
+        key,
+        shape=(length,),
+        chunks=(chunk_length,),
+        dtype=dtype,
+        compressors=[ZstdCodec(level=_ZSTD_LEVEL, checksum=True)],
+        fill_value=0,
+        config={"write_empty_chunks": True},
+    )
+
+
+def _bytes_of(source: Source, length: int) -> Iterator[NDArray[Any]]:
+    done = 0
+    with source.path.open("rb") as file:
+        while block := file.read(_READ_BYTES):
+            done += len(block)
+            yield np.frombuffer(block, dtype=np.uint8)
+    if done != length:
+        raise DataError(
+            f"{source.path} changed while it was read",
+            f"{done} bytes, it had {length}",
+            "try again",
+        )
+
+
+def _ids_of(source: Source, length: int) -> Iterator[NDArray[Any]]:
+    ids = _load_ids(source)
+    step = max(1, _READ_BYTES // ids.dtype.itemsize)
+    for start in range(0, length, step):
+        yield np.asarray(ids[start : start + step])
+
+
+def _length_of(source: Source, reader: _Reader) -> int:
+    return source.size_bytes if reader is _bytes_of else int(_load_ids(source).shape[0])
+
+
+def _load_ids(source: Source) -> NDArray[Any]:
+    try:
+        ids = np.load(source.path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, OSError) as error:
+        raise DataError(f"{source.path} is not a .npy file of token ids", str(error)) from error
+    if not isinstance(ids, np.ndarray) or ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise DataError(
+            f"{source.path} does not hold token ids",
+            f"got {getattr(ids, 'dtype', type(ids).__name__)} {getattr(ids, 'shape', '')}",
+            "save a 1-D array of integers",
+        )
+    return ids
+
+
+def _check_ids(ids: NDArray[Any], source: Source, vocabulary_size: int) -> None:
+    if ids.size and (int(ids.max()) >= vocabulary_size or int(ids.min()) < 0):
+        raise DataError(
+            f"{source.path} holds a token outside the vocabulary",
+            f"ids from {ids.min()} to {ids.max()}, vocabulary size {vocabulary_size}",
+            "raise the vocabulary size, or tokenise again",
+        )
+
+
+def _check_arguments(fraction: float, vocabulary_size: int | None, chunk_bytes: int) -> None:
+    if not 0 <= fraction < 1:
+        raise ConfigError("the held-out fraction must be in [0, 1)", f"got {fraction}")
+    if vocabulary_size is not None and not 2 <= vocabulary_size <= 1 << 32:
+        raise ConfigError("the vocabulary size must be from 2 to 2^32", f"got {vocabulary_size}")
+    if not 1 << 10 <= chunk_bytes <= 1 << 28:
+        raise ConfigError("a chunk holds from 1 KiB to 256 MiB", f"got {chunk_bytes} bytes")
+
+
+def _replace(beside: Path, target: Path) -> None:
+    """Put the finished folder in the target's place; the old one goes only after that."""
+    old = beside.with_name(f"{beside.name}.old")
+    if target.exists() or target.is_symlink():
+        os.replace(target, old)
+    os.replace(beside, target)
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(old) if not old.is_symlink() else old.unlink()
+
+
+def _kept(
+    target: Path,
+    sources: Sources,
+    splits: dict[str, list[Source]],
+    vocabulary_size: int | None,
+) -> Prepared:
+    store = TextStore(target)
+    differs = store.vocabulary_size != (vocabulary_size or BYTE_VOCABULARY)
+    differs |= store.split_names != sorted(splits)
+    for name, files in splits.items():
+        if differs:
+            break
+        split = store.split(name)
+        lengths = np.diff(split.cu_seqlens).tolist()
+        reader = _bytes_of if vocabulary_size is None else _ids_of
+        differs |= split.names != [source.name for source in files]
+        differs |= lengths != [_length_of(source, reader) for source in files]
+    if differs:
+        raise DataError(
+            f"{target} holds other data than these sources and settings",
+            "names, sizes, held-out share or vocabulary differ",
+            "replace it, or name another folder",
+        )
+    return _describe(target, sources, kept=True)
+
+
+def _describe(target: Path, sources: Sources, *, kept: bool) -> Prepared:
+    store = TextStore(target)
+    facts = store.identity["facts"]["splits"]
+    return Prepared(
+        path=target,
+        tokens={name: facts[name]["tokens"] for name in reversed(store.split_names)},
+        documents={name: facts[name]["documents"] for name in reversed(store.split_names)},
+        stored_bytes=sum(file.stat().st_size for file in target.rglob("*") if file.is_file()),
+        fingerprint=store.fingerprint,
+        figures=store.figures,
+        skipped=sources.skipped,
+        kept=kept,
+    )

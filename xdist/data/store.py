@@ -1,0 +1,232 @@
+"""Reading a token store: only the chunks that are needed, each one checked.
+
+A store is a zarr v3 group with attributes under `xdist` and one group per split:
+
+    tokens     uint8 | uint16 | uint32 [length]   the documents, one after another
+    documents  int64 [documents + 1]              cu_seqlens: where each document starts and ends
+    names      uint8                              the documents' names, UTF-8, each ended by NUL
+"""
+
+from __future__ import annotations
+
+import hashlib
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+
+from xdist.data.guard import GuardedStore, read_metadata
+from xdist.data.identity import FORMAT, VERSION, fingerprint
+from xdist.errors import DataError
+
+_REMEDY = "prepare the store again with `xdist prepare text`"
+
+
+class TextStore:
+    """A token store made by `xdist prepare text`, opened for reading.
+
+    Attributes:
+        path: the folder.
+        vocabulary_size: every token is below it.
+        identity: `{"fingerprint": hex, "facts": {...}}`, for a checkpoint's state (JSON).
+        figures: what `prepare` measured of the held-out split (JSON), empty for token ids.
+
+    Raises:
+        DataError: no store there, another format or version, metadata outside the allowed lists.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        if "://" in str(path):
+            raise DataError(f"{path} is not a local path", "only local stores are read")
+        self.path = Path(path).resolve()
+        if not self.path.is_dir():
+            raise DataError(
+                f"no data store at {path}",
+                "the folder does not exist",
+                "make one with `xdist prepare text`, or set data.store",
+            )
+        attributes = read_metadata(self.path, "", "group").get("attributes", {}).get("xdist", {})
+        if attributes.get("format") != FORMAT or attributes.get("version") != VERSION:
+            raise DataError(
+                f"{path} is not a store this version reads",
+                f"format {attributes.get('format')!r} version {attributes.get('version')!r}, "
+                f"want {FORMAT!r} version {VERSION}",
+                _REMEDY,
+            )
+        facts = attributes.get("facts", {})
+        self.identity: dict[str, Any] = {
+            "fingerprint": attributes.get("fingerprint", ""),
+            "facts": facts,
+        }
+        if fingerprint(facts) != self.identity["fingerprint"]:
+            raise DataError(
+                f"the fingerprint of {path} does not fit its facts",
+                f"want {self.identity['fingerprint'][:16]}.., got {fingerprint(facts)[:16]}..",
+                _REMEDY,
+            )
+        self.vocabulary_size = int(facts["vocabulary_size"])
+        self.figures: dict[str, Any] = attributes.get("figures", {})
+        self._splits: dict[str, Split] = {}
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over content, document tables and names, hex."""
+        return str(self.identity["fingerprint"])
+
+    @property
+    def split_names(self) -> list[str]:
+        return sorted(self.identity["facts"]["splits"])
+
+    def split(self, name: str) -> Split:
+        """The split `name` ("train", "held_out"), opened once.
+
+        Raises:
+            DataError: there is no such split.
+        """
+        if name not in self.split_names:
+            raise DataError(
+                f"{self.path} has no split {name!r}", f"it has {', '.join(self.split_names)}"
+            )
+        if name not in self._splits:
+            self._splits[name] = Split(self, name)
+        return self._splits[name]
+
+    def verify(self) -> None:
+        """Read everything and compare it with the recorded hashes.
+
+        Raises:
+            DataError: a chunk is missing or damaged, or a hash differs.
+        """
+        for name in self.split_names:
+            self.split(name).verify()
+
+
+class Split:
+    """One split of a store: `length` tokens, of dtype `dtype`."""
+
+    def __init__(self, store: TextStore, name: str) -> None:
+        self.name = name
+        self.facts: dict[str, Any] = store.identity["facts"]["splits"][name]
+        self.vocabulary_size = store.vocabulary_size
+        self._store = GuardedStore(store.path)
+        self._arrays: dict[str, Any] = {}
+        for part in ("tokens", "documents", "names"):
+            key = f"{name}/{part}"
+            self._store.expect(key)
+            self._arrays[part] = zarr.open_array(self._store, path=key, mode="r", zarr_format=3)
+        self._key = f"{name}/tokens"
+        self.length = self._store.facts[self._key].length
+        self.dtype = np.dtype(self._arrays["tokens"].dtype)
+        if self.length != self.facts["tokens"]:
+            raise DataError(
+                f"array {self._key} changed after it was prepared",
+                f"{self.length} tokens, want {self.facts['tokens']}",
+                _REMEDY,
+            )
+
+    @property
+    def bytes_read(self) -> int:
+        """Decoded bytes of tokens read from the disk so far: whole chunks, counted at the disk."""
+        return self._store.read_bytes[self._key]
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Decoded bytes of one chunk of tokens: the least that a read costs."""
+        return self._store.facts[self._key].chunk_bytes
+
+    def read(self, start: int, stop: int) -> NDArray[Any]:
+        """Tokens `[start, stop)`, a new array of `dtype`; only the chunks they lie in are read.
+
+        Raises:
+            DataError: outside the split, a chunk missing or damaged, or a token that is not below
+                the vocabulary size.
+        """
+        tokens = self._read("tokens", start, stop)
+        if tokens.size and self.vocabulary_size <= np.iinfo(self.dtype).max:
+            bad = np.flatnonzero(tokens >= self.vocabulary_size)
+            if bad.size:
+                at = start + int(bad[0])
+                chunk = at // self._store.facts[self._key].chunk_length
+                raise DataError(
+                    f"array {self._key} holds a token outside the vocabulary",
+                    f"token {tokens[bad[0]]} at position {at} (chunk {self._key}/c/{chunk}), "
+                    f"vocabulary size {self.vocabulary_size}",
+                    _REMEDY,
+                )
+        return tokens
+
+    @cached_property
+    def cu_seqlens(self) -> NDArray[np.int64]:
+        """Where every document starts, and the end of the last: int64 `[documents + 1]`."""
+        table = self._read("documents", 0, self._store.facts[f"{self.name}/documents"].length)
+        if _sha256(table) != self.facts["documents_sha256"]:
+            raise DataError(
+                f"array {self.name}/documents is not the one that was prepared",
+                f"want sha256 {self.facts['documents_sha256'][:16]}.., got {_sha256(table)[:16]}..",
+                _REMEDY,
+            )
+        return table
+
+    def documents(self, start: int, stop: int) -> tuple[int, ...]:
+        """cu_seqlens of the sample `[start, stop)`: from 0 to `stop - start`, no empty document."""
+        table = self.cu_seqlens
+        first = np.searchsorted(table, start, side="right")
+        last = np.searchsorted(table, stop, side="left")
+        inner = np.unique(table[first:last]) - start
+        return (0, *inner.tolist(), stop - start) if stop > start else (0,)
+
+    @cached_property
+    def names(self) -> list[str]:
+        """The documents' names, in the order of the tokens."""
+        raw = self._read("names", 0, self._store.facts[f"{self.name}/names"].length).tobytes()
+        return raw.decode("utf-8", "surrogateescape").split("\0")[:-1]
+
+    def verify(self) -> None:
+        """Compare tokens and document table with the recorded hashes (see `TextStore.verify`)."""
+        digest = hashlib.sha256()
+        step = self._store.facts[self._key].chunk_length
+        for start in range(0, self.length, step):
+            digest.update(self.read(start, min(start + step, self.length)).tobytes())
+        if digest.hexdigest() != self.facts["tokens_sha256"]:
+            raise DataError(
+                f"array {self._key} is not the one that was prepared",
+                f"want sha256 {self.facts['tokens_sha256'][:16]}.., "
+                f"got {digest.hexdigest()[:16]}..",
+                _REMEDY,
+            )
+        _ = self.cu_seqlens
+
+    def _read(self, part: str, start: int, stop: int) -> NDArray[Any]:
+        key = f"{self.name}/{part}"
+        facts = self._store.facts[key]
+        if not 0 <= start <= stop <= facts.length:
+            raise DataError(
+                f"positions [{start}, {stop}) are not in array {key}", f"it holds {facts.length}"
+            )
+        array = self._arrays[part]
+        out = np.empty(stop - start, dtype=array.dtype)
+        at = start
+        # One chunk at a time, so that an error names the chunk it comes from.
+        while at < stop:
+            chunk = at // facts.chunk_length
+            end = min(stop, (chunk + 1) * facts.chunk_length)
+            try:
+                out[at - start : end - start] = array[at:end]
+            except DataError:
+                raise
+            # Codecs raise whatever they like; each means that the chunk cannot be decoded.
+            except Exception as error:
+                raise DataError(
+                    f"chunk {key}/c/{chunk} of array {key} is damaged",
+                    f"{type(error).__name__}: {error}",
+                    _REMEDY,
+                ) from error
+            at = end
+        return out
+
+
+def _sha256(values: NDArray[Any]) -> str:
+    return hashlib.sha256(values.tobytes()).hexdigest()
