@@ -27,20 +27,23 @@ from xdist.memory.exchange import Exchange
 from xdist.memory.tiles import Cuts, Tile, add_context, cuts_of, with_context
 
 
-class Windowed(Protocol):
-    """A layer whose output at t reads x in [t - context, t]."""
+class Looking(Protocol):
+    """Anything that reads `context` tokens before a tile."""
 
-    context: int
+    @property
+    def context(self) -> int: ...
+
+
+class Windowed(Looking, Protocol):
+    """A layer whose output at t reads x in [t - context, t]."""
 
     def forward(self, xe: Tensor, cuts: Cuts) -> Tensor: ...
 
     def backward(self, xe: Tensor, cuts: Cuts, dout: Tensor) -> Tensor: ...
 
 
-class Recurrent(Protocol):
+class Recurrent(Looking, Protocol):
     """A layer with a state that is affine in the state before it (scalar decay per head)."""
-
-    context: int
 
     def zero_state(self, x: Tensor) -> Tensor: ...
 
@@ -76,9 +79,10 @@ class Sweep:
         self.segments = tiles
         self._cuts: dict[tuple[Tile, int], Cuts] = {}
 
-    def _read(
-        self, layer: Windowed | Recurrent, x: Tensor, halo: Sequence[Tensor], tile: Tile
+    def read(
+        self, layer: Looking, x: Tensor, halo: Sequence[Tensor], tile: Tile
     ) -> tuple[Tensor, Cuts]:
+        """The tile of x with the layer's context before it, and the document starts in it."""
         key = (tile, layer.context)
         if key not in self._cuts:
             self._cuts[key] = cuts_of(tile, self.exchange.documents, layer.context)
@@ -90,7 +94,7 @@ class Sweep:
         out = torch.empty_like(x)
         for tiles in self.segments:
             for tile in tiles:
-                out[:, tile.start : tile.stop] = layer.forward(*self._read(layer, x, halo, tile))
+                out[:, tile.start : tile.stop] = layer.forward(*self.read(layer, x, halo, tile))
         return out, Kept(halo, {}, [])
 
     def windowed_backward(self, layer: Windowed, x: Tensor, kept: Kept, dx: Tensor) -> None:
@@ -100,7 +104,7 @@ class Sweep:
         for tiles in self.segments:
             for tile in tiles:
                 own = dx[:, tile.start : tile.stop]
-                dxe = layer.backward(*self._read(layer, x, kept.halo, tile), own)
+                dxe = layer.backward(*self.read(layer, x, kept.halo, tile), own)
                 own.copy_(dxe[:, layer.context :])
                 add_context(dx, dhalo, tile, layer.context, dxe[:, : layer.context])
         self.exchange.halo_adjoint(dx, dhalo, layer.context)
@@ -114,7 +118,7 @@ class Sweep:
         for tiles, state in zip(self.segments, incoming, strict=True):
             for tile in tiles:
                 states[tile] = state
-                xe, cuts = self._read(layer, x, halo, tile)
+                xe, cuts = self.read(layer, x, halo, tile)
                 out[:, tile.start : tile.stop], state = layer.forward(xe, cuts, state)
         return out, Kept(halo, states, transitions)
 
@@ -131,7 +135,7 @@ class Sweep:
             if self.exchange.followed(index):
                 for tile in tiles:
                     ends[index], totals[index] = layer.summary(
-                        *self._read(layer, x, halo, tile), ends[index], totals[index]
+                        *self.read(layer, x, halo, tile), ends[index], totals[index]
                     )
         return self.exchange.scan(ends, totals), totals
 
@@ -160,7 +164,7 @@ class Sweep:
         later: tuple[Tile, Tensor] | None = None
         for tile in reversed(tiles):
             own = dx[:, tile.start : tile.stop]
-            xe, cuts = self._read(layer, x, kept.halo, tile)
+            xe, cuts = self.read(layer, x, kept.halo, tile)
             part, dy, _, inputs = layer.backward_outer(xe, cuts, kept.states[tile], own, None)
             dxe, dstate = layer.backward_inner(xe, cuts, kept.states[tile], dy, dstate, inputs)
             torch.add(part, dxe[:, layer.context :], out=own)
@@ -185,7 +189,7 @@ class Sweep:
         for index, tiles in enumerate(self.segments):
             for tile in reversed(tiles):
                 own = slice(tile.start, tile.stop)
-                xe, cuts = self._read(layer, x, kept.halo, tile)
+                xe, cuts = self.read(layer, x, kept.halo, tile)
                 dx[:, own], dy[:, own], starts[index], _ = layer.backward_outer(
                     xe, cuts, kept.states[tile], dx[:, own], starts[index]
                 )
@@ -193,7 +197,7 @@ class Sweep:
         for tiles, dstate in zip(self.segments, outgoing, strict=True):
             for tile in reversed(tiles):
                 own = slice(tile.start, tile.stop)
-                xe, cuts = self._read(layer, x, kept.halo, tile)
+                xe, cuts = self.read(layer, x, kept.halo, tile)
                 dxe, dstate = layer.backward_inner(
                     xe, cuts, kept.states[tile], dy[:, own], dstate, None
                 )

@@ -17,7 +17,7 @@ from xdist_kernels.attention.window import window_attention_backward, window_att
 
 from xdist.memory.tiles import Cuts
 from xdist.nn.mlp import MLPPass
-from xdist.nn.norm import normalised, normalised_backward
+from xdist.memory.normalise import normalised, normalised_backward
 from xdist.nn.products import Product
 
 

@@ -20,7 +20,7 @@ from xdist_kernels.linear import tile as linear
 
 from xdist.memory.tiles import Cuts
 from xdist.nn.mlp import MLPPass
-from xdist.nn.norm import normalised, normalised_backward
+from xdist.memory.normalise import normalised, normalised_backward
 from xdist.nn.products import Product
 
 

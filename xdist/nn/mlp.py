@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from xdist.nn.norm import normalised, normalised_backward
+from xdist.memory.normalise import normalised, normalised_backward
 from xdist.nn.products import Product
 
 

@@ -1,11 +1,11 @@
-"""Root-mean-square normalisation (Zhang and Sennrich 2019, equation 4), and its gradient."""
+"""Root-mean-square normalisation (Zhang and Sennrich 2019, equation 4)."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-EPS = 1e-6
+from xdist.memory.normalise import EPS
 
 
 class RMSNorm(nn.Module):
@@ -17,15 +17,3 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.rms_norm(x, (x.shape[-1],), self.weight, EPS)
-
-
-def normalised(x: Tensor) -> Tensor:
-    """RMSNorm without a weight (streamed layers fold it into the projection that follows)."""
-    return torch.rms_norm(x, (x.shape[-1],), None, EPS)
-
-
-def normalised_backward(x: Tensor, xn: Tensor, dxn: Tensor) -> Tensor:
-    """Gradient of x from `xn = normalised(x)` and its gradient; all [..., C]."""
-    scale = torch.linalg.vecdot(x, x).div_(x.shape[-1]).add_(EPS).rsqrt_().unsqueeze(-1)
-    slope = torch.linalg.vecdot(dxn, xn).div_(-x.shape[-1]).unsqueeze(-1)
-    return torch.addcmul(dxn, xn, slope).mul_(scale)

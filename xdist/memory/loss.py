@@ -1,0 +1,142 @@
+"""Cross entropy over tiles of tokens: head, loss and their gradients in one sweep.
+
+The logits of a tile ([T, vocab]) exist only while the tile is worked on. The gradient of the
+hidden states is made in the same sweep and replaces them for backward, so that the memory beyond
+inputs and gradients does not depend on the sequence length.
+
+    what is sharded   tokens, before and after; the head is whole on every rank
+    what moves        two float64 numbers: valid tokens and the sum of the losses (reduce)
+    kept for backward the gradients of hidden and head, for a gradient of 1
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xdist.memory.normalise import normalised, normalised_backward
+
+TILE_TOKENS = 2048
+_LOG2_E = 1.0 / math.log(2.0)
+
+
+def tile_loss(
+    logits: Tensor, labels: Tensor, ignore_index: int, weight: float
+) -> tuple[Tensor, Tensor]:
+    """Sum of the losses of a tile (float32 or wider, 0-dim), and `weight` x its gradient.
+
+    logits [T, V] (overwritten), labels int64 [T].
+    """
+    kept = labels != ignore_index
+    target = torch.where(kept, labels, 0).unsqueeze(1)
+    log_p = torch.log_softmax(logits, -1)
+    total = -(log_p.gather(1, target).squeeze(1) * kept).sum()
+    gradient = log_p.mul_(_LOG2_E).exp2_()
+    gradient.scatter_add_(1, target, gradient.new_full((1, 1), -1.0).expand_as(target))
+    return total, gradient.mul_((kept.to(gradient.dtype) * weight).unsqueeze(1))
+
+
+class TiledCrossEntropy(torch.autograd.Function):
+    """hidden [B, n, C], head [V, C], norm [C] or None -> the global mean loss, a 0-dim tensor.
+
+    valid: the number of valid tokens of the global batch; total: adds a 0-dim tensor over all
+    data x sequence ranks; dtype: of the matrix products; overwrite: the gradient of hidden may
+    take its place (a caller that owns it saves [B, n, C]).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        head: Tensor,
+        norm: Tensor | None,
+        labels: Tensor,
+        ignore_index: int,
+        valid: float,
+        total: Callable[[Tensor], Tensor],
+        dtype: torch.dtype,
+        overwrite: bool,
+    ) -> Tensor:
+        sweep = _Sweep(hidden, head, norm, dtype, overwrite)
+        weight = 1.0 / valid if valid else 0.0
+        own = sweep.run(labels, ignore_index, weight)
+        ctx.sweep = sweep
+        loss = total(own.to(torch.float64)) * weight
+        return loss.to(hidden.dtype if hidden.dtype.itemsize > 4 else torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        sweep, ctx.sweep = ctx.sweep, None
+        if sweep is None:
+            raise RuntimeError(
+                "cross_entropy: backward was called twice; its gradients are made once, in forward"
+            )
+        return (*sweep.gradients(grad), None, None, None, None, None, None)
+
+
+class _Sweep:
+    """The tiles of one loss: logits, loss and gradients of each in turn."""
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        head: Tensor,
+        norm: Tensor | None,
+        dtype: torch.dtype,
+        overwrite: bool,
+    ) -> None:
+        self.hidden: Tensor | None = hidden
+        self.head = head
+        self.norm = norm
+        self.dtype = dtype
+        self.folded = (head if norm is None else head * norm).to(dtype)
+        wide = torch.float64 if head.dtype == torch.float64 else torch.float32
+        self.dfolded = torch.zeros(head.shape, dtype=wide, device=head.device)
+        self.dhidden = hidden if overwrite else torch.empty_like(hidden)
+
+    def run(self, labels: Tensor, ignore_index: int, weight: float) -> Tensor:
+        """The sum of this rank's losses; dhidden and dfolded hold `weight` x their gradients."""
+        assert self.hidden is not None
+        wide = self.dfolded.dtype
+        own = torch.zeros((), dtype=torch.float64, device=self.head.device)
+        for row in range(labels.shape[0]):
+            for start in range(0, labels.shape[1], TILE_TOKENS):
+                tile = slice(start, min(start + TILE_TOKENS, labels.shape[1]))
+                h = self.hidden[row, tile]
+                hn = h if self.norm is None else normalised(h)
+                hn_ = hn.to(self.dtype)
+                logits = (hn_ @ self.folded.t()).to(wide)
+                total, dlogits = tile_loss(logits, labels[row, tile], ignore_index, weight)
+                own += total
+                dlogits_ = dlogits.to(self.dtype)
+                self.dfolded += dlogits_.t() @ hn_
+                dhn = (dlogits_ @ self.folded).to(h.dtype)
+                dh = dhn if self.norm is None else normalised_backward(h, hn, dhn)
+                self.dhidden[row, tile] = dh
+        self.hidden = None
+        return own
+
+    def gradients(self, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Gradients of hidden, head and norm for the gradient `grad` of the loss."""
+        if float(grad) != 1.0:
+            self.dhidden.mul_(grad)
+            self.dfolded.mul_(grad)
+        if self.norm is None:
+            return self.dhidden, self.dfolded.to(self.head.dtype), None
+        dhead = self.dfolded * self.norm
+        return self.dhidden, dhead, (self.dfolded * self.head).sum(0)
+
+
+def count_valid(labels: Tensor, shard: Any, ignore_index: int) -> int:
+    """Labels other than `ignore_index`, over data x sequence ranks."""
+    own = (labels != ignore_index).sum().to(torch.float64)
+    return int(sum_of_ranks(shard)(own))
+
+
+def sum_of_ranks(shard: Any) -> Callable[[Tensor], Tensor]:
+    """What adds a 0-dim tensor over the data x sequence ranks of a shard (None: one rank)."""
+    return lambda own: own
