@@ -66,7 +66,7 @@ docs: $(VENV)/.installed-dev
 	@echo "open site/index.html, or: $(BIN)/mkdocs serve"
 
 bench: $(VENV)/.installed-dev
-	$(BIN)/python -m tests.benchmarks $(BENCH)
+	$(BIN)/python tests/benchmarks/main.py $(BENCH)
 
 # No virtual environment: the Python that already has torch for this card, and a plain copy of the
 # tree. GPU_PYTHON names another one.

@@ -149,21 +149,23 @@ def check(device: str, layout: str, length: int, seeds: int = SEEDS) -> list[dic
 
     A row holds the median error over the seeds of the worst tensor, what is allowed, and `passed`.
     """
-    # One sequence rank each, in a world of any size: every rank computes the whole by itself.
-    alone = xdist.init_mesh(device=device)
-    mesh = xdist.init_mesh(ring=alone.data_size, device=device)
+    # Every rank also computes the whole by itself.
+    world = xdist.init_mesh(device=device).world_size
+    mesh = xdist.init_mesh(ring=world, device=device)
     rows = []
     for case in CASES:
         cuts = [round(cut * length) for cut in case.documents] or None
         parts = getattr(xdist.Layout, layout)(length, mesh.sequence_size)
         shard = xdist.SequenceShard(mesh, parts, cuts)
-        one = xdist.SequenceShard(alone, xdist.Layout.contiguous(length, 1), cuts)
+        parts_of_one = xdist.Layout.contiguous(length, 1)
+        cpu = xdist.SequenceShard(xdist.Mesh.one_rank("cpu"), parts_of_one, cuts)
+        one = xdist.SequenceShard(xdist.Mesh.one_rank(device), parts_of_one, cuts)
         for dtype in (torch.float64, torch.float32):
             errors: dict[str, list[float]] = {}
             own: dict[str, list[float]] = {}
             for seed in range(seeds):
                 drawn = draw(case, length, seed)
-                reference = evaluate(case, drawn, one, "cpu", torch.float64)
+                reference = evaluate(case, drawn, cpu, "cpu", torch.float64)
                 for into, where in ((errors, shard), (own, one)):
                     found = evaluate(case, drawn, where, device, dtype)
                     for name, x in reference.items():

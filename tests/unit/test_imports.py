@@ -31,8 +31,9 @@ ORDER = (
     ("layout", "documents", "mask"),
     ("cost",),
     ("rank",),
-    ("mesh",),
+    # A mesh makes its groups through comm.collectives, the only caller of torch.distributed.
     ("comm",),
+    ("mesh",),
     ("shard",),
     ("memory",),
     ("parallel",),
@@ -44,6 +45,7 @@ ORDER = (
     # The training loop writes planned bytes beside measured ones, so plan stands below it.
     ("plan",),
     ("train",),
+    ("rank_pool",),
     ("testing",),
     ("certify",),
     ("xdist_launchers",),
@@ -52,7 +54,7 @@ LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 # Pure integers build on each other in this order: a mask asks about documents of a layout.
 WITHIN = {("mask", "documents"), ("mask", "layout"), ("documents", "layout")}
 
-C10D = {"xdist/comm/collectives.py", "xdist/mesh.py"}
+C10D = {"xdist/comm/collectives.py"}
 RANK_VARIABLES = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
 OPTIONAL = {
     "deepspeed",

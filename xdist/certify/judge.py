@@ -138,8 +138,9 @@ def judge(comparison: Comparison, planned_bytes: Sequence[int] | None) -> tuple[
     if planned_bytes is not None and list(planned_bytes) != sent:
         findings.append(
             comparison.finding(
-                f"sent bytes by rank are {sent}, the plan says {list(planned_bytes)}",
-                "plan and module disagree about a move: compare moved.by_move with the plan",
+                f"sent bytes by rank are {sent}, the plan says {list(planned_bytes)}; by move, "
+                f"on rank 0: {comparison.ranks[0].sent_by_move}",
+                "plan and module disagree about a move: compare with the plan's moves",
             )
         )
     row = Row(

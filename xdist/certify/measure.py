@@ -15,6 +15,7 @@ from xdist.comm import ledger
 from xdist.errors import ConfigError
 from xdist.layout import Layout
 from xdist.ops import mean
+from xdist.rank import world_size
 from xdist.shard import SequenceShard
 from xdist.train.gradients import reduce_gradients
 
@@ -71,23 +72,16 @@ class Measurement:
     digests: dict[str, str] = field(default_factory=dict)
     weights: str = ""
     sent_bytes: int = 0
-    received_bytes: int = 0
+    sent_by_move: dict[str, int] = field(default_factory=dict)
 
 
 def measure(factory: Callable[[], nn.Module], request: Request) -> dict[str, Measurement]:
     """Measures on this rank, once per dtype; called on every rank of the world."""
-    world = torch_world_size()
+    world = world_size()
     ring, ulysses = request.degrees_of(world)
     mesh = xdist.init_mesh(data=1, ring=ring, ulysses=ulysses)
     shard = SequenceShard(mesh, request.make_layout(world), request.documents)
     return {name: _measure_dtype(factory, request, shard, DTYPES[name]) for name in request.dtypes}
-
-
-def torch_world_size() -> int:
-    """Number of ranks of this world, by the one reader of the launcher's variables."""
-    from xdist.rank import world_size
-
-    return world_size()
 
 
 def _measure_dtype(
@@ -122,7 +116,7 @@ def _measure_dtype(
         digests={name: _digest([grad]) for name, grad in gradients.items()},
         weights=_digest([p.detach() for p in module.parameters()]),
         sent_bytes=moved.sent_bytes,
-        received_bytes=moved.received_bytes,
+        sent_by_move={move: traffic.sent_bytes for move, traffic in moved.by_move.items()},
     )
 
 

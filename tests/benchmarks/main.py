@@ -1,0 +1,52 @@
+"""`make bench`: measures and writes docs/benchmarks/*.json and *.md. Names choose: `BENCH=startup`.
+
+Run on a quiet machine: nothing here is asserted, everything is dated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import overhead
+import record
+import startup
+import training
+
+# name: (module, title, note)
+BENCHMARKS = {
+    "startup": (startup, "Starting up", "Wall time of a fresh process, median of 7, interleaved."),
+    "overhead": (
+        overhead,
+        "One rank of xdist against its kernels",
+        "Forward and backward of the public function with shard=None, beside the same kernels "
+        "called in an autograd Function: medians of 20 interleaved pairs, CPU time. overhead is "
+        "the median over pairs of xdist / kernels - 1.",
+    ),
+    "training": (
+        training,
+        "The main job by length and ranks",
+        "A step is forward, backward, gradient sum, clipping and update on one sequence; median "
+        "without the first. Ranks have one thread each.",
+    ),
+}
+
+
+def main() -> int:
+    """Runs the named benchmarks, or all of them."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHMARKS)}")
+    names = parser.parse_args().names or list(BENCHMARKS)
+    if unknown := [name for name in names if name not in BENCHMARKS]:
+        print(f"no benchmark {unknown}; there are {list(BENCHMARKS)}", file=sys.stderr)
+        return 2
+    for name in names:
+        module, title, note = BENCHMARKS[name]
+        rows = module.run(record.ROOT)
+        path = record.write(name, title, f"make bench BENCH={name}", rows, note=note)
+        print(path.read_text(encoding="utf-8"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

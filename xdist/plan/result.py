@@ -1,0 +1,132 @@
+"""What a plan holds, and how it is printed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes one rank sends and receives in one optimizer step."""
+
+    sent_bytes: int = 0
+    received_bytes: int = 0
+
+    def __add__(self, other: Traffic) -> Traffic:
+        return Traffic(
+            self.sent_bytes + other.sent_bytes, self.received_bytes + other.received_bytes
+        )
+
+    def __mul__(self, times: int) -> Traffic:
+        return Traffic(self.sent_bytes * times, self.received_bytes * times)
+
+
+Moves = dict[str, Traffic]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Predicted peak resident memory of one rank, in bytes, by what holds it."""
+
+    process: int  # interpreter, torch and its thread pools, before any tensor
+    parameters: int
+    gradients: int  # with the buffer of their sum over ranks
+    optimizer: int
+    kept: int  # activations kept from forward to backward
+    transients: int  # the largest working set of one tile, and the gradient of one activation
+
+    @property
+    def peak_bytes(self) -> int:
+        """The sum of all parts."""
+        return sum(getattr(self, part.name) for part in fields(self))
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage of the curriculum. Lists have one entry a rank."""
+
+    length: int
+    batch: int
+    steps: int
+    moves: list[Moves]
+    memory: list[Memory]
+    flops: list[int]
+
+    @property
+    def sent_bytes(self) -> list[int]:
+        """Bytes each rank sends in one optimizer step."""
+        return [sum(t.sent_bytes for t in moves.values()) for moves in self.moves]
+
+    @property
+    def received_bytes(self) -> list[int]:
+        """Bytes each rank receives in one optimizer step."""
+        return [sum(t.received_bytes for t in moves.values()) for moves in self.moves]
+
+    @property
+    def peak_memory_bytes(self) -> list[int]:
+        """Predicted peak resident memory of each rank."""
+        return [memory.peak_bytes for memory in self.memory]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A whole run before it starts."""
+
+    ranks: int
+    parameters: int
+    stages: list[StagePlan]
+
+    def table(self) -> str:
+        """Aligned plain text: one line a stage, then bytes by move and memory by part."""
+        head = ["length", "batch", "steps", "sent per step and rank", "peak memory", "FLOPs"]
+        rows = [
+            [
+                f"{stage.length:,}",
+                f"{stage.batch:,}",
+                f"{stage.steps:,}",
+                f"{_size(max(stage.sent_bytes))}",
+                f"{_size(max(stage.peak_memory_bytes))}",
+                f"{sum(stage.flops):.2e}",
+            ]
+            for stage in self.stages
+        ]
+        last = self.stages[-1]
+        title = f"plan: {self.ranks} rank(s), {self.parameters:,} parameters; largest rank of each"
+        lines = [title, *_aligned([head, *rows])]
+        lines.append(f"one step of {last.length:,} tokens, by move (sent, received; rank by rank):")
+        names = sorted({name for moves in last.moves for name in moves})
+        lines += _aligned(
+            [
+                [f"  {name}", *(_pair(moves.get(name, Traffic())) for moves in last.moves)]
+                for name in names
+            ]
+        ) or ["  nothing crosses ranks"]
+        lines.append("its memory, rank by rank:")
+        lines += _aligned(
+            [
+                [f"  {part.name}", *(_size(getattr(m, part.name)) for m in last.memory)]
+                for part in fields(Memory)
+            ]
+        )
+        return "\n".join(lines)
+
+
+def _pair(traffic: Traffic) -> str:
+    return f"{traffic.sent_bytes:,} / {traffic.received_bytes:,} bytes"
+
+
+def _size(count: int) -> str:
+    for unit, factor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= factor:
+            return f"{count / factor:.2f} {unit}"
+    return f"{count} bytes"
+
+
+def _aligned(rows: list[list[str]]) -> list[str]:
+    if not rows:
+        return []
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
