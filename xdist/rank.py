@@ -1,6 +1,6 @@
-"""The only reader of torchrun's variables: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT.
+"""Which rank this process is: the only reader of the launcher's variables.
 
-Without them the world is one rank. Imports no torch.
+RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT mean what torchrun means by them.
 """
 
 from __future__ import annotations
@@ -11,68 +11,70 @@ from dataclasses import dataclass
 
 from xdist.errors import LaunchError
 
+_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
 
 @dataclass(frozen=True)
-class RankInfo:
-    """Who this process is among the ranks, and where rank 0 listens ("" and 0: nowhere)."""
+class RankVariables:
+    """What the launcher said. One process started by hand is rank 0 of a world of one."""
 
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
+    local_world_size: int = 1
     master_addr: str = ""
     master_port: int = 0
 
 
-def read_rank(environ: Mapping[str, str] | None = None) -> RankInfo:
-    """Read and check the variables (of `os.environ` by default); raises LaunchError."""
-    env = os.environ if environ is None else environ
+def read_rank(environ: Mapping[str, str] | None = None) -> RankVariables:
+    """The launcher's variables from `environ` (None: the process's own), checked.
+
+    Raises:
+        LaunchError: a variable is no integer, is out of range, or is missing beside the others.
+    """
     seen = {
-        name: env.get(name, "")
-        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+        name: value
+        for name in _NAMES
+        if (value := (os.environ if environ is None else environ).get(name))
     }
-    table = ", ".join(f"{name}={value or '(unset)'}" for name, value in seen.items())
-    if not seen["RANK"] and not seen["WORLD_SIZE"]:
-        return RankInfo()
-    remedy = "start ranks with `xdist launch` or torchrun, or unset RANK and WORLD_SIZE for one"
-    numbers = {}
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"):
-        # One rank needs no rendezvous, and LOCAL_RANK only picks a device.
-        needed = name in ("RANK", "WORLD_SIZE") or (name == "MASTER_PORT" and _many_ranks(env))
-        if seen[name].isascii() and seen[name].isdigit():
-            numbers[name] = int(seen[name])
-        elif seen[name] or needed:
-            raise LaunchError(f"{name} is not a whole number", table, remedy)
-    if numbers["RANK"] >= numbers["WORLD_SIZE"]:
-        raise LaunchError(
-            f"RANK={numbers['RANK']} is not below WORLD_SIZE={numbers['WORLD_SIZE']}", table, remedy
+    if "RANK" not in seen and "WORLD_SIZE" not in seen:
+        return RankVariables()
+    if "RANK" not in seen or "WORLD_SIZE" not in seen:
+        raise _contradiction("RANK and WORLD_SIZE are needed together", seen)
+    rank, world = _integer("RANK", seen), _integer("WORLD_SIZE", seen)
+    if world < 1 or not 0 <= rank < world:
+        raise _contradiction(f"RANK={rank} is not one of WORLD_SIZE={world} ranks", seen)
+    local_rank = _integer("LOCAL_RANK", seen) if "LOCAL_RANK" in seen else 0
+    local_world = _integer("LOCAL_WORLD_SIZE", seen) if "LOCAL_WORLD_SIZE" in seen else world
+    if not 0 <= local_rank < local_world or local_world > world:
+        raise _contradiction(
+            f"LOCAL_RANK={local_rank} and LOCAL_WORLD_SIZE={local_world} do not fit "
+            f"WORLD_SIZE={world}",
+            seen,
         )
-    if numbers["WORLD_SIZE"] > 1 and not seen["MASTER_ADDR"]:
-        raise LaunchError("MASTER_ADDR is not set", table, remedy)
-    return RankInfo(
-        rank=numbers["RANK"],
-        world_size=numbers["WORLD_SIZE"],
-        local_rank=numbers.get("LOCAL_RANK", 0),
-        master_addr=seen["MASTER_ADDR"],
-        master_port=numbers.get("MASTER_PORT", 0),
+    if world == 1:
+        return RankVariables(rank, world, local_rank, local_world)
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in seen]
+    if missing:
+        raise _contradiction(f"{world} ranks cannot meet without {' and '.join(missing)}", seen)
+    port = _integer("MASTER_PORT", seen)
+    if not 0 < port < 65536:
+        raise _contradiction(f"MASTER_PORT={port} is not a port (1 to 65535)", seen)
+    return RankVariables(rank, world, local_rank, local_world, seen["MASTER_ADDR"], port)
+
+
+def _integer(name: str, seen: Mapping[str, str]) -> int:
+    try:
+        return int(seen[name])
+    except ValueError:
+        raise _contradiction(f"{name}={seen[name]!r} is not an integer", seen) from None
+
+
+def _contradiction(what: str, seen: Mapping[str, str]) -> LaunchError:
+    table = ", ".join(f"{name}={value}" for name, value in seen.items())
+    return LaunchError(
+        what,
+        f"variables seen: {table}",
+        "start the ranks with one launcher (`xdist launch local CONFIG --ranks N`, torchrun), "
+        "or unset these variables for a single process",
     )
-
-
-def _many_ranks(env: Mapping[str, str]) -> bool:
-    """Whether WORLD_SIZE says that there is more than one rank."""
-    size = env.get("WORLD_SIZE", "")
-    return size.isascii() and size.isdigit() and int(size) > 1
-
-
-def rank() -> int:
-    """This process's rank in the world."""
-    return read_rank().rank
-
-
-def world_size() -> int:
-    """Number of ranks in the world."""
-    return read_rank().world_size
-
-
-def local_rank() -> int:
-    """This process's rank on its host."""
-    return read_rank().local_rank

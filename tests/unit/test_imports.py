@@ -45,7 +45,6 @@ ORDER = (
     # The training loop writes planned bytes beside measured ones, so plan stands below it.
     ("plan",),
     ("train",),
-    ("rank_pool",),
     ("testing",),
     ("certify",),
     ("xdist_launchers",),

@@ -1,0 +1,40 @@
+"""Fixtures for all tests: real ranks that stay alive for the session, and poisoned memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from xdist.testing import RankPool, poisoned_empty
+
+
+def _pool(world_size: int) -> Iterator[RankPool]:
+    # The processes start with the first call, so an unused pool costs nothing.
+    with RankPool(world_size) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="session")
+def pool2() -> Iterator[RankPool]:
+    """Two ranks. Send many cases in one call; functions must be module-level."""
+    yield from _pool(2)
+
+
+@pytest.fixture(scope="session")
+def pool3() -> Iterator[RankPool]:
+    """Three ranks."""
+    yield from _pool(3)
+
+
+@pytest.fixture(scope="session")
+def pool4() -> Iterator[RankPool]:
+    """Four ranks."""
+    yield from _pool(4)
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """`torch.empty` comes filled with NaN, so that a hole in an output fails the test."""
+    with poisoned_empty():
+        yield

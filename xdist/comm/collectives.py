@@ -1,0 +1,281 @@
+"""The only file that calls torch.distributed: process groups, and the one primitive of all moves.
+
+Every move is pairs of sends and receives of tensors whose shapes all ranks know, so nothing is
+padded, and the operations used (isend, irecv) have kept their names from torch 2.11 to 2.15.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+
+from xdist.comm import faults
+from xdist.comm.ledger import CONTROL, record
+from xdist.comm.pending import Pending
+from xdist.errors import LaunchError, ShapeError
+
+Shape = tuple[int, ...]
+
+def size_of(group: ProcessGroup | None) -> int:
+    """How many ranks share `group`; None is one rank."""
+    return 1 if group is None else dist.get_world_size(group)
+
+
+def rank_of(group: ProcessGroup | None) -> int:
+    """This process's rank in `group`; None is one rank."""
+    return 0 if group is None else dist.get_rank(group)
+
+
+@dataclass(frozen=True)
+class _Buffers:
+    """What the transfers read and write; gloo has no CUDA send, so it gets host copies."""
+
+    sends: dict[int, Tensor]
+    receives: dict[int, Tensor]
+    device: torch.device | None
+
+
+def start_pairs(
+    sends: Mapping[int, Tensor],
+    receives: Mapping[int, tuple[Shape, torch.dtype]],
+    group: ProcessGroup | None,
+    *,
+    move: str,
+    device: torch.device | None = None,
+) -> Pending[dict[int, Tensor]]:
+    """Send one tensor to each rank of `sends`, receive one of known shape from each of `receives`.
+
+    Ranks are those of `group`. A tensor for this rank itself is handed over without a copy, and
+    empty tensors do not travel. Received tensors are contiguous and on `device` (None: the device
+    of the tensors sent, else the CPU).
+
+    Raises:
+        PeerLost: on `wait()` or here, when a rank of the group died or hung.
+    """
+    me = rank_of(group)
+    if device is None:
+        device = next((tensor.device for tensor in sends.values()), torch.device("cpu"))
+    kept = {me: sends[me]} if me in sends and me in receives else {}
+    if group is None:
+        return Pending.done(kept)
+    sent = {r: t.detach().contiguous() for r, t in sends.items() if r != me and t.numel()}
+    arriving = {r: spec for r, spec in receives.items() if r != me}
+    staged = device.type == "cuda" and _backend(group) == "gloo"
+    where = torch.device("cpu") if staged else device
+    buffers = _Buffers(
+        {r: t.to(where) for r, t in sent.items()},
+        {r: torch.empty(shape, dtype=dtype, device=where) for r, (shape, dtype) in arriving.items()},
+        device if staged else None,
+    )
+    with _naming_lost_peers(move, group):
+        works = _post(buffers, group)
+    record(
+        move,
+        sum(t.nbytes for t in buffers.sends.values()),
+        sum(t.nbytes for t in buffers.receives.values()),
+    )
+
+    def finish() -> dict[int, Tensor]:
+        with _naming_lost_peers(move, group):
+            for work in works:
+                work.wait()
+        got = buffers.receives
+        if buffers.device is not None:
+            got = {r: t.to(buffers.device) for r, t in got.items()}
+        return {**got, **kept}
+
+    return Pending(finish)
+
+
+def _post(buffers: _Buffers, group: ProcessGroup) -> list[dist.Work]:
+    # Nearest rank first, so that no rank is everybody's first target. Receives go first: gloo
+    # then writes arriving bytes straight into their buffer.
+    size, me = size_of(group), rank_of(group)
+    order = [(me + step) % size for step in range(1, size)]
+    transfers = [
+        dist.P2POp(dist.irecv, buffers.receives[r], group=group, group_peer=r)
+        for r in reversed(order)
+        if r in buffers.receives and buffers.receives[r].numel()
+    ]
+    transfers += [
+        dist.P2POp(dist.isend, buffers.sends[r], group=group, group_peer=r)
+        for r in order
+        if r in buffers.sends
+    ]
+    return list(dist.batch_isend_irecv(transfers)) if transfers else []
+
+
+@contextmanager
+def _naming_lost_peers(move: str, group: ProcessGroup) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if not faults.is_broken_connection(error):
+            raise
+        store = dist.distributed_c10d._get_default_store()
+        scene = faults.Scene(
+            store,
+            dist.get_rank(),
+            dist.get_world_size(),
+            dist.get_process_group_ranks(group),
+            _store_host(store),
+        )
+        raise faults.peer_lost(error, move, scene) from error
+
+
+def _store_host(store: dist.Store) -> str:
+    while isinstance(store, dist.PrefixStore):
+        store = store.underlying_store
+    return store.host if isinstance(store, dist.TCPStore) else ""
+
+
+def exchange_integers(
+    values: Sequence[int], group: ProcessGroup | None, *, device: torch.device | None = None
+) -> list[tuple[int, ...]]:
+    """Every rank's `values` (int64, the same number on all ranks), by rank. Control bytes."""
+    mine = torch.tensor(list(values), dtype=torch.int64)
+    if group is None:
+        return [tuple(values)]
+    if _backend(group) != "gloo":
+        mine = mine.to(device or torch.device("cuda", torch.cuda.current_device()))
+    others = [r for r in range(size_of(group)) if r != rank_of(group)]
+    spec = ((len(values),), torch.int64)
+    got = start_pairs(
+        dict.fromkeys(others, mine), dict.fromkeys(others, spec), group, move=CONTROL
+    ).wait()
+    got[rank_of(group)] = mine
+    return [tuple(got[r].tolist()) for r in range(size_of(group))]
+
+
+def barrier(group: ProcessGroup | None) -> None:
+    """Wait until every rank of `group` is here. Control bytes."""
+    exchange_integers([0], group)
+
+
+def check_member(group: ProcessGroup | None) -> None:
+    """Refuse a group this process does not belong to.
+
+    Raises:
+        ShapeError: torch's marker for a group of other ranks was given.
+    """
+    if group is not None and (not isinstance(group, ProcessGroup) or rank_of(group) < 0):
+        raise ShapeError(
+            "this process does not belong to the process group given",
+            f"group {group!r}",
+            "pass a group of mesh (mesh.sequence_group, ...), or None for one rank",
+        )
+
+
+def _backend(group: ProcessGroup) -> str:
+    return str(dist.get_backend(group))
+
+
+# --- process groups: used by mesh.py -----------------------------------------------------------
+
+
+def is_initialised() -> bool:
+    """Whether this process has a default process group."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def world() -> ProcessGroup | None:
+    """The default process group; None where there is none or it holds one rank."""
+    if not is_initialised() or dist.get_world_size() == 1:
+        return None
+    return dist.group.WORLD
+
+
+def initialise(
+    backend: str, rank: int, world_size: int, *, timeout_s: float, device: torch.device
+) -> None:
+    """Make the default process group from torchrun's variables.
+
+    Raises:
+        LaunchError: the ranks did not meet within `timeout_s` seconds, or the address is bad.
+    """
+    try:
+        dist.init_process_group(
+            backend,
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=timeout_s),
+            device_id=device if backend == "nccl" else None,
+        )
+    except (RuntimeError, ValueError, TimeoutError) as error:
+        raise LaunchError(
+            f"rank {rank} of {world_size} could not meet the other ranks",
+            f"backend {backend}, waited at most {timeout_s:.0f} s: {str(error).splitlines()[0]}",
+            "check that every rank was started and that MASTER_ADDR and MASTER_PORT are reachable",
+        ) from error
+    sign_in()
+
+
+def sign_in() -> None:
+    """Say in the store where this rank runs, for the message of a lost peer."""
+    faults.sign_in(dist.distributed_c10d._get_default_store(), dist.get_rank())
+
+
+def close() -> None:
+    """Leave the default process group, if there is one. Other ranks are not waited for."""
+    if not is_initialised():
+        return
+    try:
+        faults.sign_out(dist.distributed_c10d._get_default_store(), dist.get_rank())
+    except RuntimeError:
+        # The store went with rank 0; nobody is left to read the note.
+        pass
+    dist.destroy_process_group()
+
+
+def world_rank_and_size() -> tuple[int, int]:
+    """Rank and size of the default process group; (0, 1) without one."""
+    return (dist.get_rank(), dist.get_world_size()) if is_initialised() else (0, 1)
+
+
+def group_of(ranks: Sequence[int], name: str) -> ProcessGroup:
+    """The group of world ranks `ranks` (this one among them), made once for each `name`.
+
+    Torch's own registry of groups is asked first, so that a second mesh makes no new groups.
+    """
+    description = f"xdist/{name}/{','.join(map(str, ranks))}"
+    for group in dist.distributed_c10d._world.pg_map:
+        if group.group_desc == description:
+            return group
+    # Only members call: the groups of one axis are disjoint, and every rank makes its own in the
+    # same order.
+    return dist.new_group(
+        list(ranks), use_local_synchronization=True, group_desc=description, backend=None
+    )
+
+
+class Rendezvous:
+    """A store on this machine's loopback, on a free port, where local ranks can meet."""
+
+    def __init__(self) -> None:
+        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self.port: int = self._store.port
+
+
+def boxed_size_and_rank(value: object) -> tuple[int, int] | None:
+    """Size and rank of a process group as c10d's dispatcher carries it; None for anything else."""
+    if isinstance(value, torch.ScriptObject) and str(value._type()).endswith("c10d.ProcessGroup"):
+        group = ProcessGroup.unbox(value)
+        return group.size(), group.rank()
+    return None
+
+
+def device_mesh_from(
+    groups: Sequence[ProcessGroup], device_type: str, ranks: Tensor, names: Sequence[str]
+) -> DeviceMesh:
+    """A torch DeviceMesh over existing groups, one a dim of `ranks`; makes no new group."""
+    return DeviceMesh.from_group(
+        list(groups), device_type, mesh=ranks, mesh_dim_names=tuple(names)
+    )
