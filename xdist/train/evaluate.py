@@ -1,0 +1,90 @@
+"""Held-out loss under the same sharding and the same reduction as training."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import nn
+
+from xdist.comm.reduce import start_reduce
+from xdist.config import Config
+from xdist.data import Request, TextStore, evaluation_windows
+from xdist.data.loader import read_batch
+from xdist.mesh import Mesh
+from xdist.train.agree import together
+from xdist.train.feed import Shards, layout_of, place_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """The mean over all valid held-out tokens."""
+
+    loss: float  # nats per token
+    tokens: int  # tokens with a label that counts
+    length: int  # tokens of one evaluated sequence
+    read_tokens: int  # the first tokens of the split that were evaluated
+
+    @property
+    def bits_per_token(self) -> float:
+        """Bits per byte when tokens are bytes."""
+        return self.loss / math.log(2)
+
+    def line(self) -> dict[str, Any]:
+        """The `eval` object of metrics.jsonl."""
+        return {**dataclasses.asdict(self), "bits_per_token": self.bits_per_token}
+
+
+def evaluate(
+    config: Config, mesh: Mesh, module: nn.Module, store: TextStore, shards: Shards
+) -> Evaluation:
+    """Evaluate the first `evaluate.tokens` of the held-out split in sequences of
+    `evaluate.length`; the last one may be shorter. Sequences go to data ranks in turn.
+
+    Raises DataError, the same on all ranks, when a chunk cannot be read on any.
+    """
+    split = together(mesh, lambda: store.split(config.data.held_out))
+    total, tokens = 0.0, 0
+    was_training = module.training
+    module.eval()
+    with torch.no_grad():
+        for request, filled in _requests(config, mesh, split.length):
+            batch = together(
+                mesh,
+                lambda request=request: read_batch(  # type: ignore[misc]
+                    split, request, place_of(mesh), documents=config.data.documents
+                ),
+            )
+            # A data rank without a window of its own takes part in every move, with no label.
+            if mesh.data_rank >= filled:
+                batch = batch.without([0])
+            count = torch.tensor([int((batch.labels >= 0).sum())], dtype=torch.float64)
+            valid = int(start_reduce(count, mesh.parameter_group).wait())
+            device = next(module.parameters()).device
+            loss = module.loss(
+                batch.tokens.to(device),
+                batch.labels.to(device),
+                shards.of(batch),
+                valid_tokens=valid,
+            )
+            total += float(loss) * valid
+            tokens += valid
+    module.train(was_training)
+    read = min(split.length, config.evaluate.tokens)
+    return Evaluation(total / max(tokens, 1), tokens, config.evaluate.length, read)
+
+
+def _requests(config: Config, mesh: Mesh, available: int) -> Iterator[tuple[Request, int]]:
+    """Requests of one row per data rank, and how many of the rows are windows of their own."""
+    windows = evaluation_windows(available, config.evaluate.length, config.evaluate.tokens)
+    for length, group in groupby(windows, key=lambda window: window[1] - window[0]):
+        starts = [start for start, _ in group]
+        layout = layout_of(config, length, mesh)
+        for at in range(0, len(starts), mesh.data_size):
+            row = starts[at : at + mesh.data_size]
+            padded = row + [row[0]] * (mesh.data_size - len(row))
+            yield Request(at, tuple(padded), layout), len(row)

@@ -1,0 +1,144 @@
+"""The batches of a run in order: which samples each step uses, read ahead across stages."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from xdist.config import Config, Stage
+from xdist.data import Batch, Loader, Request, TextStore
+from xdist.data.loader import Place
+from xdist.errors import DataError
+from xdist.layout import Layout
+from xdist.mesh import Mesh
+from xdist.shard import SequenceShard
+from xdist.train.resume import Position, samples_before, stage_of
+
+
+@dataclasses.dataclass
+class StepBatch:
+    """This rank's part of one optimizer step: one batch per micro-step."""
+
+    micro: list[Batch]
+    first_sample: int  # cursor of the step's first sample
+    samples: int  # samples of the step, over all ranks
+    error: DataError | None = None  # why this rank could not read its slices
+
+    @property
+    def valid_tokens(self) -> int:
+        """Tokens of this rank with a label that counts."""
+        return sum(int((batch.labels >= 0).sum()) for batch in self.micro)
+
+    @property
+    def bad_rows(self) -> int:
+        """Rows whose slice this rank could not read, over the micro-steps."""
+        return sum(len(batch.bad) for batch in self.micro)
+
+    def flags(self) -> Tensor:
+        """float64 [samples]: 1 where this rank could not read its slice of a sample."""
+        flags = torch.zeros(self.samples, dtype=torch.float64)
+        for batch in self.micro:
+            for row, _ in batch.bad:
+                flags[batch.request.cursor - self.first_sample + batch.rows[row]] = 1.0
+        return flags
+
+    def without(self, flags: Tensor) -> StepBatch:
+        """The same step without the labels of flagged samples (any rank's flags, summed)."""
+        micro = []
+        for batch in self.micro:
+            first = batch.request.cursor - self.first_sample
+            rows = [i for i, row in enumerate(batch.rows) if flags[first + row] > 0]
+            micro.append(batch.without(rows))
+        return dataclasses.replace(self, micro=micro)
+
+
+class Feed:
+    """Reads ahead from `position` to the end of the curriculum. Close it to end its thread."""
+
+    def __init__(self, config: Config, mesh: Mesh, store: TextStore, position: Position) -> None:
+        self._config = config
+        self._split = store.split("train")
+        self._step = position.step
+        self._loader = Loader(
+            self._split,
+            self._requests(mesh, position.step),
+            place_of(mesh),
+            documents=config.data.documents,
+            on_bad=config.data.on_bad,
+            prefetch=config.data.prefetch,
+        )
+
+    def next_step(self) -> StepBatch:
+        """The batches of the next optimizer step. A slice that cannot be read is no exception
+        here but `error`, because the other ranks have to hear of it first."""
+        stage = self._config.train.curriculum[stage_of(self._config, self._step)]
+        first = samples_before(self._config, self._step)
+        step = StepBatch([], first, stage.batch * self._config.train.accumulation)
+        self._step += 1
+        try:
+            step.micro = [next(self._loader) for _ in range(self._config.train.accumulation)]
+        except DataError as error:
+            step.error = error
+        return step
+
+    def close(self) -> None:
+        """End the reading thread."""
+        self._loader.close()
+
+    def _requests(self, mesh: Mesh, start_step: int) -> Iterator[Request]:
+        config, first_step = self._config, 0
+        for stage in config.train.curriculum:
+            # Epochs are counted from the stage's own first sample.
+            first = samples_before(config, first_step)
+            layout = layout_of(config, stage.length, mesh)
+            for step in range(max(first_step, start_step), first_step + stage.steps):
+                for micro in range(config.train.accumulation):
+                    yield Request.draw(
+                        config.run.seed,
+                        samples_before(config, step) + micro * stage.batch,
+                        stage.batch,
+                        layout,
+                        self._split.length,
+                        first=first,
+                    )
+            first_step += stage.steps
+
+
+class Shards:
+    """The shard of a batch; without documents, one shard per length for the whole run.
+
+    Making a shard compares a fingerprint over its sequence group, so every rank of the group has
+    to ask for the same shards in the same order.
+    """
+
+    def __init__(self, mesh: Mesh) -> None:
+        self._mesh = mesh
+        self._known: dict[Layout, SequenceShard] = {}
+
+    def of(self, batch: Batch) -> SequenceShard:
+        """The shard for `batch`'s layout and documents."""
+        layout = batch.request.layout
+        if batch.cu_seqlens is not None:
+            return SequenceShard(self._mesh, layout, documents=list(batch.cu_seqlens))
+        if layout not in self._known:
+            self._known[layout] = SequenceShard(self._mesh, layout)
+        return self._known[layout]
+
+
+def layout_of(config: Config, length: int, mesh: Mesh) -> Layout:
+    """Which positions each sequence rank holds of a sequence of `length` tokens."""
+    make = Layout.zigzag if config.parallel.layout == "zigzag" else Layout.contiguous
+    return make(length, mesh.sequence_size)
+
+
+def place_of(mesh: Mesh) -> Place:
+    """Which rows and which segments this rank reads."""
+    return Place(mesh.data_rank, mesh.data_size, mesh.sequence_rank)
+
+
+def tokens_of(config: Config, stage: Stage) -> int:
+    """Tokens of one optimizer step of a stage, over all ranks."""
+    return stage.length * stage.batch * config.train.accumulation

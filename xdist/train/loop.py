@@ -1,0 +1,330 @@
+"""The training loop: one function per phase of a run, one method per phase of a step.
+
+What all ranks must know together travels in one small reduce before the backward pass: valid
+tokens of the whole global batch, samples that could not be read, and whether somebody asked to
+stop. Losses and gradients that are not finite need no exchange of their own: both are global sums.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from xdist.checkpoint import Saver
+from xdist.checkpoint.points import OnPoint, ignore
+from xdist.comm.ledger import ledger
+from xdist.comm.reduce import start_reduce
+from xdist.config import Config
+from xdist.data import TextStore
+from xdist.data.loader import BadSamples
+from xdist.errors import DataError, NumericsError
+from xdist.mesh import Mesh, init_mesh
+from xdist.train import setup
+from xdist.train.agree import share_json_rows, together
+from xdist.train.engine import Engine, PlainEngine
+from xdist.train.evaluate import Evaluation, evaluate
+from xdist.train.failures import dump_diagnosis, record_failure
+from xdist.train.feed import Feed, Shards, StepBatch, tokens_of
+from xdist.train.metrics import PeakMemory, StepMetrics, gather_numbers
+from xdist.train.progress import Progress, open_progress
+from xdist.train.record import Record
+from xdist.train.resume import resume, save_state, stage_of
+from xdist.train.schedule import learning_rate
+from xdist.train.stop import Stop
+from xdist.train.summary import finish_run
+from xdist.train.tensorboard import Board, open_board
+
+PREEMPTED = 75
+
+BuildModel = Callable[[Config], nn.Module]
+
+
+def run(config: Config, *, build: BuildModel | None = None, on_point: OnPoint = ignore) -> int:
+    """Train as this rank of the run that `config` describes; the exit code is returned.
+
+    Each rank of a run calls it, with torchrun's variables in its environment (none: one rank).
+    `build` makes the model, the same on every rank; by default the one that config.model names.
+    It must have `loss(tokens, labels, shard, *, valid_tokens) -> scalar` with the meaning of
+    `xdist.cross_entropy`: the global mean, whose backward is that of this rank's own terms.
+    `on_point` is told of the named points of each step and save, for tests that cut a run there.
+
+    Returns 0 when the curriculum is done, 75 when a signal stopped it after saving. Raises an
+    XdistError, whose `exit_code` the process should end with, after status.json was written.
+    """
+    torch.set_num_threads(config.run.threads)
+    record = Record(config.run_directory, setup.rank_of_process())
+    loop: Loop | None = None
+    try:
+        mesh = init_mesh(
+            data=config.parallel.data,
+            ring=config.parallel.ring,
+            ulysses=config.parallel.ulysses,
+            timeout_s=config.train.step_timeout_s,
+        )
+        with Stop() as stop:
+            # The plan knows the models of xdist; there is none for a model of the caller's.
+            plan = setup.planned if build is None else setup.no_plan
+            parts = Parts(build or setup.build_model, plan, on_point, stop)
+            loop = Loop(config, mesh, record, parts)
+            return loop.run()
+    except BaseException as error:
+        record_failure(error, record, loop.position.step if loop else 0)
+        raise
+    finally:
+        if loop is not None:
+            loop.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What a run is made with besides its config."""
+
+    build: BuildModel
+    plan: Callable[[Config, int], setup.Plan]
+    on_point: OnPoint
+    stop: Stop
+
+
+class Loop:
+    """One run on one rank."""
+
+    def __init__(self, config: Config, mesh: Mesh, record: Record, parts: Parts) -> None:
+        self.config, self.mesh, self.record = config, mesh, record
+        self._stop, self._on_point = parts.stop, parts.on_point
+        self.store = together(mesh, lambda: TextStore(config.data.store))
+        torch.manual_seed(config.run.seed)
+        module = parts.build(config).to(mesh.device)
+        self.engine: Engine = PlainEngine(module, config.optimizer, mesh)
+        self.position, notes = resume(record, config, mesh, self.engine, self.store.identity)
+        self.shards = Shards(mesh)
+        self.bad = BadSamples(config.data.max_bad)
+        self.bad.count = self.position.bad_samples
+        self.memory = PeakMemory(mesh.device)
+        self.plan = parts.plan(config, mesh.world_size)
+        record.describe(*setup.describe(config, mesh, module, self.plan))
+        dropped = record.open_metrics(self.position.step)
+        if dropped:
+            notes.append(
+                f"dropped {dropped} lines of metrics.jsonl after step {self.position.step}"
+            )
+        if not self.memory.exact:
+            notes.append("peak memory is that since the start: /proc/self/clear_refs is refused")
+        self.board: Board | None = None
+        if config.log.tensorboard:
+            self.board = open_board(record.directory / "tensorboard", record.rank)
+        self.feed = together(mesh, lambda: Feed(config, mesh, self.store, self.position))
+        self.progress: Progress = open_progress(config, record.rank, self.position.step)
+        for note in notes:
+            self.progress.say(note)
+        self.saver = Saver(record.checkpoints, keep=config.checkpoint.keep, on_point=self._on_point)
+        self._losses: list[float] = []
+
+    def run(self) -> int:
+        """All steps that are left, then the final save, evaluation and report."""
+        self.record.status("running", self.position.step)
+        total, every = self.config.train.total_steps, self.config.checkpoint.every_steps
+        saved = self.position.step
+        while self.position.step < total:
+            stopping = self.step()
+            done = self.position.step
+            self.record_step_done()
+            if stopping or done == total or (every and done % every == 0):
+                self.save()
+                saved = done
+            if stopping:
+                self.record.status("preempted", done, exit_code=PREEMPTED, reason=self._stop.reason)
+                self.progress.say(f"stopped after step {done}: {self._stop.reason}")
+                return PREEMPTED
+            evaluations = self.config.evaluate.every_steps
+            if evaluations and done % evaluations == 0 and done < total:
+                self.evaluate()
+        if not self.record.last_checkpoint or saved != total:
+            self.save()
+        final = self.evaluate()
+        finish_run(self.record, self.progress, self.store, self.config.data.held_out, final)
+        self.record.status("finished", total, exit_code=0)
+        self._on_point("train.finished")
+        return 0
+
+    def step(self) -> bool:
+        """One optimizer step; whether the run was asked to stop after it."""
+        began = time.perf_counter()
+        self.memory.start()
+        self._on_point("train.step")
+        number = self.position.step
+        index = stage_of(self.config, number)
+        stage = self.config.train.curriculum[index]
+        rate = learning_rate(self.config.optimizer, number, self.config.train.total_steps)
+        batch = self.feed.next_step()
+        with ledger() as counted:
+            sums = self._count(batch)
+        batch, valid, stopping = self._agree_on(batch, sums)
+        with ledger() as moved:
+            loss = self._backward(batch, valid)
+            self._on_point("train.backward")
+            norm = self.engine.finish()
+        self._on_point("train.reduced")
+        skipped = self._update(batch, loss, norm, rate)
+        self._on_point("train.updated")
+        self.position.step += 1
+        self.position.sample_cursor += batch.samples
+        elapsed = time.perf_counter() - began
+        peaks, sent = gather_numbers(
+            [self.memory.peak_bytes(), counted.sent_bytes + moved.sent_bytes], self.mesh
+        )
+        metrics = StepMetrics(
+            step=number + 1,
+            stage=index,
+            sequence_length=stage.length,
+            loss=loss,
+            tokens_per_s=tokens_of(self.config, stage) / elapsed,
+            step_s=elapsed,
+            learning_rate=rate,
+            grad_norm=norm,
+            sample_cursor=self.position.sample_cursor,
+            peak_memory_bytes=peaks,
+            sent_bytes=sent,
+            planned_bytes=self.plan.sent_bytes[index],
+            skipped=skipped,
+        )
+        self.record.metrics(metrics.line())
+        self._on_point("train.recorded")
+        if self.board is not None:
+            self.board.step(metrics)
+        self.progress.step(metrics)
+        return stopping
+
+    def record_step_done(self) -> None:
+        """Say in status.json how far the run is."""
+        if self.record.rank == 0:
+            self.record.status("running", self.position.step)
+        self._on_point("train.status")
+
+    def _count(self, batch: StepBatch) -> Tensor:
+        """Over all ranks: valid tokens, rows that could not be read, ranks that cannot go on,
+        ranks that were asked to stop; float64 [4], one reduce."""
+        mine = [batch.valid_tokens, batch.bad_rows, int(batch.error is not None), self._stop.asked]
+        return self._sum(torch.tensor(mine, dtype=torch.float64))
+
+    def _agree_on(self, batch: StepBatch, sums: Tensor) -> tuple[StepBatch, int, bool]:
+        """The batch without samples that any rank could not read, its valid tokens over all
+        ranks, and whether any rank was asked to stop."""
+        valid, bad, failed, stop = sums.tolist()
+        if failed:
+            together(self.mesh, lambda: _raise(batch.error))
+        if bad:
+            flags = self._sum(batch.flags())
+            self._count_bad(batch, flags)
+            batch = batch.without(flags)
+            count = torch.tensor([batch.valid_tokens], dtype=torch.float64)
+            valid = float(self._sum(count))
+        if stop and not self._stop.asked:
+            self._stop.reason = "another rank was asked to stop"
+        return batch, int(valid), bool(stop)
+
+    def _count_bad(self, batch: StepBatch, flags: Tensor) -> None:
+        """Count dropped samples the same on all ranks; past the cap every rank raises."""
+        whys = [why for micro in batch.micro for _, why in micro.bad]
+        told = [why for rank in share_json_rows(whys, self.mesh) for why in rank]
+        count = int((flags > 0).sum())
+        self.progress.say(f"dropped {count} samples: {'; '.join(told)}")
+        together(self.mesh, lambda: self.bad.add(count, told[-1]))
+        self.position.bad_samples = self.bad.count
+
+    def _backward(self, batch: StepBatch, valid: int) -> float:
+        """Forward and backward of every micro-step; the loss over the whole global batch.
+
+        Each micro-step's loss is its sum over the valid tokens of all of them: they add up.
+        """
+        total = 0.0
+        device = self.mesh.device
+        for micro in batch.micro:
+            loss = self.engine.module.loss(  # type: ignore[operator]
+                micro.tokens.to(device),
+                micro.labels.to(device),
+                self.shards.of(micro),
+                valid_tokens=valid,
+            )
+            self.engine.backward(loss)
+            total += float(loss.detach())
+        return total
+
+    def _update(self, batch: StepBatch, loss: float, norm: float, rate: float) -> str:
+        """Change the parameters, or leave them when a number is not finite and say why."""
+        self._losses = [*self._losses[-19:], loss]
+        if math.isfinite(loss) and math.isfinite(norm):
+            self.engine.update(rate)
+            self.position.skipped_in_row = 0
+            return ""
+        self.engine.drop()
+        self.position.skipped_in_row += 1
+        parts = share_json_rows(self.engine.bad_parameter(), self.mesh)
+        bad = [f"rank {rank}: {name}" for rank, name in enumerate(parts) if name]
+        last = batch.first_sample + batch.samples - 1
+        why = (
+            f"loss {loss}, gradient norm {norm}; samples {batch.first_sample} to {last}; "
+            f"first gradient that is not finite: {', '.join(bad) or 'none before the sum'}"
+        )
+        if self.position.skipped_in_row > self.config.train.max_skipped:
+            self._give_up(why)
+        return why
+
+    def _give_up(self, why: str) -> None:
+        count, step = self.position.skipped_in_row, self.position.step + 1
+        facts = {"step": step, "why": why, "losses": [str(loss) for loss in self._losses]}
+        path = dump_diagnosis(self.record, self.engine, facts)
+        error = NumericsError(
+            f"{count} steps in a row were not finite; the last is step {step}",
+            f"{why}; train.max_skipped is {self.config.train.max_skipped}",
+            f"see {path}; resume from {self.record.last_checkpoint or 'the start'} with a lower "
+            "optimizer.learning_rate or a longer warm-up",
+        )
+        error.agreed = True  # type: ignore[attr-defined]
+        raise error
+
+    def save(self) -> None:
+        """Write a checkpoint; every rank returns when it is safe on disk, or has failed to be."""
+        outcome = save_state(
+            self.saver, self.config, self.mesh, self.engine, self.position, self.store.identity
+        )
+        if outcome.ok:
+            self.record.last_checkpoint = str(outcome.path)
+        else:
+            self.progress.say(outcome.text)
+        self.record_step_done()
+
+    def evaluate(self) -> Evaluation:
+        """Evaluate now and write a line with `eval`."""
+        began = time.perf_counter()
+        result = evaluate(self.config, self.mesh, self.engine.module, self.store, self.shards)
+        elapsed = time.perf_counter() - began
+        step = self.position.step
+        self.record.metrics({"step": step, "eval": {**result.line(), "seconds": elapsed}})
+        if self.board is not None:
+            self.board.evaluation(step, result)
+        self.progress.say(
+            f"held out after step {step}: loss {result.loss:.4f}, "
+            f"{result.bits_per_token:.3f} bits, {result.tokens:,} tokens in {elapsed:.1f} s"
+        )
+        return result
+
+    def close(self) -> None:
+        """End the reading thread, the display and the files."""
+        self.feed.close()
+        self.progress.close()
+        self.record.close()
+        if self.board is not None:
+            self.board.close()
+
+    def _sum(self, values: Tensor) -> Tensor:
+        return start_reduce(values.to(self.mesh.device), self.mesh.parameter_group).wait().cpu()
+
+
+def _raise(error: DataError | None) -> None:
+    if error is not None:
+        raise error
