@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 import xdist
-from xdist import rank
 from xdist.config import Config, to_toml
 from xdist.mesh import Mesh
+from xdist.rank import read_rank
 from xdist.train.agree import share_json_rows
 from xdist.train.feed import layout_of
 
@@ -29,14 +29,19 @@ class Plan:
 
 def rank_of_process() -> int:
     """This process's rank, known before any process group is there."""
-    return rank.rank()
+    return read_rank().rank
 
 
 def build_model(config: Config) -> nn.Module:
     """The model that config.model names, with this run's precision, tiles and strategies."""
     from xdist.models import build
 
-    return build(config)
+    return build(
+        config.model,
+        precision=config.train.precision,
+        tile_tokens=config.train.tile_tokens,
+        seed=config.run.seed,
+    )
 
 
 def resolved(config: Config, ranks: int) -> Config:
