@@ -1,0 +1,183 @@
+"""The interface by which one scan serves every recurrence, and gated linear attention under it.
+
+An op is affine in its state: S_out = M S_in + E, and its outputs are those from the zero state
+plus a linear map of S_in. That is all a strategy uses: `summary` describes a run of tokens to
+later ones, `adjoint_summary` describes its outputs' gradients to earlier ones, `run` and
+`run_backward` compute, and the `apply` pair completes what was computed before the state came.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from xdist.cost.recurrent import Shares, shared_heads, split_heads
+from xdist_kernels import linear
+
+Local = tuple[Tensor | None, ...]  # an op's inputs with tokens in dim 1, or None where left out
+
+
+class Summary(NamedTuple):
+    """A run of tokens as a map of states: S_out = M S_in + E.
+
+    transition: None (M = 1), or log M as [B,H,1] or [B,H,K], or M itself as [B,H,K,K].
+    """
+
+    transition: Tensor | None
+    entry: Tensor  # E [B, H, K, V]
+
+
+class RecurrentOp(Protocol):
+    """One affine recurrence over plain tensors. Tokens of `local` are of one document, except in
+    `run`, where `starts` marks the documents that begin inside."""
+
+    def out_like(self, local: Local) -> Tensor:
+        """The input that has the outputs' shape and dtype."""
+
+    def state_shape(self, local: Local) -> tuple[int, ...]:
+        """(B, H, K, V)."""
+
+    def transition_shape(self, local: Local) -> tuple[int, ...] | None:
+        """Shape of M as it travels; None where M is 1."""
+
+    def head_shares(self, local: Local, ranks: int) -> tuple[Shares, tuple[Shares | None, ...]]:
+        """How strategy switch splits dim 2: of outputs and states, and of each input."""
+
+    def summary(self, local: Local) -> Summary:
+        """(M, E) of a run."""
+
+    def transition(self, local: Local) -> Tensor | None:
+        """M alone."""
+
+    def adjoint_summary(self, local: Local, dout: Tensor) -> Tensor:
+        """dE: the gradient of the state before the run from that of its outputs."""
+
+    def carry(self, transition: Tensor | None, state: Tensor) -> Tensor:
+        """M S."""
+
+    def carry_back(self, transition: Tensor | None, dstate: Tensor) -> Tensor:
+        """M^T dS."""
+
+    def run(
+        self, local: Local, state_in: Tensor | None, starts: Tensor | None
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """out, state_out and what `run_backward` needs beside `local`; state_in None is zero."""
+
+    def run_backward(
+        self,
+        local: Local,
+        starts: Tensor | None,
+        saved: tuple[Tensor, ...],
+        dout: Tensor,
+        dstate_out: Tensor | None,
+    ) -> tuple[list[Tensor | None], Tensor]:
+        """Gradients of `local`, one per input, and dstate_in."""
+
+    def apply_state(self, out: Tensor, local: Local, state: Tensor) -> None:
+        """Add to `out` what a state before the run contributes."""
+
+    def apply_state_backward(
+        self, grads: Sequence[Tensor | None], local: Local, state: Tensor, dout: Tensor
+    ) -> None:
+        """Add to `grads` what comes through `apply_state`."""
+
+    def apply_dstate(self, grads: Sequence[Tensor | None], local: Local, dstate: Tensor) -> None:
+        """Add to `grads` what comes through E, given the gradient of the state after the run."""
+
+    def apply_both(
+        self, grads: Sequence[Tensor | None], local: Local, state: Tensor, dstate: Tensor
+    ) -> None:
+        """Add to `grads` what comes through M S, given the gradient of the state after the run."""
+
+
+@dataclass(frozen=True)
+class LinearAttention:
+    """S_t = diag(exp(log_decay_t)) S_{t-1} + k_t v_t^T, o_t = scale * S_t^T q_t.
+
+    `local` is (q, k, v, log_decay): q, k [B,n,Hk,K], v [B,n,H,V], log_decay in canonical form
+    (None, [B,n,H,1] or [B,n,H,K]). M is diagonal: transitions travel as logarithms.
+    """
+
+    scale: float
+
+    def out_like(self, local: Local) -> Tensor:
+        _, _, v, _ = local
+        assert v is not None
+        return v
+
+    def state_shape(self, local: Local) -> tuple[int, ...]:
+        _, k, v, _ = local
+        assert k is not None
+        assert v is not None
+        return v.shape[0], v.shape[2], k.shape[3], v.shape[3]
+
+    def transition_shape(self, local: Local) -> tuple[int, ...] | None:
+        log_decay = local[3]
+        if log_decay is None:
+            return None
+        return log_decay.shape[0], log_decay.shape[2], log_decay.shape[3]
+
+    def head_shares(self, local: Local, ranks: int) -> tuple[Shares, tuple[Shares | None, ...]]:
+        _, k, v, log_decay = local
+        assert k is not None
+        assert v is not None
+        values = split_heads(v.shape[2], ranks)
+        keys = shared_heads(values, v.shape[2] // k.shape[2])
+        return values, (keys, keys, values, None if log_decay is None else values)
+
+    def summary(self, local: Local) -> Summary:
+        _, k, v, log_decay = local
+        return Summary(*linear.summary(k, v, log_decay))
+
+    def transition(self, local: Local) -> Tensor | None:
+        return linear.log_transition(local[3], linear.state_dtype(local[1]))
+
+    def adjoint_summary(self, local: Local, dout: Tensor) -> Tensor:
+        return linear.adjoint_summary(local[0], dout, local[3], self.scale)
+
+    def carry(self, transition: Tensor | None, state: Tensor) -> Tensor:
+        return linear.transition_times(transition, state)
+
+    def carry_back(self, transition: Tensor | None, dstate: Tensor) -> Tensor:
+        return linear.transition_times(transition, dstate)
+
+    def run(
+        self, local: Local, state_in: Tensor | None, starts: Tensor | None
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        out, state_out, saved = linear.linear_attention_forward(
+            *local, scale=self.scale, initial_state=state_in, resets=starts
+        )
+        return out, state_out, (saved.states,)
+
+    def run_backward(
+        self,
+        local: Local,
+        starts: Tensor | None,
+        saved: tuple[Tensor, ...],
+        dout: Tensor,
+        dstate_out: Tensor | None,
+    ) -> tuple[list[Tensor | None], Tensor]:
+        kept = linear.Saved(*local, self.scale, saved[0], starts)
+        *grads, dstate_in = linear.linear_attention_backward(kept, dout, dstate_out)
+        return grads, dstate_in
+
+    def apply_state(self, out: Tensor, local: Local, state: Tensor) -> None:
+        linear.apply_state(out, local[0], local[3], state, self.scale)
+
+    def apply_state_backward(
+        self, grads: Sequence[Tensor | None], local: Local, state: Tensor, dout: Tensor
+    ) -> None:
+        dq, _, _, dlog_decay = grads
+        linear.apply_state_adjoint(dq, dlog_decay, local[0], local[3], state, dout, self.scale)
+
+    def apply_dstate(self, grads: Sequence[Tensor | None], local: Local, dstate: Tensor) -> None:
+        _, dk, dv, dlog_decay = grads
+        linear.summary_adjoint(dk, dv, dlog_decay, *local[1:], dstate)
+
+    def apply_both(
+        self, grads: Sequence[Tensor | None], local: Local, state: Tensor, dstate: Tensor
+    ) -> None:
+        linear.transition_adjoint(grads[3], self.transition(local), state, dstate)
