@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +20,10 @@ from xdist.rank import world_size
 from xdist.shard import SequenceShard
 from xdist.train.gradients import reduce_gradients
 
-DTYPES = {"float64": torch.float64, "float32": torch.float32}
+# Parameters' dtype by precision; in bfloat16 only matrix products are narrower.
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.float32}
+# Standard deviation of what replaces constant initial values.
+SPREAD = 0.1
 
 
 @dataclass(frozen=True)
@@ -75,22 +79,38 @@ class Measurement:
     sent_by_move: dict[str, int] = field(default_factory=dict)
 
 
-def measure(factory: Callable[[], nn.Module], request: Request) -> dict[str, Measurement]:
+def measure(factory: Callable[..., nn.Module], request: Request) -> dict[str, Measurement]:
     """Measures on this rank, once per dtype; called on every rank of the world."""
     world = world_size()
     ring, ulysses = request.degrees_of(world)
     mesh = xdist.init_mesh(data=1, ring=ring, ulysses=ulysses)
     shard = SequenceShard(mesh, request.make_layout(world), request.documents)
-    return {name: _measure_dtype(factory, request, shard, DTYPES[name]) for name in request.dtypes}
+    return {name: _measure_one(factory, request, shard, name) for name in request.dtypes}
 
 
-def _measure_dtype(
-    factory: Callable[[], nn.Module], request: Request, shard: SequenceShard, dtype: torch.dtype
+def make_module(factory: Callable[..., nn.Module], precision: str, seed: int) -> nn.Module:
+    """The module in one precision, from the same initial values in each.
+
+    A factory with a parameter `precision` gets it and answers for the dtypes inside; otherwise the
+    module is converted. Parameters that start constant are drawn: behind an output projection of
+    zeros every gradient is zero, and nothing wrong would show.
+    """
+    torch.manual_seed(seed)
+    takes = "precision" in inspect.signature(factory).parameters
+    module = factory(precision=precision) if takes else factory()
+    generator = torch.Generator().manual_seed(seed + 2)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            drawn = torch.randn(parameter.shape, generator=generator) * SPREAD
+            if parameter.numel() and bool((parameter == parameter.reshape(-1)[0]).all()):
+                parameter += drawn.to(parameter.device, parameter.dtype)
+    return module.to(DTYPES[precision])
+
+
+def _measure_one(
+    factory: Callable[..., nn.Module], request: Request, shard: SequenceShard, precision: str
 ) -> Measurement:
-    # Parameters are drawn in the module's own dtype and then widened, so that float32 and
-    # float64 runs start from the very same values.
-    torch.manual_seed(request.seed)
-    module = factory().to(dtype)
+    module = make_module(factory, precision, request.seed)
     tokens, labels = draw_tokens(request)
     local_tokens, local_labels = shard.scatter(tokens), shard.scatter(labels)
     with torch.no_grad():

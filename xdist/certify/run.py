@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from torch import nn
 
 from xdist.certify.judge import Comparison, Report, judge
-from xdist.certify.measure import Measurement, Request, measure
+from xdist.certify.measure import DTYPES, Measurement, Request, measure
 from xdist.errors import ConfigError, LaunchError
 from xdist.rank import world_size
 from xdist.testing import RankPool
 
-Factory = Callable[[], nn.Module]
+Factory = Callable[..., nn.Module]
 # Bytes each rank sends in one forward, backward and gradient reduction, by (ranks, dtype).
 Planned = Callable[[int, str], Sequence[int]]
 
@@ -42,7 +42,10 @@ def certify(
 
     Args:
         factory: makes the module; importable by name (a module-level function, or a
-            functools.partial of one), as each rank is a process of its own. The module is called
+            functools.partial of one), as each rank is a process of its own. One that takes
+            `precision=` ("float64", "float32", "bfloat16") answers for the dtypes inside; otherwise
+            the module is converted with `.to(dtype)`. Parameters that start constant (zeros, ones)
+            are drawn anew, since they would hide what lies behind them. The module is called
             as `module(tokens, shard)`, tokens int64 [B, n], and returns [B, n, ...]. A method
             `loss(tokens, labels, shard)` is used when there is one (labels int64 [B, n], -100 for
             none); otherwise the loss is the global mean of a fixed function of the outputs.
@@ -118,9 +121,8 @@ def _check(request: Request, ranks: Sequence[int]) -> None:
             f"WORLD_SIZE is {world_size()}",
             "run it in one plain process: xdist certify CONFIG",
         )
-    known = ("float64", "float32")
-    if unknown := [name for name in request.dtypes if name not in known]:
-        raise ConfigError(f"certify knows no dtype {unknown}", f"it compares {known}")
+    if unknown := [name for name in request.dtypes if name not in DTYPES]:
+        raise ConfigError(f"certify knows no precision {unknown}", f"it compares {list(DTYPES)}")
     if request.layout not in ("contiguous", "zigzag"):
         raise ConfigError(f"unknown layout {request.layout!r}", "", "contiguous or zigzag")
     if not ranks or min(ranks) < 1 or request.length < 1 or request.batch < 1:

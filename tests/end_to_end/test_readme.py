@@ -1,0 +1,41 @@
+"""What the README shows is run as it stands."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_the_library_example_prints_no_difference(tmp_path: Path) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
+    assert len(blocks) == 1
+    script = tmp_path / "example.py"
+    script.write_text(blocks[0], encoding="utf-8")
+    paths = os.pathsep.join(str(ROOT / folder) for folder in (".", "kernels", "launchers"))
+    result = subprocess.run(
+        [sys.executable, str(script)],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+    )
+    assert result.returncode == 0, result.stderr
+    found = [float(x) for x in re.findall(r"[\d.]+(?:e-?\d+)?", result.stdout.partition(":")[2])]
+    assert len(found) == 2
+    assert all(error < 1e-5 for error in found), result.stdout
+
+
+def test_every_make_target_in_the_docs_exists() -> None:
+    makefile = (ROOT / "Makefile").read_text("utf-8")
+    targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]
+    pattern = re.compile(r"(?:^|`)make ([a-z][a-z-]*)", re.MULTILINE)
+    named = {name for page in pages for name in pattern.findall(page.read_text("utf-8"))}
+    assert {"quickstart", "test"} <= named
+    assert named <= targets, f"the docs name make {sorted(named - targets)}"

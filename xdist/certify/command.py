@@ -1,0 +1,66 @@
+"""`xdist certify CONFIG`: the model of a config on the rank counts of its section [certify]."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+
+from torch import nn
+
+from xdist.certify.judge import Report
+from xdist.certify.run import certify
+from xdist.config import Config, Model
+from xdist.models import build
+from xdist.plan import pass_bytes
+from xdist.testing import RankPool
+
+BATCH = 2
+# At a short length a whole share would fit one tile; certified are the borders between tiles too.
+TILES = 8
+
+
+def certify_config(config: Config, *, pools: Mapping[int, RankPool] | None = None) -> Report:
+    """Certifies the model of a config, at `certify.length` tokens, with bytes against the plan.
+
+    Degrees are those of [parallel] where the count of sequence ranks is the same, otherwise
+    ring = count. With data.documents = "separate" the sequence is cut into documents. Precision
+    bfloat16 is certified beside float64 and float32 when the config trains in it.
+    """
+    length, parallel = config.certify.length, config.parallel
+    documents = None
+    if config.data.documents == "separate":
+        # Cuts at no multiple of anything, one empty document, one that starts a segment.
+        cuts = sorted({0, length // 7, length // 3, length // 2, length - 1, length})
+        documents = tuple(sorted([*cuts, length // 3]))
+    degrees = {parallel.sequence_ranks: (parallel.ring, parallel.ulysses)}
+    tile_tokens = min(config.train.tile_tokens, max(1, length // TILES))
+    extra = ("bfloat16",) if config.train.precision == "bfloat16" else ()
+
+    def planned(ranks: int, precision: str) -> list[int]:
+        ring, ulysses = degrees.get(ranks, (ranks, 1))
+        changed = {"data": 1, "ring": ring, "ulysses": ulysses}
+        here = config.model_copy(update={"parallel": parallel.model_copy(update=changed)})
+        return pass_bytes(here, length, BATCH, precision=precision, documents=documents)
+
+    return certify(
+        functools.partial(_model, config.model, tile_tokens * BATCH),
+        vocab_size=config.model.vocab_size,
+        length=length,
+        ranks=config.certify.ranks,
+        batch=BATCH,
+        seed=config.run.seed,
+        layout=parallel.layout,
+        documents=documents,
+        dtypes=("float64", "float32", *extra),
+        degrees=degrees,
+        planned=planned,
+        pools=pools,
+    )
+
+
+def _model(section: Model, tile_tokens: int, precision: str) -> nn.Module:
+    """The model with its parameters in the dtype that the precision asks for."""
+    dtype = "float64" if precision == "float64" else "float32"
+    return build(
+        section.model_copy(update={"dtype": dtype}), precision=precision, tile_tokens=tile_tokens
+    )
