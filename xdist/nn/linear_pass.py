@@ -84,7 +84,7 @@ class LinearPass:
         if short:
             z, log_decay = (F.pad(t, (0, 0, 0, short)) for t in (z, log_decay))
             starts = None if starts is None else F.pad(starts, (0, short))
-        factors = linear.decays(log_decay, self.scale, starts)
+        factors = linear.decays(log_decay, self.scale, starts, dim=z.shape[2] // (3 * self.heads))
         rows = z.shape[0] * z.shape[1] // linear.CHUNK
         z = z.reshape(rows, linear.CHUNK, z.shape[2])
         return _Inputs(xn, projected, convolved, z, log_decay, factors)
@@ -114,7 +114,8 @@ class LinearPass:
         yn = normalised(self._tokens(y, x.shape[1], x.shape[0]))
         gate = self.gate.forward(inputs.xn[:, self.context :].to(self.dtype))
         h = x + self.out.forward((yn * F.silu(gate)).to(self.dtype))
-        return self.mlp.forward(h), states[:, :, -1]
+        # A copy: a view would keep the states of all chunks of the tile until backward.
+        return self.mlp.forward(h), states[:, :, -1].transpose(0, 1).clone()
 
     def backward_outer(
         self, xe: Tensor, cuts: Cuts, state: Tensor, dout: Tensor, dstate: Tensor | None

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -33,15 +34,36 @@ _LOG2_E = 1.0 / math.log(2.0)
 class Decays:
     """Decay factors of a tile; N = B * chunks, C tokens a chunk. Zero across a document's start.
 
-    intra [H, N, C, C]: exp(c_i - c_j) * scale for j <= i; query [N, C, H]: exp(c_i) * scale;
-    key [N, C, H]: exp(c_C - c_j); states [B, H, chunks + 1, chunks + 1]: from (incoming state,
-    the chunks' E) to (state before each chunk, state after the tile).
+    intra [H, N, C, C]: exp(c_i - c_j) * scale for j <= i; query [N, C, H * D]: exp(c_i) * scale;
+    key [N, C, H * D]: exp(c_C - c_j), both repeated over the D channels of a head;
+    states [H, B, chunks + 1, chunks + 1]: from (incoming state, the chunks' E) to (state before
+    each chunk, state after the tile).
     """
 
     intra: Tensor
     query: Tensor
     key: Tensor
     states: Tensor
+
+
+@lru_cache(maxsize=32)
+def _causal(size: int, offset: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Exponents to add, [size, size]: `offset` on and below the diagonal, -inf above."""
+    above = torch.full((size, size), -math.inf, dtype=dtype, device=device).triu_(1)
+    return above + offset
+
+
+@lru_cache(maxsize=32)
+def _spread(heads: int, dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[H, H * D]: repeats a number per head over its D channels, as a product."""
+    return torch.eye(heads, dtype=dtype, device=device).repeat_interleave(dim, 1)
+
+
+@lru_cache(maxsize=32)
+def _slopes(heads: int, dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[2 * H * D, H]: sums over the channels of q minus those of k, per head, as a product."""
+    one = _spread(heads, dim, dtype, device).t()
+    return torch.cat([one, -one])
 
 
 def _document_index(starts: Tensor, chunks: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -53,31 +75,37 @@ def _document_index(starts: Tensor, chunks: int, size: int) -> tuple[Tensor, Ten
 
 
 def decays(
-    log_decay: Tensor, scale: float, starts: Tensor | None = None, *, chunk: int = CHUNK
+    log_decay: Tensor,
+    scale: float,
+    starts: Tensor | None = None,
+    *,
+    dim: int,
+    chunk: int = CHUNK,
 ) -> Decays:
     """The factors of a tile.
 
     log_decay: [B, T, H], T a multiple of `chunk`; starts: bool [T], True at a document's first
-    token (None: no document starts here).
+    token (None: no document starts here); dim: channels of a head.
     """
     batch, tokens, heads = log_decay.shape
     chunks = tokens // chunk
+    kind = (log_decay.dtype, log_decay.device)
     running = (log_decay * _LOG2_E).view(batch * chunks, chunk, heads).cumsum(1)
-    by_head = running.permute(2, 0, 1)
-    total = running[:, -1:, :]
-    # Beyond the diagonal the exponent would be positive and could overflow: cut before exp.
-    intra = (by_head.unsqueeze(-1) - by_head.unsqueeze(-2)).clamp_(max=0.0).exp2_()
-    query = running.exp2()
-    key = (total - running).exp2_()
-    along = total.view(batch, chunks, heads).transpose(1, 2).cumsum(-1)
-    zero = along.new_zeros(batch, heads, 1)
-    after = torch.cat([zero, along], -1)
-    states = (after.unsqueeze(-1) - after.unsqueeze(-2)).clamp_(max=0.0).exp2_().tril_()
-    if starts is None:
-        intra.mul_(torch.ones(chunk, chunk, dtype=intra.dtype, device=intra.device).tril_())
-    else:
+    by_head = running.permute(2, 0, 1).contiguous()
+    # Above the diagonal the exponent would be positive and could overflow: -inf is added first.
+    intra = (by_head.unsqueeze(-1) - by_head.unsqueeze(-2)).add_(
+        _causal(chunk, math.log2(scale), *kind)
+    )
+    intra.exp2_()
+    query = (running + math.log2(scale)).exp2_()
+    key = (running[:, -1:] - running).exp2_()
+    along = by_head[:, :, -1].view(heads, batch, chunks).cumsum(-1)
+    after = torch.nn.functional.pad(along, (1, 0))
+    states = (after.unsqueeze(-1) - after.unsqueeze(-2)).add_(_causal(chunks + 1, 0.0, *kind))
+    states.exp2_()
+    if starts is not None:
         index, before, last = _document_index(starts, chunks, chunk)
-        same = (index.unsqueeze(-1) == index.unsqueeze(-2)).tril_()
+        same = index.unsqueeze(-1) == index.unsqueeze(-2)
         intra.view(heads, batch, chunks, chunk, chunk).mul_(same)
         shape = (batch, chunks, chunk, heads)
         query.view(shape).mul_((index == before.unsqueeze(-1)).unsqueeze(-1))
@@ -85,83 +113,101 @@ def decays(
         # A state made by the end of chunk j reaches chunk c if no document started in between.
         ends = torch.cat([last.new_zeros(1), last])
         states.mul_(ends.unsqueeze(-1) == ends.unsqueeze(-2))
-    return Decays(intra.mul_(scale), query.mul_(scale), key, states)
+    spread = _spread(heads, dim, *kind)
+    return Decays(intra, query @ spread, key @ spread, states)
 
 
 def _heads(z: Tensor, heads: int, which: int) -> list[Tensor]:
     """Per head views [N, C, D] of part `which` (0 q, 1 k, 2 v) of z [N, C, 3 * H * D]."""
     size = z.shape[-1] // (3 * heads)
-    first = which * heads * size
-    return [z[..., first + h * size : first + (h + 1) * size] for h in range(heads)]
+    return _split(z, heads, which * heads * size, size)
 
 
-def _scaled(z: Tensor, heads: int, which: int, factor: Tensor) -> Tensor:
-    """Part `which` of z times a factor per token and head -> [N, C, H, D]."""
-    rows, size, width = z.shape
-    part = z.view(rows, size, 3, heads, width // (3 * heads))[:, :, which]
-    return part * factor.unsqueeze(-1)
+def _split(x: Tensor, heads: int, first: int, size: int) -> list[Tensor]:
+    return [x[..., first + h * size : first + (h + 1) * size] for h in range(heads)]
 
 
-def _states(key: Tensor, values: list[Tensor], factors: Tensor, state: Tensor) -> Tensor:
-    """States before each chunk and after the tile, [B, H, chunks + 1, K, V]."""
-    batch, heads, _, _ = factors.shape
-    size = values[0].shape[-1]
-    sums = [state.unsqueeze(2)]
-    own = torch.stack([key[:, :, h].transpose(1, 2).bmm(values[h]) for h in range(heads)])
-    own = own.view(heads, batch, -1, size, size).transpose(0, 1)
-    sums = torch.cat([state.unsqueeze(2), own], 2).flatten(3)
-    return (factors @ sums).view(batch, heads, -1, size, size)
+def _query(z: Tensor, factors: Decays) -> Tensor:
+    """q * exp(c) * scale, [N, C, H * D]."""
+    return z[..., : factors.query.shape[-1]] * factors.query
 
 
-def summary(z: Tensor, factors: Decays, state: Tensor) -> Tensor:
-    """The state after the tile, [B, H, K, V], without its outputs.
+def _key(z: Tensor, factors: Decays) -> Tensor:
+    """k * exp(c_C - c), [N, C, H * D]."""
+    width = factors.key.shape[-1]
+    return z[..., width : 2 * width] * factors.key
 
-    z: [N, C, 3 * H * D] (q, k, v of all heads after each other); state: the one before the tile.
-    """
-    heads = state.shape[1]
-    key = _scaled(z, heads, 1, factors.key)
-    return _states(key, _heads(z, heads, 2), factors.states[:, :, -1:], state)[:, :, 0]
+
+def _chunk_sums(left: Tensor, rights: list[Tensor], batch: int, first: int) -> Tensor:
+    """left^T right of every chunk in slots first .. of [H, B, chunks + 1, K, V]; one slot is free."""
+    heads = len(rights)
+    rows, _, size = rights[0].shape
+    sums = left.new_empty(heads, batch, rows // batch + 1, size, size)
+    for h, part in enumerate(_split(left, heads, 0, size)):
+        own = sums[h, :, first : first + rows // batch]
+        if batch == 1:
+            torch.bmm(part.transpose(1, 2), rights[h], out=own[0])
+        else:
+            own.copy_(part.transpose(1, 2).bmm(rights[h]).view_as(own))
+    return sums
 
 
 def states(z: Tensor, factors: Decays, state: Tensor) -> Tensor:
-    """The states before each chunk and after the tile, [B, H, chunks + 1, K, V]."""
-    heads = state.shape[1]
-    key = _scaled(z, heads, 1, factors.key)
-    return _states(key, _heads(z, heads, 2), factors.states, state)
+    """The states before each chunk and after the tile, [H, B, chunks + 1, K, V].
+
+    z: [N, C, 3 * H * D] (q, k, v of all heads after each other); state [B, H, K, V]: the one
+    before the tile.
+    """
+    return _states(z, factors, state, factors.states)
+
+
+def summary(z: Tensor, factors: Decays, state: Tensor) -> Tensor:
+    """The state after the tile, [B, H, K, V], without its outputs."""
+    return _states(z, factors, state, factors.states[:, :, -1:])[:, :, 0].transpose(0, 1)
+
+
+def _states(z: Tensor, factors: Decays, state: Tensor, wanted: Tensor) -> Tensor:
+    batch, heads = state.shape[:2]
+    sums = _chunk_sums(_key(z, factors), _heads(z, heads, 2), batch, 1)
+    sums[:, :, 0] = state.transpose(0, 1)
+    return (wanted @ sums.flatten(3)).unflatten(-1, sums.shape[-2:])
+
+
+def _of_chunks(states: Tensor, first: int) -> list[Tensor]:
+    """Per head the states [N, K, V] from slot `first`, one a chunk."""
+    count = states.shape[2] - 1
+    return [own[:, first : first + count].flatten(0, 1) for own in states]
 
 
 def forward(z: Tensor, factors: Decays, state: Tensor) -> tuple[Tensor, Tensor]:
-    """Outputs [N, C, H * D] and all states [B, H, chunks + 1, K, V] (the last: after the tile)."""
+    """Outputs [N, C, H * D] and all states as `states` gives them."""
     heads = state.shape[1]
     queries, keys, values = (_heads(z, heads, part) for part in range(3))
     through = states(z, factors, state)
-    before = through[:, :, :-1].transpose(0, 1).flatten(1, 2)
-    query = _scaled(z, heads, 0, factors.query)
-    out = torch.empty_like(query)
-    for h in range(heads):
+    scaled = _query(z, factors)
+    size = scaled.shape[-1] // heads
+    out = torch.empty_like(scaled)
+    owns, froms = _split(out, heads, 0, size), _split(scaled, heads, 0, size)
+    for h, before in enumerate(_of_chunks(through, 0)):
         weight = queries[h].bmm(keys[h].transpose(1, 2)).mul_(factors.intra[h])
-        part = weight.bmm(values[h])
-        out[:, :, h] = part.baddbmm_(query[:, :, h], before[h])
-    return out.flatten(2), through
+        owns[h].copy_(weight.bmm(values[h]).baddbmm_(froms[h], before))
+    return out, through
 
 
 def adjoint_summary(z: Tensor, factors: Decays, dout: Tensor, dstate: Tensor) -> Tensor:
     """Gradient of the state before the tile from dout [N, C, H * D] and that of the state after."""
-    heads = dstate.shape[1]
-    query = _scaled(z, heads, 0, factors.query)
-    size = dout.shape[-1] // heads
-    douts = [dout[..., h * size : (h + 1) * size] for h in range(heads)]
-    return _adjoint_states(query, douts, factors.states[..., :1], dstate)[:, :, 0]
+    return _adjoint(z, factors, dout, dstate, factors.states[..., :1])[:, :, 0].transpose(0, 1)
 
 
-def _adjoint_states(query: Tensor, douts: list[Tensor], factors: Tensor, dstate: Tensor) -> Tensor:
-    """Gradients of the state before the tile and of each chunk's E, [B, H, chunks + 1, K, V]."""
-    batch, heads, _, _ = factors.shape
-    size = douts[0].shape[-1]
-    own = torch.stack([query[:, :, h].transpose(1, 2).bmm(douts[h]) for h in range(heads)])
-    own = own.view(heads, batch, -1, size, size).transpose(0, 1)
-    sums = torch.cat([own, dstate.unsqueeze(2)], 2).flatten(3)
-    return (factors.transpose(-1, -2) @ sums).view(batch, heads, -1, size, size)
+def _adjoint(
+    z: Tensor, factors: Decays, dout: Tensor, dstate: Tensor, wanted: Tensor
+) -> Tensor:
+    """Gradients of the state before the tile and of each chunk's E, [H, B, chunks + 1, K, V]."""
+    batch, heads = dstate.shape[:2]
+    size = dstate.shape[-1]
+    sums = _chunk_sums(_query(z, factors), _split(dout, heads, 0, size), batch, 0)
+    sums[:, :, -1] = dstate.transpose(0, 1)
+    return (wanted.transpose(-1, -2) @ sums.flatten(3)).unflatten(-1, sums.shape[-2:])
 
 
 def backward(
@@ -169,41 +215,32 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of one tile.
 
-    through: the states as `states` or `forward` returns them; dout: [N, C, H * D]; dstate: [B, H, K, V], the gradient of
-    the state after the tile. Returns dz like z, dlog_decay [B, T, H], and the gradient of the
-    state before the tile.
+    through: the states as `states` or `forward` returns them; dout: [N, C, H * D]; dstate:
+    [B, H, K, V], the gradient of the state after the tile. Returns dz like z, dlog_decay
+    [B, T, H], and the gradient of the state before the tile.
     """
-    batch, heads = through.shape[:2]
-    rows, size, width = z.shape
-    dim = width // (3 * heads)
+    batch, heads, _, dim = dstate.shape
     queries, keys, values = (_heads(z, heads, part) for part in range(3))
-    douts = [dout[..., h * dim : (h + 1) * dim] for h in range(heads)]
-    query = _scaled(z, heads, 0, factors.query)
-    key = _scaled(z, heads, 1, factors.key)
-    adjoint = _adjoint_states(query, douts, factors.states, dstate)
-    before = through[:, :, :-1].transpose(0, 1).flatten(1, 2)
-    after = adjoint[:, :, 1:].transpose(0, 1).flatten(1, 2)
-    dz = torch.empty(rows, size, 3, heads, dim, dtype=z.dtype, device=z.device)
+    douts = _split(dout, heads, 0, dim)
+    adjoint = _adjoint(z, factors, dout, dstate, factors.states)
+    scaled = _split(_key(z, factors), heads, 0, dim)
+    dz = torch.empty_like(z)
+    dqueries, dkeys, dvalues = (_heads(dz, heads, part) for part in range(3))
+    befores, afters = _of_chunks(through, 0), _of_chunks(adjoint, 1)
     for h in range(heads):
+        of_query, of_key = factors.query[..., h * dim, None], factors.key[..., h * dim, None]
         weight = queries[h].bmm(keys[h].transpose(1, 2)).mul_(factors.intra[h])
-        dz[:, :, 2, h] = weight.transpose(1, 2).bmm(douts[h]).baddbmm_(key[:, :, h], after[h])
+        dvalues[h].copy_(weight.transpose(1, 2).bmm(douts[h]).baddbmm_(scaled[h], afters[h]))
         dweight = douts[h].bmm(values[h].transpose(1, 2)).mul_(factors.intra[h])
-        dquery = douts[h].bmm(before[h].transpose(1, 2)).mul_(factors.query[..., h : h + 1])
-        dz[:, :, 0, h] = dquery.baddbmm_(dweight, keys[h])
-        dkey = values[h].bmm(after[h].transpose(1, 2)).mul_(factors.key[..., h : h + 1])
-        dz[:, :, 1, h] = dkey.baddbmm_(dweight.transpose(1, 2), queries[h])
+        dquery = douts[h].bmm(befores[h].transpose(1, 2)).mul_(of_query)
+        dqueries[h].copy_(dquery.baddbmm_(dweight, keys[h]))
+        dkey = values[h].bmm(afters[h].transpose(1, 2)).mul_(of_key)
+        dkeys[h].copy_(dkey.baddbmm_(dweight.transpose(1, 2), queries[h]))
     # d c_t = q_t . dq_t - k_t . dk_t, and log_decay_t enters every later c of its chunk; what flows
     # on is the inner product of the state after the chunk with its gradient (MATH.md 0).
-    parts = z.view(rows, size, 3, heads, dim)[:, :, :2] * dz[:, :, :2]
-    parts = parts.sum(-1)
-    slope = parts[:, :, 0] - parts[:, :, 1]  # [N, C, H]
-    edge = _edge(through, adjoint)
-    total = slope.sum(1, keepdim=True) + edge
+    both = 2 * heads * dim
+    slope = (z[..., :both] * dz[..., :both]) @ _slopes(heads, dim, z.dtype, z.device)  # [N, C, H]
+    edge = torch.linalg.vecdot(through[:, :, 1:].flatten(3), adjoint[:, :, 1:].flatten(3))
+    total = slope.sum(1, keepdim=True) + edge.permute(1, 2, 0).reshape(-1, 1, heads)
     dlog_decay = (total - slope.cumsum(1) + slope).view(batch, -1, heads)
-    return dz.view(rows, size, width), dlog_decay, adjoint[:, :, 0]
-
-
-def _edge(through: Tensor, adjoint: Tensor) -> Tensor:
-    """<S, dS> after each chunk, [N, 1, H]."""
-    dot = torch.linalg.vecdot(through[:, :, 1:].flatten(3), adjoint[:, :, 1:].flatten(3))
-    return dot.permute(0, 2, 1).reshape(-1, 1, through.shape[1])
+    return dz, dlog_decay, adjoint[:, :, 0].transpose(0, 1)
