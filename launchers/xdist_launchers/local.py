@@ -159,14 +159,14 @@ def _first(job: Job, watch: _Watch, failed: list[int]) -> tuple[Failure, str]:
     record = read_failure(job.error_file(rank))
     if record is not None:
         return record, record.traceback if record.exit_code == 1 else ""
-    trace = _tail(job.log_file(rank)) if rank else ""
+    log = job.log_file(rank) if rank else None
     if child.killed_by is not None:
-        return _killed(job, watch, rank, child.killed_by), trace
+        return _killed(job, watch, rank, child.killed_by), _last_words(log)
     host = socket.gethostname()
     what = f"rank {rank} on {host} ended with exit code {child.exit_code} and left no reason"
     code = child.exit_code or 1
     failure = Failure(rank, host, code, "", what, "", f"run again: {job.again}", "", time.time())
-    return failure, trace
+    return failure, _tail(log)
 
 
 def _killed(job: Job, watch: _Watch, rank: int, number: int) -> Failure:
@@ -188,10 +188,19 @@ def _killed(job: Job, watch: _Watch, rank: int, number: int) -> Failure:
     return Failure(rank, host, 7, "PeerLost", what, why, do, "", time.time())
 
 
-def _tail(path: pathlib.Path, lines: int = 30) -> str:
-    """The end of a rank's log: an interpreter's last words after a crash."""
-    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+def _tail(log: pathlib.Path | None, lines: int = 30) -> str:
+    """The end of a rank's log; rank 0 has none, it printed on the terminal."""
+    if log is None or not log.exists():
+        return ""
+    text = log.read_text(encoding="utf-8", errors="replace")
     return "".join(text.splitlines(keepends=True)[-lines:])
+
+
+def _last_words(log: pathlib.Path | None) -> str:
+    """What the interpreter or the C++ runtime said of a crash; "" for a silent death."""
+    text = _tail(log, 200)
+    starts = [text.find(mark) for mark in ("Fatal Python error", "terminate called")]
+    return text[min(start) :] if (start := [s for s in starts if s >= 0]) else ""
 
 
 def _tell(job: Job, failure: Failure, trace: str) -> None:
