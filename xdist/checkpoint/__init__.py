@@ -1,0 +1,29 @@
+"""Checkpoints: safetensors and JSON, checksummed, complete or absent. Names load on first use."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_HOME = {
+    "save": "xdist.checkpoint.save",
+    "Saver": "xdist.checkpoint.save",
+    "Outcome": "xdist.checkpoint.save",
+    "clean_stale": "xdist.checkpoint.folders",
+    "Loaded": "xdist.checkpoint.load",
+    "load": "xdist.checkpoint.load",
+    "load_latest": "xdist.checkpoint.load",
+    "copy_into": "xdist.checkpoint.load",
+    "RunFacts": "xdist.checkpoint.resume",
+    "resume_line": "xdist.checkpoint.resume",
+    "SAVE_POINTS": "xdist.checkpoint.points",
+    "Cut": "xdist.checkpoint.points",
+}
+
+__all__ = list(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'xdist.checkpoint' has no attribute {name!r}")
