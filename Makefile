@@ -68,9 +68,10 @@ docs: $(VENV)/.installed-dev
 bench: $(VENV)/.installed-dev
 	$(BIN)/python tests/benchmarks/main.py $(BENCH)
 
-# No virtual environment: the Python that already has torch for this card, and a plain copy of the
-# tree. GPU_PYTHON names another one.
-GPU_PYTHON ?= $(PYTHON)
+# Nothing is installed: a plain copy of the tree, and the Python that already has torch for this
+# card (else that of .venv). GPU_PYTHON names another one.
+GPU_PYTHON ?= $(shell $(PYTHON) -c 'import torch' 2>/dev/null || ! [ -x $(BIN)/python ] && \
+  echo $(PYTHON) || echo $(BIN)/python)
 gpu:
 	@PYTHONPATH=.:kernels:launchers $(GPU_PYTHON) tests/gpu/main.py
 

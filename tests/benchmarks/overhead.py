@@ -1,0 +1,151 @@
+"""What xdist adds on one rank: public functions beside the same kernels in an autograd Function.
+
+Forward and backward, CPU time, interleaved pairs in alternating order, one thread.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from xdist_kernels.attention.torch import (
+    attention_backward,
+    attention_delta,
+    attention_forward,
+)
+from xdist_kernels.conv.torch import causal_conv_backward, causal_conv_forward
+from xdist_kernels.linear.torch import linear_attention_backward, linear_attention_forward
+
+import xdist
+from xdist.documents import Documents
+
+PAIRS = 20
+TOKENS = 16384
+WINDOW = 256
+
+
+class PlainAttention(torch.autograd.Function):
+    """The attention kernel with spans made beforehand."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, spans: Any, positions: Tensor) -> Tensor:
+        scale = q.shape[-1] ** -0.5
+        out, lse = attention_forward(q, k, v, scale=scale, spans=spans, k_positions=positions)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.rest = (scale, spans, positions)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple:
+        q, k, v, out, lse = ctx.saved_tensors
+        scale, spans, positions = ctx.rest
+        delta = attention_delta(out, dout)
+        found = attention_backward(
+            q, k, v, lse, delta, dout, scale=scale, spans=spans, k_positions=positions
+        )
+        return (*found, None, None)
+
+
+class PlainLinear(torch.autograd.Function):
+    """The linear-attention kernel."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
+        scale = q.shape[-1] ** -0.5
+        out, _, ctx.saved = linear_attention_forward(q, k, v, log_decay[..., None], scale=scale)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple:
+        dq, dk, dv, dlog, _ = linear_attention_backward(ctx.saved, dout, None)
+        assert dlog is not None
+        return dq, dk, dv, dlog[..., 0]
+
+
+class PlainConvolution(torch.autograd.Function):
+    """The convolution kernel."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return causal_conv_forward(x, weight, activation="silu")
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple:
+        x, weight = ctx.saved_tensors
+        return causal_conv_backward(x, weight, None, dout, activation="silu")[:2]
+
+
+def cases() -> dict[str, tuple[list[Tensor], Callable[..., Tensor], Callable[..., Tensor]]]:
+    """name: (inputs, xdist's call, the kernels' call)."""
+    torch.manual_seed(0)
+
+    def leaf(*shape: int) -> Tensor:
+        return torch.randn(*shape, requires_grad=True)
+
+    heads = [leaf(1, TOKENS, 3, 32) for _ in range(3)]
+    mask = xdist.Mask(causal=True, window=WINDOW)
+    positions = torch.arange(TOKENS)
+    found = mask.spans(positions.numpy(), Documents.of(None, TOKENS))
+    spans = tuple(
+        torch.from_numpy(x) for x in (found.lo, found.hi, found.prefix_lo, found.prefix_hi)
+    )
+    decay = (-torch.rand(1, TOKENS, 3)).requires_grad_()
+    return {
+        f"attention, window {WINDOW}": (
+            heads,
+            lambda q, k, v: xdist.attention(q, k, v, mask=mask),
+            lambda q, k, v: PlainAttention.apply(q, k, v, spans, positions),
+        ),
+        "linear_attention, scalar decay": (
+            [*heads, decay],
+            lambda q, k, v, g: xdist.linear_attention(q, k, v, log_decay=g),
+            PlainLinear.apply,
+        ),
+        "causal_conv1d, silu": (
+            [leaf(1, TOKENS, 288), leaf(288, 4)],
+            lambda x, w: xdist.causal_conv1d(x, w, activation="silu"),
+            PlainConvolution.apply,
+        ),
+    }
+
+
+def _seconds(call: Callable[..., Tensor], inputs: list[Tensor], dout: Tensor) -> float:
+    start = time.process_time()
+    torch.autograd.grad(call(*inputs), inputs, dout)
+    return time.process_time() - start
+
+
+def run(root: Path, pairs: int = PAIRS) -> list[dict[str, Any]]:
+    """One row a function: median CPU times, and the median of xdist / kernels over the pairs."""
+    torch.set_num_threads(1)
+    rows = []
+    for name, (inputs, ours, plain) in cases().items():
+        out = ours(*inputs)
+        dout = torch.ones_like(out)
+        assert torch.equal(out, plain(*inputs).to(out.dtype)), f"{name}: not the same kernels"
+        times: dict[Callable[..., Tensor], list[float]] = {ours: [], plain: []}
+        gc.disable()
+        for pair in range(pairs + 2):
+            for call in (ours, plain) if pair % 2 else (plain, ours):
+                seconds = _seconds(call, inputs, dout)
+                if pair >= 2:  # the first two warm up
+                    times[call].append(seconds)
+        gc.enable()
+        ratios = [a / b for a, b in zip(times[ours], times[plain], strict=True)]
+        rows.append(
+            {
+                "function": name,
+                "tokens": TOKENS,
+                "xdist (ms)": 1e3 * statistics.median(times[ours]),
+                "kernels (ms)": 1e3 * statistics.median(times[plain]),
+                "overhead (%)": 100 * (statistics.median(ratios) - 1),
+            }
+        )
+    return rows
