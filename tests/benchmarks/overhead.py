@@ -14,6 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+import xdist
+from xdist.documents import Documents
 from xdist_kernels.attention.torch import (
     attention_backward,
     attention_delta,
@@ -21,9 +24,6 @@ from xdist_kernels.attention.torch import (
 )
 from xdist_kernels.conv.torch import causal_conv_backward, causal_conv_forward
 from xdist_kernels.linear.torch import linear_attention_backward, linear_attention_forward
-
-import xdist
-from xdist.documents import Documents
 
 PAIRS = 20
 TOKENS = 16384
