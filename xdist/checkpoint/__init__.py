@@ -13,9 +13,6 @@ _HOME = {
     "Loaded": "xdist.checkpoint.load",
     "load": "xdist.checkpoint.load",
     "load_latest": "xdist.checkpoint.load",
-    "copy_into": "xdist.checkpoint.load",
-    "RunFacts": "xdist.checkpoint.resume",
-    "resume_line": "xdist.checkpoint.resume",
     "SAVE_POINTS": "xdist.checkpoint.points",
     "Cut": "xdist.checkpoint.points",
 }

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -149,42 +148,6 @@ def load_latest(
             "restore one of them, or give the run another name to start from scratch",
         )
     return None
-
-
-def copy_into(
-    targets: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor], *, prefix: str = ""
-) -> None:
-    """Copy the tensors `prefix + name` into the targets `name`, bit for bit, in place.
-
-    Everything is checked before anything is copied.
-
-    Raises:
-        CheckpointError: a name is missing or left over (under `prefix`), or a shape or dtype
-            differs.
-    """
-    found = {
-        name.removeprefix(prefix): tensor
-        for name, tensor in tensors.items()
-        if name.startswith(prefix)
-    }
-    problems = [f"{prefix}{name} is missing" for name in targets if name not in found]
-    problems += [f"{prefix}{name} is not of this model" for name in found if name not in targets]
-    for name in targets.keys() & found.keys():
-        want, got = targets[name], found[name]
-        if want.shape != got.shape or want.dtype != got.dtype:
-            problems.append(
-                f"{prefix}{name}: want {want.dtype} {list(want.shape)}, "
-                f"got {got.dtype} {list(got.shape)}"
-            )
-    if problems:
-        raise CheckpointError(
-            "the checkpoint does not fit this model",
-            f"{len(problems)} differences: " + "; ".join(sorted(problems)[:5]),
-            "use the config it was trained with, or another run name",
-        )
-    with torch.no_grad():
-        for name, target in targets.items():
-            target.copy_(found[name])
 
 
 def _state(data: bytes) -> dict[str, Any]:
