@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from xdist.memory.exchange import Exchange
+from xdist.memory.tiles import Cuts
 from xdist.models.hybrid_lm import HybridConfig, HybridLM, build
 from xdist.nn.embedding import ngram_rows
-from xdist.memory.tiles import Cuts
 
 TINY = {
     "vocab_size": 31, "dim": 16, "pattern": "linear,attention,linear", "head_dim": 8,
@@ -62,7 +64,7 @@ def reference_logits(model: HybridLM, tokens: Tensor, cu_seqlens: list[int]) -> 
     """Logits [B, N, V], each document on its own."""
     parts = []
     emb = model.embedding
-    for start, stop in zip(cu_seqlens[:-1], cu_seqlens[1:], strict=True):
+    for start, stop in itertools.pairwise(cu_seqlens):
         own = tokens[:, start:stop]
         x = emb.tokens[own]
         symbols = F.pad(own + 1, (emb.context, 0))

@@ -18,6 +18,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from xdist.comm import faults
+from xdist.comm.keep import recorded, replayed
 from xdist.comm.ledger import CONTROL, record
 from xdist.comm.pending import Pending
 from xdist.errors import LaunchError, ShapeError
@@ -66,6 +67,9 @@ def start_pairs(
     kept = {me: sends[me]} if me in sends and me in receives else {}
     if group is None:
         return Pending.done(kept)
+    tape = replayed()
+    if tape is not None and move != CONTROL:
+        return Pending.done({**tape.take(move), **kept})
     sent = {r: t.detach().contiguous() for r, t in sends.items() if r != me and t.numel()}
     arriving = {r: spec for r, spec in receives.items() if r != me}
     staged = device.type == "cuda" and _backend(group) == "gloo"
@@ -83,6 +87,9 @@ def start_pairs(
         sum(t.nbytes for t in buffers.receives.values()),
     )
 
+    tape = recorded()
+    place = tape.reserve(move) if tape is not None and move != CONTROL else None
+
     def finish() -> dict[int, Tensor]:
         with _naming_lost_peers(move, group):
             for work in works:
@@ -90,6 +97,8 @@ def start_pairs(
         got = buffers.receives
         if buffers.device is not None:
             got = {r: t.to(buffers.device) for r, t in got.items()}
+        if place is not None:
+            place.update(got)
         return {**got, **kept}
 
     return Pending(finish)

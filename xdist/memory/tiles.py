@@ -51,9 +51,7 @@ def tiles_of(segments: tuple[tuple[int, int], ...], tokens: int) -> tuple[tuple[
         for position in range(start, stop, tokens):
             offset = position - start
             end = min(position + tokens, stop)
-            tiles.append(
-                Tile(index, local + offset, local + end - start, position, offset)
-            )
+            tiles.append(Tile(index, local + offset, local + end - start, position, offset))
         found.append(tuple(tiles))
         local += stop - start
     return tuple(found)
@@ -78,7 +76,7 @@ def with_context(x: Tensor, halo: Sequence[Tensor], tile: Tile, context: int) ->
 def add_context(
     dx: Tensor, dhalo: Sequence[Tensor], tile: Tile, context: int, gradient: Tensor
 ) -> None:
-    """Adds the gradient of a tile's context, [B, context, ...], to dx and to the halo's gradient."""
+    """Adds the gradient of a tile's context, [B, context, ...], to dx and the halo's gradient."""
     own = min(context, tile.offset)
     if own:
         dx[:, tile.start - own : tile.start] += gradient[:, context - own :]

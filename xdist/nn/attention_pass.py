@@ -13,12 +13,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from xdist_kernels.attention.window import window_attention_backward, window_attention_forward
 
+from xdist.memory.normalise import normalised, normalised_backward
 from xdist.memory.tiles import Cuts
 from xdist.nn.mlp import MLPPass
-from xdist.memory.normalise import normalised, normalised_backward
 from xdist.nn.products import Product
+from xdist_kernels.attention.window import window_attention_backward, window_attention_forward
 
 
 class AttentionParameters(NamedTuple):

@@ -33,7 +33,9 @@ def ngram_rows(symbols: Tensor, cuts: Cuts, order: int, context: int, buckets: i
 
 
 class NGramEmbedding(nn.Module):
-    """Streamed: `embed` gives [B, T, C] of a tile of tokens; parameters `tokens` [vocab, C], `ngrams` [orders * rows, C].
+    """Streamed: `embed` gives [B, T, C] of a tile of tokens.
+
+    Parameters: `tokens` [vocab, C], `ngrams` [orders * rows, C].
 
     orders: n of each n-gram table, each >= 2; buckets: rows of one table.
     """

@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from xdist_kernels.conv import tile as conv
-from xdist_kernels.linear import tile as linear
 
+from xdist.memory.normalise import normalised, normalised_backward
 from xdist.memory.tiles import Cuts
 from xdist.nn.mlp import MLPPass
-from xdist.memory.normalise import normalised, normalised_backward
 from xdist.nn.products import Product
+from xdist_kernels.conv import tile as conv
+from xdist_kernels.linear import tile as linear
 
 
 class LinearParameters(NamedTuple):

@@ -1,4 +1,4 @@
-"""Gated linear attention of ONE tile of a few thousand tokens, scalar decay per head: the fast CPU path.
+"""Gated linear attention of ONE tile of a few thousand tokens, one decay per head: the fast path.
 
 What the streaming model calls for every tile: forward and backward are explicit, every product is
 a batched matrix product over chunks, and packed documents are masks, so that any number of cuts
@@ -67,7 +67,7 @@ def _slopes(heads: int, dim: int, dtype: torch.dtype, device: torch.device) -> T
 
 
 def _document_index(starts: Tensor, chunks: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Documents counted inside the tile: per token [chunks, C], before and at the end of each chunk."""
+    """Documents counted inside the tile: per token [chunks, C], before and after each chunk."""
     index = starts.to(torch.int32).cumsum(0).view(chunks, size)
     last = index[:, -1]
     before = torch.cat([last.new_zeros(1), last[:-1]])
@@ -139,7 +139,7 @@ def _key(z: Tensor, factors: Decays) -> Tensor:
 
 
 def _chunk_sums(left: Tensor, rights: list[Tensor], batch: int, first: int) -> Tensor:
-    """left^T right of every chunk in slots first .. of [H, B, chunks + 1, K, V]; one slot is free."""
+    """left^T right of each chunk in slots first.. of [H, B, chunks + 1, K, V]; one slot is free."""
     heads = len(rights)
     rows, _, size = rights[0].shape
     sums = left.new_empty(heads, batch, rows // batch + 1, size, size)
@@ -199,9 +199,7 @@ def adjoint_summary(z: Tensor, factors: Decays, dout: Tensor, dstate: Tensor) ->
     return _adjoint(z, factors, dout, dstate, factors.states[..., :1])[:, :, 0].transpose(0, 1)
 
 
-def _adjoint(
-    z: Tensor, factors: Decays, dout: Tensor, dstate: Tensor, wanted: Tensor
-) -> Tensor:
+def _adjoint(z: Tensor, factors: Decays, dout: Tensor, dstate: Tensor, wanted: Tensor) -> Tensor:
     """Gradients of the state before the tile and of each chunk's E, [H, B, chunks + 1, K, V]."""
     batch, heads = dstate.shape[:2]
     size = dstate.shape[-1]
