@@ -32,3 +32,15 @@ def merge_(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> No
     out.mul_((lse - base).exp_().unsqueeze(-1))
     out.addcmul_(other_out, (other_lse - base).exp_().unsqueeze(-1))
     lse.copy_(merged)
+
+
+def merge_sinks_(out: Tensor, lse: Tensor, sinks: Tensor) -> None:
+    """Adds one logit per head that takes probability and has no value, in place.
+
+    out `[B,n,H,E]`, lse `[B,n,H]`, sinks `[H]`. A row without keys keeps output 0; its lse becomes
+    the sink's.
+    """
+    merged = torch.logaddexp(lse, sinks.to(lse.dtype).expand_as(lse))
+    base = merged.masked_fill(merged == -torch.inf, 0.0)
+    out.mul_((lse - base).exp_().unsqueeze(-1))
+    lse.copy_(merged)

@@ -1,0 +1,198 @@
+"""Bytes and FLOPs of softmax attention under each strategy, as formulas, and the cheapest one.
+
+Symbols: B batch, H query heads, G key heads, D key dim, E value dim, N queries and n of them on
+this rank, M keys and m of them here, e bytes of an input element, w bytes of a sum (float32, or
+float64 for float64); need(r, s) keys of rank s that queries of rank r see. Received by rank r:
+
+    strategy | forward                                     | backward
+    ring     | e B G (D+E) sum_s need(r,s)                 | the same + w B G (D+E) sum_u need(u,r)
+    halo     | e B G (D+E) sum_s need(r,s)                 | w B G (D+E) sum_u need(u,r)
+    gather   | e B G (D+E) (M-m)                           | w B G (D+E) m (P-1)
+    ulysses  | e B ((N-n) h D + (M-m) g (D+E) + n (H-h) E) | e B ((N-n) h E + n (H-h) D)
+             |   h, g: its query heads, their key heads    |   + B m (D+E) sum over others' key
+             |                                             |   heads of (w if shared else e)
+
+Sent mirrors received: summed over ranks they are equal. Keys held whole by every rank cost nothing
+but ulysses' queries and outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from xdist.cost.attention_keys import Problem, head_spans
+from xdist.errors import StrategyError
+
+# The order decides ties: least memory held for backward first.
+STRATEGIES = ("ulysses", "halo", "ring", "gather")
+
+
+@dataclass(frozen=True)
+class AttentionCost:
+    """Bytes this rank sends and receives, and multiply-adds counted twice, of one call."""
+
+    forward_sent_bytes: int
+    forward_received_bytes: int
+    backward_sent_bytes: int
+    backward_received_bytes: int
+    forward_flops: int
+    backward_flops: int
+
+    @property
+    def bytes(self) -> int:
+        """Sent and received, forward and backward."""
+        forward = self.forward_sent_bytes + self.forward_received_bytes
+        return forward + self.backward_sent_bytes + self.backward_received_bytes
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What `auto` chose and why: `busiest` holds, per strategy able to serve the call, the most
+    bytes any one rank moves and the bytes all ranks move; `unable` the reasons of the others."""
+
+    strategy: str
+    busiest: dict[str, tuple[int, int]]
+    unable: dict[str, str]
+
+    def __str__(self) -> str:
+        said = ", ".join(f"{name} {most} bytes" for name, (most, _) in self.busiest.items())
+        lost = "".join(f"; not {name}: {why}" for name, why in self.unable.items())
+        return f"attention: auto chose {self.strategy} (busiest rank: {said}{lost})"
+
+
+def unable(problem: Problem, strategy: str) -> str:
+    """Why `strategy` cannot serve this call; empty when it can."""
+    if strategy != "halo":
+        return ""
+    if problem.cross:
+        return "halo needs keys that share the queries' positions (key_shard='same')"
+    left, right = problem.mask.reach
+    sides = [name for name, reach in (("left", left), ("right", right)) if reach is None]
+    if sides:
+        return f"halo needs a mask of finite reach; this one is unlimited to the {sides[0]}"
+    return ""
+
+
+def check_strategy(problem: Problem, strategy: str) -> None:
+    """Raises StrategyError when a forced `strategy` does not exist or cannot serve this call."""
+    if strategy not in STRATEGIES:
+        raise StrategyError(
+            f"attention has no strategy {strategy!r}",
+            f"it has: auto, {', '.join(STRATEGIES)}",
+            "choose one of those",
+        )
+    why = unable(problem, strategy)
+    if why:
+        raise StrategyError(
+            f"strategy {strategy!r} cannot serve this call",
+            f"{why}: {problem.mask}",
+            "choose another strategy, or auto",
+        )
+
+
+def attention_cost(problem: Problem, strategy: str, rank: int) -> AttentionCost:
+    """What one call moves and computes on `rank`."""
+    check_strategy(problem, strategy)
+    moved = _MOVED[strategy](problem, rank)
+    forward, backward = _flops(problem, strategy, rank)
+    return AttentionCost(*moved, forward, backward)
+
+
+def choose(problem: Problem) -> Choice:
+    """The strategy whose busiest rank moves the fewest bytes, forward and backward together.
+
+    Ties go to the fewest bytes over all ranks, then to the order of `STRATEGIES`.
+    """
+    reasons = {name: unable(problem, name) for name in STRATEGIES}
+    busiest = {}
+    for name in STRATEGIES:
+        if not reasons[name]:
+            moved = [sum(_MOVED[name](problem, rank)) for rank in range(problem.parts)]
+            busiest[name] = (max(moved), sum(moved))
+    best = min(busiest, key=lambda name: (busiest[name], STRATEGIES.index(name)))
+    return Choice(best, busiest, {name: why for name, why in reasons.items() if why})
+
+
+Moved = tuple[int, int, int, int]
+
+
+def _ring(problem: Problem, rank: int) -> Moved:
+    needs = problem.needs
+    token = problem.batch * problem.groups * (problem.dim + problem.value_dim)
+    keys_out = needs.sent(rank) * token * problem.element_bytes
+    keys_in = needs.received(rank) * token * problem.element_bytes
+    grads_out = needs.received(rank) * token * problem.sum_bytes
+    grads_in = needs.sent(rank) * token * problem.sum_bytes
+    return keys_out, keys_in, keys_out + grads_out, keys_in + grads_in
+
+
+def _halo(problem: Problem, rank: int) -> Moved:
+    keys_out, keys_in, both_out, both_in = _ring(problem, rank)
+    return keys_out, keys_in, both_out - keys_out, both_in - keys_in
+
+
+def _gather(problem: Problem, rank: int) -> Moved:
+    if problem.key_layout is None:
+        return 0, 0, 0, 0
+    own = problem.key_lengths()[rank]
+    token = problem.batch * problem.groups * (problem.dim + problem.value_dim)
+    out, into = own * (problem.parts - 1) * token, (problem.key_length - own) * token
+    e, w = problem.element_bytes, problem.sum_bytes
+    return out * e, into * e, into * w, out * w
+
+
+def _ulysses(problem: Problem, rank: int) -> Moved:
+    b, e = problem.batch, problem.element_bytes
+    start, stop = problem.query_heads(rank)
+    mine, others = stop - start, problem.heads - (stop - start)
+    here = problem.layout.local_length(rank)
+    there = problem.layout.length - here
+    queries_in, queries_out = b * e * there * mine, b * e * here * others  # per head dim
+    d, v = problem.dim, problem.value_dim
+    keys_out = keys_in = grads_out = grads_in = 0
+    if problem.key_layout is not None:
+        own = problem.key_lengths()[rank]
+        ranks = range(problem.parts)
+        runs = [problem.key_heads(r) for r in ranks]
+        users = [sum(a <= g < z for a, z in runs) for g in range(problem.groups)]
+        counts = [z - a for a, z in runs]
+        wide = [sum(problem.sum_bytes if users[g] > 1 else e for g in range(a, z)) for a, z in runs]
+        away = (problem.key_length - own) * b * (d + v)
+        keys_in, grads_out = away * counts[rank] * e, away * wide[rank]
+        keys_out = own * b * (d + v) * e * (sum(counts) - counts[rank])
+        grads_in = own * b * (d + v) * (sum(wide) - wide[rank])
+    return (
+        queries_out * d + keys_out + queries_in * v,
+        queries_in * d + keys_in + queries_out * v,
+        queries_out * v + queries_in * d + grads_out,
+        queries_in * v + queries_out * d + grads_in,
+    )
+
+
+_MOVED: dict[str, Callable[[Problem, int], Moved]] = {
+    "ulysses": _ulysses,
+    "halo": _halo,
+    "ring": _ring,
+    "gather": _gather,
+}
+
+
+def _flops(problem: Problem, strategy: str, rank: int) -> tuple[int, int]:
+    """FLOPs of the products over visible pairs alone: forward 2 of them, backward 5."""
+    pairs = 0
+    if strategy == "ulysses":
+        start, stop = problem.query_heads(rank)
+        ranks = range(problem.parts)
+    else:
+        start, stop = 0, problem.heads
+        ranks = range(rank, rank + 1)
+    for r in ranks:
+        spans = head_spans(problem, problem.layout.positions(r), start, stop)
+        seen = [int(s.seen(0, problem.key_length).sum()) for s in spans]
+        pairs += sum(seen) if len(seen) > 1 else seen[0] * (stop - start)
+    pairs *= 2 * problem.batch
+    return (
+        pairs * (problem.dim + problem.value_dim),
+        pairs * (3 * problem.dim + 2 * problem.value_dim),
+    )

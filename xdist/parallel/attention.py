@@ -1,0 +1,179 @@
+"""Softmax attention over the sequence ranks: checks, choice of strategy, dispatch."""
+
+from __future__ import annotations
+
+import logging
+from typing import Literal, TypeAlias
+
+from torch import Tensor
+
+from xdist.cost.attention import Choice, check_strategy, choose
+from xdist.cost.attention_keys import Problem
+from xdist.documents import Documents
+from xdist.errors import MaskError, ShapeError
+from xdist.mask import Mask
+from xdist.parallel.attention_call import Call
+from xdist.parallel.attention_fetch import FetchAttention
+from xdist.parallel.attention_ring import RingAttention
+from xdist.parallel.attention_ulysses import UlyssesAttention
+from xdist.shard import SequenceShard, resolve
+
+_log = logging.getLogger(__name__)
+KeyShard: TypeAlias = SequenceShard | Literal["same", "replicated"]
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    shard: SequenceShard | None,
+    *,
+    mask: Mask,
+    strategy: str,
+    scale: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    key_shard: KeyShard,
+) -> Tensor:
+    """`xdist.attention`, see there. Every check comes before anything is sent."""
+    shard = resolve(shard, q.shape[1] if q.dim() == 4 else 0)
+    problem = problem_of(q, k, v, shard, mask=mask, sinks=sinks, key_shard=key_shard)
+    if softcap is not None and not softcap > 0:
+        raise ShapeError("softcap must be positive", f"got {softcap}", "leave it None for no cap")
+    if strategy == "auto":
+        choice = choose(problem)
+        _log.debug("%s", choice)
+        strategy = choice.strategy
+    check_strategy(problem, strategy)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    call = Call(problem, shard.rank, shard.group, scale, softcap, q.device)
+    if strategy == "ulysses":
+        return UlyssesAttention.apply(call, q, k, v, sinks)
+    if strategy == "ring":
+        return RingAttention.apply(call, q, k, v, sinks)
+    return FetchAttention.apply(call, strategy, q, k, v, sinks)
+
+
+def explain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    shard: SequenceShard | None = None,
+    *,
+    mask: Mask,
+    key_shard: KeyShard = "same",
+) -> Choice:
+    """What `strategy="auto"` takes for this call, with the bytes of each strategy.
+
+    Reads shapes and dtypes alone: tensors on the meta device will do.
+    """
+    shard = resolve(shard, q.shape[1] if q.dim() == 4 else 0)
+    return choose(problem_of(q, k, v, shard, mask=mask, sinks=None, key_shard=key_shard))
+
+
+def problem_of(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    shard: SequenceShard,
+    *,
+    mask: Mask,
+    sinks: Tensor | None,
+    key_shard: KeyShard,
+) -> Problem:
+    """The call as every rank knows it, after the checks of shapes, dtypes and mask."""
+    _check_tensors(q, k, v, sinks)
+    if mask.heads is not None:
+        mask.head_groups(q.shape[2])  # raises on another number of heads
+    if q.shape[1] != shard.local_length:
+        raise ShapeError(
+            "q does not hold this rank's share of the sequence",
+            f"q has {q.shape[1]} tokens, the shard gives rank {shard.rank} {shard.local_length} of "
+            f"{shard.layout.length}",
+            "pass shard.scatter(x), or make the shard for this length",
+        )
+    same = key_shard is shard or (isinstance(key_shard, str) and key_shard == "same")
+    if same:
+        layout, documents = shard.layout, shard.documents
+    elif isinstance(key_shard, str) and key_shard == "replicated":
+        layout, documents = None, Documents.of(None, k.shape[1])
+    elif isinstance(key_shard, SequenceShard):
+        layout, documents = key_shard.layout, key_shard.documents
+    else:
+        raise ShapeError(
+            "key_shard is 'same', 'replicated' or a SequenceShard", f"got {key_shard!r}"
+        )
+    if not same:
+        _check_cross(mask, shard, layout is None, documents, key_shard)
+    held = k.shape[1] if layout is None else layout.local_length(shard.rank)
+    if k.shape[1] != held:
+        raise ShapeError(
+            "k and v do not hold this rank's share of the keys",
+            f"they have {k.shape[1]} tokens, rank {shard.rank} holds {held} of {documents.length}",
+            "shard them alike, or pass key_shard",
+        )
+    batch, _, heads, dim = q.shape
+    return Problem(
+        shard.layout, shard.documents, mask, layout, documents, not same,
+        batch, heads, k.shape[2], dim, v.shape[3], q.element_size(),
+    )  # fmt: skip
+
+
+def _check_cross(
+    mask: Mask,
+    shard: SequenceShard,
+    replicated: bool,
+    documents: Documents,
+    key_shard: KeyShard,
+) -> None:
+    """What keys with positions of their own cannot serve."""
+    if mask.causal or mask.window is not None:
+        raise MaskError(
+            "causal and window masks need keys that share the queries' positions",
+            f"{mask} with key_shard={'replicated' if replicated else 'another shard'}",
+            "pass key_shard='same', or Mask(causal=False)",
+        )
+    if documents.count != shard.documents.count:
+        raise MaskError(
+            "document i of the queries sees document i of the keys, and the numbers differ",
+            f"{shard.documents.count} query documents, {documents.count} key documents",
+            "pass a key_shard with as many documents (replicated keys are one document)",
+        )
+    if isinstance(key_shard, SequenceShard) and (
+        key_shard.layout.parts != shard.layout.parts or key_shard.group is not shard.group
+    ):
+        raise ShapeError(
+            "queries and keys must be sharded over the same sequence ranks",
+            f"{shard.layout.parts} ranks for queries, {key_shard.layout.parts} for keys",
+            "make both shards from one mesh",
+        )
+
+
+def _check_tensors(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> None:
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
+        raise ShapeError("attention needs q [B,n,H,D], k [B,m,G,D], v [B,m,G,E]", shapes)
+    if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        raise ShapeError(
+            "q, k and v do not fit together",
+            shapes,
+            "k and v share batch, tokens and heads; q and k share batch and head dim",
+        )
+    heads, groups = q.shape[2], k.shape[2]
+    if heads == 0 or groups == 0 or heads % groups:
+        raise ShapeError(
+            "query heads must be a multiple of key heads",
+            f"{heads} query heads, {groups} key heads",
+        )
+    if not q.dtype.is_floating_point or not q.dtype == k.dtype == v.dtype:
+        raise ShapeError("q, k and v must have one float dtype", f"{q.dtype}, {k.dtype}, {v.dtype}")
+    devices = {x.device for x in (q, k, v, sinks) if x is not None}
+    if len(devices) > 1:
+        raise ShapeError(
+            "q, k, v and sinks must be on one device", f"got {sorted(map(str, devices))}"
+        )
+    if sinks is not None and (sinks.shape != (heads,) or not sinks.dtype.is_floating_point):
+        raise ShapeError(
+            "sinks are one float per query head",
+            f"got {tuple(sinks.shape)} of {sinks.dtype} for {heads} heads",
+        )

@@ -1,0 +1,80 @@
+"""Keys and values to the ranks that need them, their gradients back: what ring, halo, gather send.
+
+A block is the keys and values of one owner that one user's queries see, in one message.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from xdist.comm.pending import Pending
+from xdist.cost.attention_keys import Needs
+from xdist.parallel.attention_call import Call, add_at, positions_at, take
+from xdist.parallel.attention_wire import Spec, start_packed
+
+Block = tuple[Tensor, Tensor]
+
+
+class Blocks:
+    """The traffic of one call whose `needs` say which keys go where."""
+
+    def __init__(self, call: Call, needs: Needs, move: str) -> None:
+        self.call = call
+        self.needs = needs
+        self.move = move
+
+    def start_keys(
+        self, k: Tensor, v: Tensor, users: list[int], owners: list[int]
+    ) -> Pending[dict[int, Block]]:
+        """Sends each of `users` the keys it sees here, receives those seen of `owners`.
+
+        k `[B,m,G,D]`, v `[B,m,G,E]`. Gives (keys, values) by owner, only where there are any.
+        """
+        me = self.call.rank
+        sends = {}
+        for user in users:
+            if self.needs.tokens(user, me):
+                ranges = self.needs.ranges[user][me]
+                sends[user] = [take(k, ranges), take(v, ranges)]
+        receives = {}
+        for owner in owners:
+            if self.needs.tokens(me, owner):
+                receives[owner] = self._specs(self.needs.tokens(me, owner), k.dtype)
+        return self._start(sends, receives)
+
+    def start_gradients(
+        self, gradients: dict[int, Block], users: list[int], dtype: torch.dtype
+    ) -> Pending[dict[int, Block]]:
+        """Returns (dk, dv) of blocks to their owners, receives those of `users`, in `dtype`."""
+        me = self.call.rank
+        receives = {}
+        for user in users:
+            if self.needs.tokens(user, me):
+                receives[user] = self._specs(self.needs.tokens(user, me), dtype)
+        return self._start({o: list(block) for o, block in gradients.items()}, receives)
+
+    def add(self, dk: Tensor, dv: Tensor, gradients: dict[int, Block]) -> None:
+        """Adds the gradients that `gradients`' users returned, in rank order."""
+        for user in sorted(gradients):
+            ranges = self.needs.ranges[user][self.call.rank]
+            add_at(dk, ranges, gradients[user][0])
+            add_at(dv, ranges, gradients[user][1])
+
+    def positions(self, owner: int) -> Tensor:
+        """Global positions of the keys this rank sees of `owner`."""
+        held = self.call.key_positions(owner)
+        return self.call.tensor(positions_at(held, self.needs.ranges[self.call.rank][owner]))
+
+    def _specs(self, tokens: int, dtype: torch.dtype) -> list[Spec]:
+        p = self.call.problem
+        shape = (p.batch, tokens, p.groups)
+        return [((*shape, p.dim), dtype), ((*shape, p.value_dim), dtype)]
+
+    def _start(
+        self, sends: dict[int, list[Tensor]], receives: dict[int, list[Spec]]
+    ) -> Pending[dict[int, Block]]:
+        pending = start_packed(
+            sends, receives, self.call.group, move=self.move, device=self.call.device
+        )
+        return pending.then(lambda got: {rank: (pair[0], pair[1]) for rank, pair in got.items()})

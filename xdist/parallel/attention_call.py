@@ -1,0 +1,96 @@
+"""One call of attention on this rank: what the strategies share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from xdist.comm.collectives import ProcessGroup
+from xdist.cost.attention_keys import Problem, Ranges, head_spans
+from xdist_kernels.attention.blocks import Spans
+from xdist_kernels.attention.torch import attention_backward, attention_forward
+
+
+@dataclass(frozen=True)
+class Call:
+    """A checked call: the problem all ranks know, and where this rank stands."""
+
+    problem: Problem
+    rank: int
+    group: ProcessGroup | None
+    scale: float
+    softcap: float | None
+    device: torch.device
+
+    def others(self) -> list[int]:
+        """The other sequence ranks."""
+        return [rank for rank in range(self.problem.parts) if rank != self.rank]
+
+    def spans(self, positions: NDArray[np.int64], start: int, stop: int) -> Spans:
+        """What queries at `positions` of heads `[start, stop)` see, as the kernels take it."""
+        found = head_spans(self.problem, positions, start, stop)
+        if len(found) == 1:
+            lo, hi, prefix_lo, prefix_hi = (self.tensor(side) for side in found[0])
+        else:
+            sides = [np.stack(side) for side in zip(*found, strict=True)]
+            lo, hi, prefix_lo, prefix_hi = (self.tensor(side) for side in sides)
+        return lo, hi, prefix_lo, prefix_hi
+
+    def own_spans(self) -> Spans:
+        """What this rank's queries see, all heads."""
+        positions = self.problem.layout.positions(self.rank)
+        return self.spans(positions, 0, self.problem.heads)
+
+    def key_positions(self, rank: int) -> NDArray[np.int64]:
+        """Global positions of the keys `rank` holds."""
+        if self.problem.key_layout is None:
+            return np.arange(self.problem.key_length, dtype=np.int64)
+        return self.problem.key_layout.positions(rank)
+
+    def tensor(self, values: NDArray[np.int64]) -> Tensor:
+        """Integers on this call's device."""
+        return torch.from_numpy(np.ascontiguousarray(values)).to(self.device)
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, spans: Spans, k_positions: Tensor,
+        sinks: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """The kernel's forward with this call's scale and soft-cap."""
+        return attention_forward(
+            q, k, v, scale=self.scale, spans=spans, k_positions=k_positions,
+            softcap=self.softcap, sinks=sinks,
+        )  # fmt: skip
+
+    def backward(
+        self, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, dout: Tensor,
+        spans: Spans, k_positions: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """The kernel's backward with this call's scale and soft-cap."""
+        return attention_backward(
+            q, k, v, lse, delta, dout, scale=self.scale, spans=spans, k_positions=k_positions,
+            softcap=self.softcap,
+        )  # fmt: skip
+
+
+def take(x: Tensor, ranges: Ranges) -> Tensor:
+    """The tokens of x `[B, n, ...]` in `ranges`, one run after another."""
+    runs = [x[:, start:stop] for start, stop in ranges]
+    return runs[0] if len(runs) == 1 else torch.cat(runs, dim=1) if runs else x[:, :0]
+
+
+def add_at(target: Tensor, ranges: Ranges, values: Tensor) -> None:
+    """Adds `values` `[B, tokens, ...]`, as `take` would have laid them out, to `target`."""
+    start = 0
+    for first, stop in ranges:
+        target[:, first:stop] += values[:, start : start + stop - first]
+        start += stop - first
+
+
+def positions_at(positions: NDArray[np.int64], ranges: Ranges) -> NDArray[np.int64]:
+    """The positions of the tokens `take` takes."""
+    runs = [positions[start:stop] for start, stop in ranges]
+    return np.concatenate(runs) if runs else positions[:0]

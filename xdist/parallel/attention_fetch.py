@@ -1,0 +1,88 @@
+"""Gather and halo: keys and values of other ranks in one exchange, kept for backward.
+
+1. Sharded before and after: the sequence.
+2. Moves, per rank: forward receives e B G (D+E) a key: gather every key of the others, halo those
+   its queries see. Backward returns w B G (D+E) a received key in float32 (float64 for float64).
+3. Saved for backward: q, k, v, out, lse of this rank and the keys and values received.
+4. Divides: H by G. Halo needs a mask of finite reach on both sides; it may be wider than a share.
+   Any shares, also empty ones.
+
+The keys this rank holds are worked on while the others travel, in both directions.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from xdist.cost.attention_keys import Needs, all_keys
+from xdist.parallel.attention_blocks import Block, Blocks
+from xdist.parallel.attention_call import Call
+from xdist_kernels.attention.torch import attention_delta, sinks_backward
+from xdist_kernels.merge.torch import merge_, merge_sinks_
+
+
+class FetchAttention(Function):
+    """Either strategy as one differentiable function of q, k, v and sinks; `move` names it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, call: Call, move: str, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None
+    ) -> Tensor:
+        blocks = Blocks(call, _needs(call, move), move)
+        spans, own = call.own_spans(), call.tensor(call.key_positions(call.rank))
+        arriving = blocks.start_keys(k, v, call.others(), call.others())
+        out, lse = call.forward(q, k, v, spans, own)
+        got = arriving.wait()
+        far = _joined(got) if got else (k[:, :0], v[:, :0])
+        ctx.owners = [(owner, got[owner][0].shape[1]) for owner in sorted(got)]
+        if got:
+            merge_(out, lse, *call.forward(q, *far, spans, _positions(blocks, ctx.owners)))
+        if sinks is not None:
+            merge_sinks_(out, lse, sinks)
+        out = out.to(q.dtype)
+        ctx.call, ctx.blocks = call, blocks
+        ctx.save_for_backward(q, k, v, out, lse, sinks, *far)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
+        call, blocks = ctx.call, ctx.blocks
+        q, k, v, out, lse, sinks, *far = ctx.saved_tensors
+        spans, own = call.own_spans(), call.tensor(call.key_positions(call.rank))
+        delta = attention_delta(out, dout)
+        given: dict[int, Block] = {}
+        far_dq = None
+        if ctx.owners:
+            at = _positions(blocks, ctx.owners)
+            far_dq, far_dk, far_dv = call.backward(q, *far, lse, delta, dout, spans, at)
+            sizes = [tokens for _, tokens in ctx.owners]
+            pairs = zip(far_dk.split(sizes, 1), far_dv.split(sizes, 1), strict=True)
+            given = {owner: pair for (owner, _), pair in zip(ctx.owners, pairs, strict=True)}
+        returning = blocks.start_gradients(given, call.others(), lse.dtype)
+        dq, dk, dv = call.backward(q, k, v, lse, delta, dout, spans, own)
+        if far_dq is not None:
+            dq += far_dq
+        blocks.add(dk, dv, returning.wait())
+        dsinks = None if sinks is None else sinks_backward(sinks, lse, delta).to(sinks.dtype)
+        return None, None, dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsinks
+
+
+def _needs(call: Call, move: str) -> Needs:
+    return call.problem.needs if move == "halo" else all_keys(call.problem)
+
+
+def _joined(got: dict[int, Block]) -> Block:
+    """Blocks in rank order as one."""
+    owners = sorted(got)
+    keys, values = zip(*(got[owner] for owner in owners), strict=True)
+    return torch.cat(keys, dim=1), torch.cat(values, dim=1)
+
+
+def _positions(blocks: Blocks, owners: list[tuple[int, int]]) -> Tensor:
+    return torch.cat([blocks.positions(owner) for owner, _ in owners])
