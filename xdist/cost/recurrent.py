@@ -22,6 +22,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
 
 from xdist.documents import Documents
 from xdist.errors import StrategyError
@@ -48,7 +50,7 @@ def shared_heads(shares: Shares, group: int) -> Shares:
 def overlaps(shares: Shares) -> bool:
     """Whether some head is needed by more than one rank."""
     held = sorted(share for share in shares if share[1] > share[0])
-    return any(a[1] > b[0] for a, b in zip(held[:-1], held[1:], strict=True))
+    return any(a[1] > b[0] for a, b in pairwise(held))
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ def _scan_backward(problem: Problem, sender: int, receiver: int) -> int:
 
 def _documents_of(problem: Problem, rank: int) -> int:
     cuts = problem.documents.cu_seqlens
-    ends = [b for a, b in zip(cuts[:-1], cuts[1:], strict=True) if b > a]
+    ends = [b for a, b in pairwise(cuts) if b > a]
     return sum(problem.layout.owners(end - 1, end)[0].rank == rank for end in ends)
 
 
@@ -187,6 +189,7 @@ class Choice:
         return f"{self.strategy} ({said}, forward and backward, all ranks)"
 
 
+@lru_cache(maxsize=256)
 def choose(problem: Problem) -> Choice:
     """The strategy that sends fewest bytes, forward and backward, summed over ranks."""
     total = {

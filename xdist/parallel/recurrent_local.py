@@ -238,7 +238,7 @@ def keep(ctx: Any, parts: list[Part], inputs: Local, initial: Tensor | None) -> 
 
 
 def restore(ctx: Any, plan: Segments, every_run: bool) -> tuple[list[Part], Local, Tensor | None]:
-    """The parts as they were after forward, without their outputs; the inputs; the initial states."""
+    """The parts as forward left them, without their outputs; the inputs; the initial states."""
     inputs, (initial, *rest) = ctx.saved_tensors[: ctx.inputs], ctx.saved_tensors[ctx.inputs :]
     parts = parts_of(plan, inputs, initial, every_run)
     saved = iter(rest[len(parts) :])
