@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import os
 import pathlib
 import sys
@@ -30,6 +31,14 @@ Overrides = Annotated[
 Ranks = Annotated[int | None, typer.Option(min=1, help="number of ranks (launch.ranks)")]
 
 
+class Existing(enum.Enum):
+    """What to do with a store that is there: `keep` wants the same files in it."""
+
+    ERROR = "error"
+    KEEP = "keep"
+    REPLACE = "replace"
+
+
 def _guarded(body: Callable[[], int | None], rank: int = 0) -> None:
     """Run a command's body; end with its exit code, or tell its error once."""
     from xdist_launchers.failure import failure_of, tell
@@ -52,7 +61,7 @@ def _with_ranks(overrides: list[str] | None, ranks: int | None) -> list[str]:
 
 @app.command()
 def show(config: ConfigFile, overrides: Overrides = None, ranks: Ranks = None) -> None:
-    """Print the settings as resolved, in TOML. Checks everything, loads no torch."""
+    """Check the settings and print them as resolved."""
 
     def body() -> None:
         from xdist.config import load, to_toml
@@ -63,8 +72,100 @@ def show(config: ConfigFile, overrides: Overrides = None, ranks: Ranks = None) -
 
 
 @app.command()
+def plan(config: ConfigFile, overrides: Overrides = None, ranks: Ranks = None) -> None:
+    """Predict bytes across ranks and peak memory. Starts nothing."""
+
+    def body() -> None:
+        from xdist.config import load
+
+        settings = load(config, _with_ranks(overrides, ranks))
+
+        from xdist.plan import plan
+
+        print(plan(settings).table())
+
+    _guarded(body)
+
+
+@app.command()
+def certify(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Prove that the config's model is the same on 1, 2, 3 ranks."""
+
+    def body() -> None:
+        from xdist.config import load
+
+        settings = load(config, overrides or [])
+
+        from xdist.certify import certify_config
+
+        report = certify_config(settings)
+        print(report.table(), flush=True)
+        report.raise_if_failed()
+
+    _guarded(body)
+
+
+@app.command()
+def report(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="folder of a run, e.g. runs/NAME")],
+) -> None:
+    """Write report.html of a run, finished or not."""
+
+    def body() -> None:
+        from xdist.errors import ConfigError
+
+        folder = pathlib.Path(run)
+        if not (folder / "status.json").exists():
+            known = sorted(str(path.parent) for path in pathlib.Path("runs").glob("*/status.json"))
+            raise ConfigError(
+                f"{run} is not the folder of a run",
+                "it holds no status.json",
+                f"runs here: {', '.join(known)}" if known else "give a folder, e.g. runs/NAME",
+            )
+        from xdist.train.report import write_report
+
+        print(write_report(folder))
+
+    _guarded(body)
+
+
+@prepare_app.command("text")
+def prepare_text(
+    sources: Annotated[list[str], typer.Argument(metavar="FILES|DIRS...", help="what to read")],
+    store: Annotated[str, typer.Argument(metavar="STORE", help="zarr store to write")],
+    pattern: Annotated[str, typer.Option(help="files to take inside folders, e.g. '*.py'")] = "*",
+    held_out: Annotated[float, typer.Option(help="share of files kept out of training")] = 0.05,
+    vocabulary_size: Annotated[
+        int | None, typer.Option(help="sources are 1-D .npy files of token ids below this")
+    ] = None,
+    existing: Annotated[
+        Existing, typer.Option(help="what to do with a store that is there")
+    ] = Existing.KEEP,
+) -> None:
+    """Write files as one store of bytes (or token ids): checksummed, with documents and held-out.
+
+    A store that already holds the same files is kept.
+    """
+
+    def body() -> None:
+        from xdist.data.prepare import prepare_text
+
+        made = prepare_text(
+            sources,
+            store,
+            held_out_fraction=held_out,
+            vocabulary_size=vocabulary_size,
+            pattern=pattern,
+            existing=existing.value,
+        )
+        print("\n".join(made.lines()))
+
+    _guarded(body)
+
+
+@app.command()
 def doctor() -> None:
-    """Say what this machine has: versions, devices, cores, memory, name clashes."""
+    """Say what this machine has and what is missing."""
 
     def body() -> int:
         from xdist_launchers.doctor import report
@@ -82,7 +183,7 @@ def train(
     overrides: Overrides = None,
     error_file: Annotated[pathlib.Path | None, typer.Option(hidden=True)] = None,
 ) -> None:
-    """Train as one rank: alone, or one of those that a launcher started."""
+    """Train as one rank: alone, or started by a launcher."""
     from xdist_launchers.job import run_rank
 
     code = run_rank(config, overrides or [], error_file)

@@ -54,9 +54,13 @@ def failure_of(error: BaseException, rank: int) -> Failure:
         text = str(error).strip().splitlines()
         what = f"rank {rank} failed with {type(error).__name__}" + (f": {text[0]}" if text else "")
         why, do, code = "", "", 1
+    host = socket.gethostname()
+    # An error that ranks agreed on names the rank on which it happened; PeerLost names a peer.
+    if code != 7 and getattr(error, "rank", None) is not None:
+        rank, host = int(error.rank), str(getattr(error, "host", "") or host)  # type: ignore[attr-defined]
     return Failure(
         rank=rank,
-        host=socket.gethostname(),
+        host=host,
         exit_code=code,
         kind=type(error).__name__,
         what=what,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import faulthandler
 import pathlib
 import shlex
 import sys
@@ -35,6 +36,15 @@ class Job:
     def error_file(self, rank: int) -> pathlib.Path:
         """Where a rank leaves why it failed."""
         return error_file(self.directory, rank)
+
+    def started_file(self, rank: int) -> pathlib.Path:
+        """What a rank leaves when it has loaded everything and is about to meet the others."""
+        return started_file(self.error_file(rank))
+
+
+def started_file(record: pathlib.Path) -> pathlib.Path:
+    """The name beside a rank's failure record, e.g. logs/rank-1.started."""
+    return record.with_name(record.name.replace(".error.json", ".started"))
 
 
 def error_file(directory: pathlib.Path, rank: int) -> pathlib.Path:
@@ -95,8 +105,11 @@ def run_rank(path: str, overrides: Sequence[str], record: pathlib.Path | None) -
         if config.launch.ranks is None:
             config = override(config, [f"launch.ranks={here.world_size}"])
 
+        faulthandler.enable()
         from xdist.train import run
 
+        if record is not None:
+            started_file(record).touch()
         return run(config)
     except (Exception, KeyboardInterrupt) as error:
         failure = failure_of(error, rank)
@@ -107,6 +120,8 @@ def run_rank(path: str, overrides: Sequence[str], record: pathlib.Path | None) -
         if directory is not None and directory.is_dir():
             details = str(error_file(directory, rank))
             write_failure(failure, details)
-        if rank == 0 or failure.exit_code != 2:
+        # Errors of settings and those that all ranks agreed on are raised by every rank.
+        alike = failure.exit_code == 2 or getattr(error, "agreed", False)
+        if rank == 0 or not alike:
             tell(failure, details)
         return failure.exit_code

@@ -24,11 +24,12 @@ from xdist_launchers.failure import Failure, read_failure
 from xdist_launchers.job import Job
 from xdist_launchers.processes import Child, adopt_orphans, children, kill_orphans, rss_bytes, stop
 from xdist_launchers.rank_env import LOOPBACK, common_env, free_port, rank_env, rendezvous_env
-from xdist_launchers.run_state import Progress, replace_status
+from xdist_launchers.run_state import Progress, replace_status, running_since
 
 PEER_GRACE_S = 3.0  # for the others to notice by themselves, and to say what they were doing
 TERM_S = 2.0  # from SIGTERM to SIGKILL
-STOP_S = 5.0  # the same when the user stops the run
+STOP_S = 60.0  # the same when the user stops the run: ranks finish their step and save
+PREEMPTED = 75  # a rank that was asked to stop, and saved
 OOM_SHARE = 0.9  # of the host's memory, from which SIGKILL is taken for the OOM killer's
 
 
@@ -84,7 +85,8 @@ def run(job: Job) -> int:
     """Start the ranks and wait; returns the exit code of the run.
 
     0 when all ranks succeeded; the first failing rank's own code; 7 when a signal killed it;
-    128 + the signal's number when this process was told to stop.
+    75 when the ranks were told to stop and saved; 128 + the signal's number when this process was
+    told to stop and they could not.
     """
     mine = children()
     adopt_orphans()
@@ -93,12 +95,16 @@ def run(job: Job) -> int:
         while True:
             progress = Progress(job.directory)
             watch = _attempt(job, signals, mine)
+            codes = {child.exit_code for child in watch.ranks}
+            if codes == {PREEMPTED} and len(watch.ranks) == job.ranks:
+                print(f"xdist: stopped and saved; go on with: {job.again}", file=sys.stderr)
+                return PREEMPTED
             if signals.seen:
                 return _stopped(job, signals.seen[0])
             failed = watch.failed()
-            if not failed:
+            if not failed and len(watch.ended_at) == job.ranks:
                 return 0
-            failure, trace = _first(job, watch, failed)
+            failure, trace = _first(job, watch, failed) if failed else (_absent(job, watch), "")
             if failure.exit_code == 7 and restarts < job.max_restarts and progress.made():
                 restarts += 1
                 print(f"{failure.what}; restart {restarts} of {job.max_restarts}", file=sys.stderr)
@@ -116,6 +122,7 @@ def _attempt(job: Job, signals: _Signals, mine: set[int]) -> _Watch:
     try:
         for rank in range(job.ranks):
             job.error_file(rank).unlink(missing_ok=True)
+            job.started_file(rank).unlink(missing_ok=True)
             env = os.environ | _env(job, rank, port)
             command = [*job.command, str(job.error_file(rank))]
             if rank == 0:
@@ -123,21 +130,59 @@ def _attempt(job: Job, signals: _Signals, mine: set[int]) -> _Watch:
             else:
                 with job.log_file(rank).open("wb") as log:
                     watch.ranks.append(Child(command, env, log))
-        first_failure = None
-        while len(watch.ended_at) < job.ranks and not signals.seen:
-            watch.look()
-            if watch.failed():
-                first_failure = first_failure or time.monotonic()
-                if time.monotonic() - first_failure > PEER_GRACE_S:
-                    break
-            time.sleep(0.02)
-        watch.look()
+        _watch_over(job, watch, signals)
     finally:
-        # A second signal while the first is obeyed: no more waiting.
-        patience = STOP_S if signals.seen else TERM_S
-        stop(watch.ranks, term_s=patience, hurry=lambda: len(signals.seen) > 1)
+        if signals.seen:
+            print("xdist: stopping after this step; a second signal stops at once", file=sys.stderr)
+        stop(
+            watch.ranks,
+            term_s=STOP_S if signals.seen else TERM_S,
+            hurry=lambda: len(signals.seen) > 1 or (bool(signals.seen) and _hopeless(watch)),
+        )
         kill_orphans(mine)
     return watch
+
+
+def _watch_over(job: Job, watch: _Watch, signals: _Signals) -> None:
+    """Return when all ranks have ended, or when those that run have to be ended."""
+    began = time.monotonic()
+    run_began = running_since(job.directory)
+    met = False
+    first_failure = None
+    while len(watch.ended_at) < job.ranks and not signals.seen:
+        watch.look()
+        now = time.monotonic()
+        if watch.failed():
+            first_failure = first_failure or now
+            if now - first_failure > PEER_GRACE_S:
+                return
+        elif not met:
+            met = bool(watch.ended_at) or running_since(job.directory) != run_began
+            if not met and now - began > job.init_timeout_s:
+                return
+        time.sleep(0.02)
+    watch.look()
+
+
+def _hopeless(watch: _Watch) -> bool:
+    """Whether a rank was killed: the others wait for it and will not reach the end of a step."""
+    return any(child.ended and child.killed_by is not None for child in watch.ranks)
+
+
+def _absent(job: Job, watch: _Watch) -> Failure:
+    """Failure 4 of the list in docs/failures.md: not all ranks met in time."""
+    started = [rank for rank in range(job.ranks) if job.started_file(rank).exists()]
+    missing = [rank for rank in range(job.ranks) if rank not in started]
+    host = socket.gethostname()
+    names = ", ".join(map(str, missing))
+    if missing:
+        what = f"{len(started)} of {job.ranks} ranks joined; missing rank {names} (host {host})"
+    else:
+        what = f"all {job.ranks} ranks started, but they did not meet (host {host})"
+    rank = missing[0] if missing else 0
+    why = f"waited launch.init_timeout_s = {job.init_timeout_s:g} s"
+    do = "read the log of that rank, or give a slow start more time with launch.init_timeout_s=N"
+    return Failure(rank, host, 3, "LaunchError", what, why, do, "", time.time())
 
 
 def _env(job: Job, rank: int, port: int) -> dict[str, str]:
