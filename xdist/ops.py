@@ -1,3 +1,162 @@
 """The public functions, with or without a shard. Thin: each checks nothing twice and delegates."""
 
 from __future__ import annotations
+
+from torch import Tensor
+
+from xdist.mask import Mask
+from xdist.parallel import attention as attention_parallel
+from xdist.parallel import conv as conv_parallel
+from xdist.parallel import recurrent as recurrent_parallel
+from xdist.shard import SequenceShard, resolve
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    shard: SequenceShard | None = None,
+    *,
+    mask: Mask,
+    strategy: str = "auto",
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    key_shard: SequenceShard | str = "same",
+) -> Tensor:
+    """Softmax attention: softmax(softcap(scale * q k^T), mask) v.
+
+    Args:
+        q: `[B, n, H, D]`, this rank's queries, any float dtype.
+        k: `[B, m, G, D]`, the dtype of q. H is a multiple of G: each key head serves H / G query
+            heads.
+        v: `[B, m, G, E]`, the dtype of q; E may differ from D.
+        shard: where this rank's queries lie; None is one device.
+        mask: which keys a query sees, inside its own document.
+        strategy: "ulysses", "ring", "gather" or "halo" (masks of finite reach on both sides);
+            "auto" takes the one whose busiest rank moves the fewest bytes, forward and backward
+            together (`xdist.parallel.attention.explain` says which and why).
+        scale: None is `D ** -0.5`.
+        softcap: c > 0 turns a score s into `c * tanh(s / c)`, before the mask.
+        sinks: `[H]`, one extra logit per head that takes probability and adds no value; its
+            gradient is this rank's part.
+        key_shard: "same" (keys lie as the queries), "replicated" (every rank holds all keys; their
+            gradient is this rank's part) or the keys' own SequenceShard, whose document i the
+            queries' document i sees. Causal and window masks need "same".
+
+    Returns:
+        `[B, n, H, E]` in the dtype of q; a query that sees nothing gets 0. Scores and sums are
+        float32 inside, float64 for float64.
+
+    What moves, how many bytes and what is saved: docs/strategies/ulysses.md, ring.md, gather.md
+    and halo.md. Shares may be uneven or empty, H and G need not divide by the ranks.
+
+    Raises:
+        ShapeError: shapes, dtypes or devices that do not fit together or with the shard.
+        MaskError: a window list of another length, or a mask that keys elsewhere cannot serve.
+        StrategyError: an unknown strategy, or halo with a mask of unlimited reach.
+        NumericsError: inside `xdist.checks()`, inputs that are not finite.
+
+    Source: blockwise as Dao, "FlashAttention-2" (2023), algorithms 1 and 2; ring as Liu et al.,
+    "Ring Attention with Blockwise Transformers" (2023); ulysses as Jacobs et al., "DeepSpeed
+    Ulysses" (2023).
+    """
+    return attention_parallel.attention(
+        q,
+        k,
+        v,
+        shard,
+        mask=mask,
+        strategy=strategy,
+        scale=scale,
+        softcap=softcap,
+        sinks=sinks,
+        key_shard=key_shard,
+    )
+
+
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    shard: SequenceShard | None = None,
+    *,
+    log_decay: Tensor | None = None,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    strategy: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Gated linear attention: S_t = diag(exp(log_decay_t)) S_{t-1} + k_t v_t^T, o_t = scale S_t^T q_t.
+
+    Args:
+        q: `[B, n, Hk, K]`, this rank's tokens; float64, float32 or bfloat16.
+        k: `[B, n, Hk, K]`, the dtype of q.
+        v: `[B, n, H, V]`, the dtype of q. H is a multiple of Hk: each key head serves H / Hk
+            value heads.
+        shard: where this rank's tokens lie; None is one device.
+        log_decay: finite and at most 0; None (no decay), `[H]`, `[B, n, H]` or `[B, n, H, K]`.
+        scale: None is `K ** -0.5`.
+        initial_state: `[B, H, K, V]`, or `[B, documents, H, K, V]` where the shard has documents;
+            equal on all ranks. Its gradient is this rank's part, as is that of a `[H]` decay.
+        output_final_state: also return the state after the last token (of each document), valid
+            on all ranks, float32 (float64 with float64 inputs).
+        strategy: "scan" moves states (bytes independent of the sequence), "switch" moves tokens,
+            "auto" takes the one with fewer bytes.
+
+    Returns:
+        out `[B, n, H, V]` in the dtype of v, or `(out, final_state)`. Each document starts afresh.
+
+    What moves, how many bytes and what is saved: docs/strategies/scan.md and switch.md. Nothing
+    needs to divide anything.
+
+    Raises:
+        ShapeError: shapes or dtypes that do not fit together or with the shard.
+        StrategyError: an unknown strategy.
+        NumericsError: inside `xdist.checks()`, inputs that are not finite or decays above 0.
+
+    Source: Katharopoulos et al., "Transformers are RNNs" (2020); gated and chunked as Yang et al.,
+    "Gated Linear Attention Transformers with Hardware-Efficient Training" (2023), eqs. 3 to 6.
+    """
+    return recurrent_parallel.linear_attention(
+        q,
+        k,
+        v,
+        log_decay,
+        resolve(shard, v.shape[1]),
+        scale=scale,
+        states=recurrent_parallel.States(initial_state, output_final_state),
+        strategy=strategy,
+    )
+
+
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    shard: SequenceShard | None = None,
+    *,
+    activation: str | None = None,
+) -> Tensor:
+    """Causal depthwise convolution: y_t = activation(bias + sum_w weight[:, w] x_{t-W+1+w}).
+
+    Args:
+        x: `[B, n, C]`, this rank's tokens.
+        weight: `[C, W]`; its gradient, like that of bias, is this rank's part.
+        bias: `[C]` or None.
+        shard: where this rank's tokens lie; None is one device.
+        activation: None or "silu".
+
+    Returns:
+        `[B, n, C]` in the dtype of x. Each document starts afresh.
+
+    Moves a halo: each segment receives the W - 1 tokens before it in position order, from as many
+    ranks as hold them; backward sends their gradients back, in float32 or wider. Saved for
+    backward: x and the halo. Nothing needs to divide anything.
+
+    Raises:
+        ShapeError: shapes that do not fit together or with the shard, or another activation.
+    """
+    return conv_parallel.causal_conv1d(
+        x, weight, bias, resolve(shard, x.shape[1]), activation=activation
+    )

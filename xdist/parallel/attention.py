@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 from torch import Tensor
 
+from xdist.comm.checks import checks_are_on, raise_together
 from xdist.cost.attention import Choice, check_strategy, choose
 from xdist.cost.attention_keys import Problem
 from xdist.documents import Documents
-from xdist.errors import MaskError, ShapeError
+from xdist.errors import MaskError, NumericsError, ShapeError
 from xdist.mask import Mask
 from xdist.parallel.attention_call import Call
 from xdist.parallel.attention_fetch import FetchAttention
@@ -19,7 +20,7 @@ from xdist.parallel.attention_ulysses import UlyssesAttention
 from xdist.shard import SequenceShard, resolve
 
 _log = logging.getLogger(__name__)
-KeyShard: TypeAlias = SequenceShard | Literal["same", "replicated"]
+KeyShard: TypeAlias = SequenceShard | str
 
 
 def attention(
@@ -45,6 +46,8 @@ def attention(
         _log.debug("%s", choice)
         strategy = choice.strategy
     check_strategy(problem, strategy)
+    if checks_are_on():
+        _check_values(q, k, v, shard)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     call = Call(problem, shard.rank, shard.group, scale, softcap, q.device)
     if strategy == "ulysses":
@@ -92,10 +95,10 @@ def problem_of(
             f"{shard.layout.length}",
             "pass shard.scatter(x), or make the shard for this length",
         )
-    same = key_shard is shard or (isinstance(key_shard, str) and key_shard == "same")
+    same = key_shard is shard or key_shard == "same"
     if same:
         layout, documents = shard.layout, shard.documents
-    elif isinstance(key_shard, str) and key_shard == "replicated":
+    elif key_shard == "replicated":
         layout, documents = None, Documents.of(None, k.shape[1])
     elif isinstance(key_shard, SequenceShard):
         layout, documents = key_shard.layout, key_shard.documents
@@ -117,6 +120,20 @@ def problem_of(
         shard.layout, shard.documents, mask, layout, documents, not same,
         batch, heads, k.shape[2], dim, v.shape[3], q.element_size(),
     )  # fmt: skip
+
+
+def _check_values(q: Tensor, k: Tensor, v: Tensor, shard: SequenceShard) -> None:
+    """Refuses NaN and infinity on all ranks when any rank has one."""
+    fault = not all(bool(x.isfinite().all()) for x in (q, k, v))
+    raise_together(
+        shard.group,
+        fault,
+        lambda ranks: NumericsError(
+            "attention got values that are not finite in q, k or v",
+            f"on sequence ranks {ranks}",
+            "look for the step before this one that made them",
+        ),
+    )
 
 
 def _check_cross(
