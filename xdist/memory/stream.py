@@ -130,14 +130,14 @@ class Sweep:
         totals = [zero.new_zeros(zero.shape[:2]) for _ in self.segments]
         ends = [zero for _ in self.segments]
         if not self.exchange.scans:
-            return ends, totals
+            return ends, []
         for index, tiles in enumerate(self.segments):
             if self.exchange.followed(index):
                 for tile in tiles:
                     ends[index], totals[index] = layer.summary(
                         *self.read(layer, x, halo, tile), ends[index], totals[index]
                     )
-        return self.exchange.scan(ends, totals), totals
+        return self.exchange.scan(zero, ends, totals)
 
     def recurrent_backward(self, layer: Recurrent, x: Tensor, kept: Kept, dx: Tensor) -> None:
         """dx holds the gradient of the output and becomes that of x."""
@@ -193,7 +193,7 @@ class Sweep:
                 dx[:, own], dy[:, own], starts[index], _ = layer.backward_outer(
                     xe, cuts, kept.states[tile], dx[:, own], starts[index]
                 )
-        outgoing = self.exchange.scan_adjoint(starts, kept.transitions)
+        outgoing = self.exchange.scan_adjoint(zero, starts, kept.transitions)
         for tiles, dstate in zip(self.segments, outgoing, strict=True):
             for tile in reversed(tiles):
                 own = slice(tile.start, tile.stop)
