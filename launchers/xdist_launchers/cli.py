@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import os
 import pathlib
+import signal
 import sys
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -39,16 +40,18 @@ class Existing(enum.Enum):
     REPLACE = "replace"
 
 
-def _guarded(body: Callable[[], int | None], rank: int = 0) -> None:
+def _guarded(body: Callable[[], int | None]) -> None:
     """Run a command's body; end with its exit code, or tell its error once."""
     from xdist_launchers.failure import failure_of, tell
 
     try:
         code = body() or 0
-    except (typer.Exit, typer.Abort):
-        raise
+    except BrokenPipeError:
+        # The reader, e.g. `head`, has seen enough. Nothing more must be flushed into the pipe.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 128 + signal.SIGPIPE
     except (Exception, KeyboardInterrupt) as error:
-        failure = failure_of(error, rank)
+        failure = failure_of(error)
         tell(failure)
         code = failure.exit_code
     raise typer.Exit(code)

@@ -41,8 +41,11 @@ class Failure:
         return "\n".join(line for line in lines if line)
 
 
-def failure_of(error: BaseException, rank: int) -> Failure:
-    """Describe an exception. Errors of xdist carry their own words and exit code."""
+def failure_of(error: BaseException, rank: int | None = None) -> Failure:
+    """Describe an exception, of a rank or of a command that has none.
+
+    Errors of xdist carry their own words and exit code.
+    """
     # Not imported at the top: the command line first checks that `xdist` is this project.
     from xdist.errors import XdistError
 
@@ -52,14 +55,15 @@ def failure_of(error: BaseException, rank: int) -> Failure:
         what, why, do, code = "interrupted", "", "", INTERRUPTED
     else:
         text = str(error).strip().splitlines()
-        what = f"rank {rank} failed with {type(error).__name__}" + (f": {text[0]}" if text else "")
+        who = "this command" if rank is None else f"rank {rank}"
+        what = f"{who} failed with {type(error).__name__}" + (f": {text[0]}" if text else "")
         why, do, code = "", "", 1
     host = socket.gethostname()
     # An error that ranks agreed on names the rank on which it happened; PeerLost names a peer.
     if code != 7 and getattr(error, "rank", None) is not None:
         rank, host = int(error.rank), str(getattr(error, "host", "") or host)  # type: ignore[attr-defined]
     return Failure(
-        rank=rank,
+        rank=rank or 0,
         host=host,
         exit_code=code,
         kind=type(error).__name__,
