@@ -1,10 +1,10 @@
 """The exchanges of a streamed layer over one shard: the halo of its input, the scan of its state.
 
-    halo   the `width` tokens before each segment, from whichever ranks hold them; backward sends
-           their gradients back. Received: width x C a segment, less where the sequence starts
-    scan   every segment's summary (E [B, H, K, V] and total log decay [B, H]) to the ranks that
-           hold a later segment; each folds what precedes its own segments. Backward sends the
-           adjoint summaries to the ranks of earlier segments; totals are kept, not sent again
+halo   the `width` tokens before each segment, from whichever ranks hold them; backward sends
+       their gradients back. Received: width x C a segment, less where the sequence starts
+scan   every segment's summary (E [B, H, K, V] and total log decay [B, H]) to the ranks that
+       hold a later segment; each folds what precedes its own segments. Backward sends the
+       adjoint summaries to the ranks of earlier segments; totals are kept, not sent again
 """
 
 from __future__ import annotations

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from xdist.comm.reduce import start_reduce
+from xdist.errors import ShapeError
 from xdist.memory.normalise import normalised, normalised_backward
 
 TILE_TOKENS = 2048
@@ -131,6 +133,24 @@ class _Sweep:
         return self.dhidden, dhead, (self.dfolded * self.head).sum(0)
 
 
+def cross_entropy(
+    hidden: Tensor,
+    head_weight: Tensor,
+    labels: Tensor,
+    shard: Any = None,
+    *,
+    ignore_index: int = -100,
+    valid_tokens: int | None = None,
+) -> Tensor:
+    """`xdist.cross_entropy`: see there."""
+    _check(hidden, head_weight, labels, shard)
+    valid = count_valid(labels, shard, ignore_index) if valid_tokens is None else valid_tokens
+    return TiledCrossEntropy.apply(
+        hidden, head_weight, None, labels, ignore_index, valid, sum_of_ranks(shard),
+        hidden.dtype, False,
+    )  # fmt: skip
+
+
 def count_valid(labels: Tensor, shard: Any, ignore_index: int) -> int:
     """Labels other than `ignore_index`, over data x sequence ranks."""
     own = (labels != ignore_index).sum().to(torch.float64)
@@ -139,4 +159,29 @@ def count_valid(labels: Tensor, shard: Any, ignore_index: int) -> int:
 
 def sum_of_ranks(shard: Any) -> Callable[[Tensor], Tensor]:
     """What adds a 0-dim tensor over the data x sequence ranks of a shard (None: one rank)."""
-    return lambda own: own
+    group = None if shard is None else shard.mesh.parameter_group
+    return lambda own: start_reduce(own, group).wait()
+
+
+def _check(hidden: Tensor, head: Tensor, labels: Tensor, shard: Any) -> None:
+    given = (
+        f"hidden {tuple(hidden.shape)} {hidden.dtype}, head_weight {tuple(head.shape)} "
+        f"{head.dtype}, labels {tuple(labels.shape)} {labels.dtype}"
+    )
+    fits = hidden.dim() == 3 and head.dim() == 2 and hidden.shape[2] == head.shape[1]
+    if not fits or labels.shape != hidden.shape[:2]:
+        raise ShapeError(
+            "cross_entropy: shapes do not fit", given,
+            "hidden is [B, n, C], head_weight [vocab, C], labels [B, n]",
+        )  # fmt: skip
+    if labels.dtype != torch.int64 or hidden.dtype != head.dtype or not head.is_floating_point():
+        raise ShapeError(
+            "cross_entropy: dtypes do not fit", given,
+            "hidden and head_weight share a floating dtype, labels are int64",
+        )  # fmt: skip
+    if shard is not None and hidden.shape[1] != shard.local_length:
+        raise ShapeError(
+            "cross_entropy: hidden is not this rank's share of the sequence",
+            f"{hidden.shape[1]} tokens were given, the shard holds {shard.local_length}",
+            "pass this rank's part of hidden and of labels",
+        )
