@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 
@@ -67,8 +68,14 @@ def pass_bytes(
 
 def parameter_count(config: Config) -> int:
     """Trained parameters of the config's model."""
+    return _count(HybridConfig.of(config.model))
+
+
+@lru_cache(maxsize=8)
+def _count(sizes: HybridConfig) -> int:
+    # On the meta device nothing is allocated.
     with torch.device("meta"):
-        model = build(config.model)
+        model = build(sizes)
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 

@@ -7,8 +7,8 @@ One pass (forward and backward of one micro-step) makes, in this order:
     attention   halo of the layer's input, forward and backward
     loss        reduce of one float64
 
-and a step adds one reduce of four float64 (valid tokens, bad rows, failures, stop) and one reduce of
-all gradients over data x sequence. Clipping sends nothing.
+and a step adds one reduce of four float64 (valid tokens, bad rows, failures, stop) and one reduce
+of all gradients over data x sequence. Clipping sends nothing.
 """
 
 from __future__ import annotations
@@ -55,11 +55,10 @@ def pass_moves(one: Pass, rank: int) -> Moves:
 
 def reduce_traffic(count: int, element_bytes: int, ranks: int, rank: int) -> Traffic:
     """A sum over ranks: each share goes to the rank that adds it up, and the sums to all."""
-    shares = even_sizes(count, ranks)
-    there = count - shares[rank]
-    back = (ranks - 1) * shares[rank]
-    # What a rank sends of others' shares it gets back as their sums, and the other way round.
-    return Traffic(element_bytes * (there + back), element_bytes * (back + there))
+    own = even_sizes(count, ranks)[rank]
+    # Its part of every other share, then its own share summed, to everybody; received the same.
+    both = element_bytes * (count - own + (ranks - 1) * own)
+    return Traffic(both, both)
 
 
 def add(moves: Moves, move: str, traffic: Traffic) -> None:
