@@ -37,7 +37,8 @@ def one_rank(n: int, cu_seqlens: list[int]) -> SimpleNamespace:
     """What a model reads of a shard, for one rank."""
     return SimpleNamespace(
         layout=Layout.contiguous(n, 1), documents=Documents.of(cu_seqlens, n), rank=0,
-        group=None, local_length=n, mesh=None,
+        group=None, local_length=n,
+        mesh=SimpleNamespace(parameter_group=None),
     )  # fmt: skip
 
 

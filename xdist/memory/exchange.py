@@ -66,7 +66,7 @@ class Exchange:
         ]
 
     def halo(self, x: Tensor, width: int) -> list[Tensor]:
-        """For each local segment the tokens before it, [B, m, ...], m <= width, of x [B, n, ...]."""
+        """The tokens before each local segment, [B, m, ...] with m <= width, of x [B, n, ...]."""
         sends, receives = {}, {}
         for other in range(self.layout.parts):
             own = self._edges(width, self.rank, other)

@@ -34,11 +34,11 @@ def mean(x: Tensor, shard: Any = None, *, weight: Tensor | None = None) -> Tenso
 class _Mean(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, group: Any) -> Tensor:
-        wide = x.to(torch.float64)
         if weight is None:
-            own = torch.stack([wide.sum(), wide.new_tensor(float(x.numel()))])
+            total = x.sum(dtype=torch.float64)
+            own = torch.stack([total, total.new_tensor(float(x.numel()))])
         else:
-            w = weight.to(torch.float64)
+            w, wide = weight.to(torch.float64), x.to(torch.float64)
             # A weight of zero leaves a term out, whatever its value: no NaN from 0 x inf.
             own = torch.stack([torch.where(w == 0, 0.0, wide * w).sum(), w.sum()])
         total, count = start_reduce(own, group).wait().unbind()
