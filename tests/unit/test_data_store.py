@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import zarr
 
-from xdist.data.guard import zstd_problem
+from xdist.data.guard import GuardedStore, zstd_problem
 from xdist.data.identity import differences, fingerprint, require_same_data
 from xdist.data.prepare import compression_figures, prepare_text
 from xdist.data.sources import collect, split_held_out, standard_library
@@ -199,6 +199,15 @@ def test_bombs_and_links_are_refused_before_decoding(store: Path, tmp_path: Path
         split.read(CHUNK, CHUNK + 1)
 
 
+def test_a_read_that_goes_around_the_checks_is_an_error(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    split = TextStore(store).split("train")
+    monkeypatch.delattr(GuardedStore, "get")
+    with pytest.raises(DataError, match="past its checks"):
+        split.read(0, 1)
+
+
 @pytest.mark.parametrize(
     ("change", "text"),
     [
@@ -321,10 +330,14 @@ def test_a_failure_leaves_the_old_store_and_nothing_beside_it(
 
 def test_sources_pass_over_what_is_not_text_and_say_so(folder: Path) -> None:
     (folder / "empty.txt").touch()
+    (folder / "binary.txt").write_bytes(b"\x7fELF\0")
     (folder / "link.txt").symlink_to(folder / "file00.txt")
     found = collect([folder])
     assert len(found.files) == 20
-    assert sorted(line.split(": ")[1] for line in found.skipped) == ["empty", "not a regular file"]
+    reasons = sorted(line.split(": ", 1)[1] for line in found.skipped)
+    assert reasons == ["empty", "not a regular file", "not text: it holds NUL bytes"]
+    assert len(collect([folder], text_only=False).files) == 21
+    assert len(collect([folder / "binary.txt"]).files) == 1
     assert len(collect([folder / "link.txt"]).files) == 1
     with pytest.raises(DataError, match="cannot be used"):
         collect([folder / "absent.txt"])

@@ -92,7 +92,9 @@ def prepare_text(
     """
     _check_arguments(held_out_fraction, vocabulary_size, chunk_bytes)
     target = Path(store)
-    sources = paths if isinstance(paths, Sources) else collect(paths, pattern=pattern)
+    sources = paths
+    if not isinstance(sources, Sources):
+        sources = collect(sources, pattern=pattern, text_only=vocabulary_size is None)
     if not sources.files:
         raise DataError(f"no text to write to {target}", "no file was found", "name other paths")
     reader = _bytes_of if vocabulary_size is None else _ids_of

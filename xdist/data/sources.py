@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 from xdist.errors import DataError
 
-# A hash has no order of its own: 64 bits of it as a number in [0, 1).
+_PROBE_BYTES = 8192
+# 64 bits of a hash, read as a number in [0, 1).
 _HASH_SPAN = float(1 << 64)
 
 
@@ -35,12 +36,13 @@ class Sources(NamedTuple):
         return sum(file.size_bytes for file in self.files)
 
 
-def collect(paths: Iterable[str | Path], *, pattern: str = "*") -> Sources:
+def collect(paths: Iterable[str | Path], *, pattern: str = "*", text_only: bool = True) -> Sources:
     """Regular, readable, non-empty files: those named, and those in folders that fit `pattern`.
 
     A file in a folder is named `folder/relative/path`, so that names do not depend on where the
-    folder lies. Links inside folders are not followed. Files that cannot be read are reported in
-    `skipped`, a path given by name that cannot be read raises.
+    folder lies. Links inside folders are not followed. Files that cannot be read and, with
+    `text_only`, files with a NUL in their first 8 KiB are reported in `skipped`; a file given by
+    name is taken as it is, and raises when it cannot be read.
 
     Raises:
         DataError: a path does not exist or cannot be read, or two files have the same name.
@@ -49,9 +51,9 @@ def collect(paths: Iterable[str | Path], *, pattern: str = "*") -> Sources:
     skipped: list[str] = []
     for path in map(Path, paths):
         if path.is_dir():
-            _walk(path, path.resolve().name, pattern, files, skipped)
+            _walk(path, pattern, text_only, files, skipped, prefix=path.resolve().name)
             continue
-        source = _source(path.name, path, follow=True)
+        source = _source(path.name, path, text_only=False, follow=True)
         if isinstance(source, str):
             raise DataError(f"{path} cannot be used as text", source, "name readable files")
         files.append(source)
@@ -63,7 +65,7 @@ def standard_library() -> Sources:
     root = Path(sysconfig.get_paths()["stdlib"])
     files: list[Source] = []
     skipped: list[str] = []
-    _walk(root, "stdlib", "*.py", files, skipped)
+    _walk(root, "*.py", True, files, skipped, prefix="stdlib")
     if not files:
         raise DataError(
             "this Python has no standard library sources on disk",
@@ -104,20 +106,28 @@ def _hash(name: str) -> float:
     return int.from_bytes(digest[:8], "big") / _HASH_SPAN
 
 
-def _walk(root: Path, prefix: str, pattern: str, files: list[Source], skipped: list[str]) -> None:
+def _walk(
+    root: Path,
+    pattern: str,
+    text_only: bool,
+    files: list[Source],
+    skipped: list[str],
+    *,
+    prefix: str,
+) -> None:
     for path in root.rglob(pattern):
         relative = path.relative_to(root)
         inside_caches = {"site-packages", "dist-packages", "__pycache__"} & set(relative.parts)
         if inside_caches or path.is_dir():
             continue
-        source = _source(f"{prefix}/{relative.as_posix()}", path)
+        source = _source(f"{prefix}/{relative.as_posix()}", path, text_only=text_only)
         if isinstance(source, str):
             skipped.append(f"{path}: {source}")
         else:
             files.append(source)
 
 
-def _source(name: str, path: Path, *, follow: bool = False) -> Source | str:
+def _source(name: str, path: Path, *, text_only: bool, follow: bool = False) -> Source | str:
     """The file, or why it is passed over. A link counts only where the user named it."""
     try:
         status = path.stat(follow_symlinks=follow)
@@ -125,7 +135,9 @@ def _source(name: str, path: Path, *, follow: bool = False) -> Source | str:
             return "not a regular file"
         if status.st_size == 0:
             return "empty"
-        with path.open("rb"):
+        with path.open("rb") as file:
+            if text_only and b"\0" in file.read(_PROBE_BYTES):
+                return "not text: it holds NUL bytes"
             return Source(name, path, status.st_size)
     except OSError as error:
         return error.strerror or type(error).__name__
