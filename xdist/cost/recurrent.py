@@ -201,3 +201,43 @@ def choose(problem: Problem) -> Choice:
         for strategy in STRATEGIES
     }
     return Choice(min(STRATEGIES, key=lambda name: total[name]), total)
+
+
+@dataclass(frozen=True)
+class ConvProblem:
+    """One call of the causal convolution of `width` taps over x [batch, n, channels]."""
+
+    layout: Layout
+    batch: int
+    channels: int
+    width: int
+    element_bytes: int
+
+
+def conv_bytes(problem: ConvProblem, rank: int, *, backward: bool) -> Traffic:
+    """Bytes of the halo: width - 1 tokens before each segment, from the ranks that hold them.
+
+    Forward they keep their dtype; backward their gradients travel in float32, or float64 for
+    float64, to be added. Received by one rank, forward: e B C x tokens of other ranks in the
+    width - 1 positions before each of its segments.
+    """
+    layout, reach = problem.layout, problem.width - 1
+    token = problem.batch * problem.channels * problem.element_bytes
+    if backward:
+        token = token // problem.element_bytes * max(4, problem.element_bytes)
+
+    def halo(holder: int, owner: int) -> int:
+        """Tokens of `owner` before segments of `holder`."""
+        return sum(
+            part.stop - part.start
+            for piece in layout.pieces
+            if piece.rank == holder
+            for part in layout.owners(max(0, piece.start - reach), piece.start)
+            if part.rank == owner
+        )
+
+    def sends(sender: int, receiver: int) -> int:
+        pair = (sender, receiver) if backward else (receiver, sender)
+        return token * halo(*pair)
+
+    return _mirrored(sends, layout.parts, rank)

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from xdist.comm import start_gather, start_reduce_scatter
 from xdist.comm.collectives import ProcessGroup
+from xdist.comm.gather import start_gather, start_reduce_scatter
 from xdist.parallel.recurrent_segments import Segments, final_owners
 
 

@@ -9,45 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
 
 import torch
 from torch import Tensor
 
-from xdist.comm import start_exchange, start_gather, start_reduce_scatter
-from xdist.comm.collectives import ProcessGroup
+from xdist.comm.collectives import ProcessGroup, start_pairs
+from xdist.comm.gather import start_gather, start_reduce_scatter
+from xdist.comm.switch import pack, packed_spec, unpack
 from xdist.cost.recurrent import Shares
 from xdist.layout import Layout
 
-
-@dataclass(frozen=True)
-class _Packing:
-    """Several tensors of known shapes and dtypes as one run of bytes, widest dtype first."""
-
-    shapes: list[tuple[int, ...]]
-    dtypes: list[torch.dtype]
-
-    @property
-    def _order(self) -> list[int]:
-        return sorted(range(len(self.dtypes)), key=lambda i: (-self.dtypes[i].itemsize, i))
-
-    @property
-    def received(self) -> tuple[tuple[int], torch.dtype]:
-        """Shape and dtype of the packed bytes."""
-        sizes = [prod(s) * d.itemsize for s, d in zip(self.shapes, self.dtypes, strict=True)]
-        return (sum(sizes),), torch.uint8
-
-    def pack(self, tensors: Sequence[Tensor]) -> Tensor:
-        return torch.cat([tensors[i].contiguous().view(-1).view(torch.uint8) for i in self._order])
-
-    def unpack(self, packed: Tensor) -> list[Tensor]:
-        found: dict[int, Tensor] = {}
-        start = 0
-        for i in self._order:
-            stop = start + prod(self.shapes[i]) * self.dtypes[i].itemsize
-            found[i] = packed[start:stop].view(self.dtypes[i]).view(self.shapes[i])
-            start = stop
-        return [found[i] for i in range(len(self.shapes))]
+Specs = list[tuple[tuple[int, ...], torch.dtype]]
 
 
 @dataclass(frozen=True)
@@ -58,16 +30,15 @@ class HeadExchange:
     rank: int
     group: ProcessGroup | None
 
-    def _packing(
+    def _specs(
         self, tensors: Sequence[Tensor], shares: Sequence[Shares], tokens_of: int, heads_of: int
-    ) -> _Packing:
-        """The tokens of one rank, the heads of another."""
+    ) -> Specs:
+        """Shapes and dtypes of the tokens of one rank and the heads of another."""
         n = self.layout.local_length(tokens_of)
-        widths = [share[heads_of][1] - share[heads_of][0] for share in shares]
-        shapes = [
-            (x.shape[0], n, width, x.shape[3]) for x, width in zip(tensors, widths, strict=True)
+        return [
+            ((x.shape[0], n, share[heads_of][1] - share[heads_of][0], x.shape[3]), x.dtype)
+            for x, share in zip(tensors, shares, strict=True)
         ]
-        return _Packing(shapes, [x.dtype for x in tensors])
 
     def to_heads(self, tensors: Sequence[Tensor], shares: Sequence[Shares]) -> list[Tensor]:
         """[B, n, H_i, D_i] of this rank's tokens -> [B, N, h_i, D_i] of its heads, by position."""
@@ -75,16 +46,15 @@ class HeadExchange:
         sends, receives = {}, {}
         for peer in peers:
             parts = [x[:, :, slice(*s[peer])] for x, s in zip(tensors, shares, strict=True)]
-            sends[peer] = self._packing(tensors, shares, self.rank, peer).pack(parts)
-            receives[peer] = self._packing(tensors, shares, peer, self.rank).received
-        received = start_exchange(sends, receives, self.group, move="switch").wait()
+            sends[peer] = pack(parts)
+            receives[peer] = packed_spec(self._specs(tensors, shares, peer, self.rank))
+        received = start_pairs(sends, receives, self.group, move="switch").wait()
         whole = []
         for x, share in zip(tensors, shares, strict=True):
             start, stop = share[self.rank]
             whole.append(x.new_empty(x.shape[0], self.layout.length, stop - start, x.shape[3]))
         for peer in peers:
-            packing = self._packing(tensors, shares, peer, self.rank)
-            blocks = packing.unpack(received[peer])
+            blocks = unpack(received[peer], self._specs(tensors, shares, peer, self.rank))
             for piece in self.layout.pieces_of(peer):
                 end = piece.offset + piece.stop - piece.start
                 for y, block in zip(whole, blocks, strict=True):
@@ -104,17 +74,16 @@ class HeadExchange:
         for peer in peers:
             runs = self.layout.segments(peer)
             parts = [torch.cat([x[:, :0], *(x[:, a:b] for a, b in runs)], 1) for x in tensors]
-            sends[peer] = self._packing(tensors, shares, peer, self.rank).pack(parts)
-            receives[peer] = self._packing(tensors, shares, self.rank, peer).received
-        received = start_exchange(sends, receives, self.group, move="switch").wait()
+            sends[peer] = pack(parts)
+            receives[peer] = packed_spec(self._specs(tensors, shares, self.rank, peer))
+        received = start_pairs(sends, receives, self.group, move="switch").wait()
         n = self.layout.local_length(self.rank)
         found = [
             x.new_zeros(x.shape[0], n, count, x.shape[3])
             for x, count in zip(tensors, heads, strict=True)
         ]
         for peer in peers:
-            packing = self._packing(tensors, shares, self.rank, peer)
-            blocks = packing.unpack(received[peer])
+            blocks = unpack(received[peer], self._specs(tensors, shares, self.rank, peer))
             for y, share, block in zip(found, shares, blocks, strict=True):
                 y[:, :, slice(*share[peer])] += block
         return found

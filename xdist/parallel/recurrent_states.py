@@ -16,8 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from xdist.comm import Pending
 from xdist.comm.collectives import ProcessGroup, start_pairs
+from xdist.comm.pending import Pending
 from xdist.parallel.recurrent_local import Part
 from xdist.parallel.recurrent_op import Local, RecurrentOp
 from xdist.parallel.recurrent_segments import Segment, Segments
