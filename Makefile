@@ -45,7 +45,7 @@ $(VENV)/.installed-dev: constraints.txt pyproject.toml | $(VENV)/.installed-run
 quickstart: $(VENV)/.installed-run
 	$(BIN)/xdist prepare text \
 	  "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')" \
-	  data-cache/stdlib.zarr
+	  data-cache/stdlib.zarr --pattern '*.py'
 	$(BIN)/xdist certify $(CONFIG)
 	$(BIN)/xdist launch local $(CONFIG)
 

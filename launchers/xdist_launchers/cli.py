@@ -160,10 +160,16 @@ def prepare_text(
             vocabulary_size=vocabulary_size,
             pattern=pattern,
             existing=existing.value,
+            on_progress=_prepared if sys.stderr.isatty() else None,
         )
         print("\n".join(made.lines()))
 
     _guarded(body)
+
+
+def _prepared(done_bytes: int, total_bytes: int) -> None:
+    end = "\n" if done_bytes >= total_bytes else ""
+    print(f"\r{done_bytes / 1e6:.1f} of {total_bytes / 1e6:.1f} MB", end=end, file=sys.stderr)
 
 
 @app.command()
