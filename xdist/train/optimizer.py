@@ -66,19 +66,20 @@ def load_state_tensors(
 
 
 def check_same_names(wanted: dict[str, Tensor], found: dict[str, Tensor], what: str) -> None:
-    """Raise CheckpointError unless both hold the same names with the same shapes."""
+    """Raise CheckpointError unless both hold the same names, shapes and dtypes."""
     missing = sorted(wanted.keys() - found.keys())
     alien = sorted(found.keys() - wanted.keys())
     shapes = [
-        f"{name} {tuple(found[name].shape)} instead of {tuple(wanted[name].shape)}"
+        f"{name} {found[name].dtype} {tuple(found[name].shape)} instead of "
+        f"{wanted[name].dtype} {tuple(wanted[name].shape)}"
         for name in sorted(wanted.keys() & found.keys())
-        if found[name].shape != wanted[name].shape
+        if (found[name].shape, found[name].dtype) != (wanted[name].shape, wanted[name].dtype)
     ]
     if missing or alien or shapes:
         first = [*(f"missing {n}" for n in missing), *(f"unknown {n}" for n in alien), *shapes]
         raise CheckpointError(
             f"the {what} of the checkpoint does not fit this model",
-            f"{len(missing)} missing, {len(alien)} unknown, {len(shapes)} of another shape; "
+            f"{len(missing)} missing, {len(alien)} unknown, {len(shapes)} of another shape or dtype; "
             + "; ".join(first[:3]),
             "resume with the model section that the checkpoint's run had (its config.toml), "
             "or start in another run directory",

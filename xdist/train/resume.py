@@ -7,6 +7,7 @@ import pathlib
 from typing import Any, cast
 
 from xdist.checkpoint import Loaded, Outcome, Saver, clean_stale, load_latest
+from xdist.checkpoint.manifest import MAX_JSON_BYTES
 from xdist.config import Config
 from xdist.data import require_same_data
 from xdist.errors import ConfigError
@@ -144,10 +145,17 @@ def _read(
     if mesh.world_rank != 0:
         return None
     clean_stale(record.checkpoints)
-    loaded = load_latest(record.checkpoints, resume=config.checkpoint.resume)
+    wanted = engine.tensors()
+    held = sum(tensor.nbytes for tensor in wanted.values())
+    loaded = load_latest(
+        record.checkpoints,
+        resume=config.checkpoint.resume,
+        # Twice, so that a model of another dtype is told as such, and room for state and headers.
+        max_bytes=2 * held + MAX_JSON_BYTES,
+    )
     if loaded is None:
         return None
-    check_same_names(engine.tensors(), loaded.tensors, "state")
+    check_same_names(wanted, loaded.tensors, "state")
     _check_order(loaded.state, config)
     changed = require_same_data(
         loaded.state["data"], identity, allow_change=config.data.allow_fingerprint_change
