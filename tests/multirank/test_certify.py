@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import xdist
 from xdist.certify import Report, certify
 from xdist.errors import NumericsError
-from xdist.rank import world_size
+from xdist.rank import read_rank
 
 VOCAB, DIM, HEADS = 13, 8, 2
 
@@ -115,7 +115,7 @@ class DrawsByRank(Toy):
     """Initial weights depend on the rank."""
 
     def __init__(self) -> None:
-        torch.manual_seed(xdist.init_mesh(ring=world_size()).sequence_rank)
+        torch.manual_seed(xdist.init_mesh(ring=read_rank().world_size).sequence_rank)
         super().__init__()
 
 

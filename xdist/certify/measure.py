@@ -16,7 +16,7 @@ from xdist.comm import ledger
 from xdist.errors import ConfigError
 from xdist.layout import Layout
 from xdist.ops import mean
-from xdist.rank import world_size
+from xdist.rank import read_rank
 from xdist.shard import SequenceShard
 from xdist.train.gradients import reduce_gradients
 
@@ -81,7 +81,7 @@ class Measurement:
 
 def measure(factory: Callable[..., nn.Module], request: Request) -> dict[str, Measurement]:
     """Measures on this rank, once per dtype; called on every rank of the world."""
-    world = world_size()
+    world = read_rank().world_size
     ring, ulysses = request.degrees_of(world)
     mesh = xdist.init_mesh(data=1, ring=ring, ulysses=ulysses)
     shard = SequenceShard(mesh, request.make_layout(world), request.documents)
@@ -103,7 +103,7 @@ def make_module(factory: Callable[..., nn.Module], precision: str, seed: int) ->
         for parameter in module.parameters():
             drawn = torch.randn(parameter.shape, generator=generator) * SPREAD
             if parameter.numel() and bool((parameter == parameter.reshape(-1)[0]).all()):
-                parameter += drawn.to(parameter.device, parameter.dtype)
+                parameter.add_(drawn.to(parameter.device, parameter.dtype))
     return module.to(DTYPES[precision])
 
 
@@ -190,8 +190,9 @@ def _loss(
     The functional alone would be linear in the output; its square is taken too, so that a wrong
     output also shows in the gradients.
     """
-    if hasattr(module, "loss"):
-        return module.loss(tokens, labels, shard)
+    loss = getattr(module, "loss", None)
+    if callable(loss):
+        return loss(tokens, labels, shard)
     value = functional(module(tokens, shard), tokens, seed)
     return mean(value + value.square(), shard)
 

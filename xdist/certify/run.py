@@ -9,7 +9,7 @@ from torch import nn
 from xdist.certify.judge import Comparison, Report, judge
 from xdist.certify.measure import DTYPES, Measurement, Request, measure
 from xdist.errors import ConfigError, LaunchError
-from xdist.rank import world_size
+from xdist.rank import read_rank
 from xdist.testing import RankPool
 
 Factory = Callable[..., nn.Module]
@@ -115,10 +115,11 @@ def _on_ranks(
 
 
 def _check(request: Request, ranks: Sequence[int]) -> None:
-    if world_size() != 1:
+    world = read_rank().world_size
+    if world != 1:
         raise LaunchError(
             "certify starts ranks of its own and was called inside a started rank",
-            f"WORLD_SIZE is {world_size()}",
+            f"WORLD_SIZE is {world}",
             "run it in one plain process: xdist certify CONFIG",
         )
     if unknown := [name for name in request.dtypes if name not in DTYPES]:
