@@ -38,8 +38,11 @@ LAUNCH = """
 import json, pathlib, sys
 from xdist_launchers import local
 from xdist_launchers.job import Job
-body, run, ranks, restarts = sys.argv[1], pathlib.Path(sys.argv[2]), *map(int, sys.argv[3:5])
-job = Job((sys.executable, "-c", body, str(run)), ranks, 1, run, restarts, 60.0, "xdist again")
+local.PEER_GRACE_S = 1.0  # these ranks never need the three seconds
+body, run, *numbers = sys.argv[1:]
+ranks, restarts, init_timeout_s = map(int, numbers)
+command = (sys.executable, "-c", body, run)
+job = Job(command, ranks, 1, pathlib.Path(run), restarts, init_timeout_s, "xdist again")
 sys.exit(local.run(job))
 """
 
@@ -89,10 +92,10 @@ def launch(tmp_path: pathlib.Path) -> Iterator[Callable[..., Launch]]:
     """Start `body` on some ranks under the local launcher; all is killed after the test."""
     started: list[Launch] = []
 
-    def start(body: str, ranks: int = 2, restarts: int = 0) -> Launch:
+    def start(body: str, ranks: int = 2, restarts: int = 0, init_timeout_s: int = 60) -> Launch:
         run = tmp_path / "run"
         run.mkdir(exist_ok=True)
-        arguments = [PRELUDE + body, str(run), str(ranks), str(restarts)]
+        arguments = [PRELUDE + body, str(run), str(ranks), str(restarts), str(init_timeout_s)]
         process = subprocess.Popen(
             [sys.executable, "-c", LAUNCH, *arguments],
             stdout=subprocess.PIPE,

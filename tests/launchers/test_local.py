@@ -207,6 +207,50 @@ def test_a_signal_stops_all_ranks_even_stubborn_ones(launch: Start, number: int)
     assert started.status()["state"] == "stopped"
 
 
+def test_ranks_that_save_when_asked_to_stop_end_with_75(launch: Start) -> None:
+    body = """
+def save(*_):
+    time.sleep(0.3)
+    (run / f"saved-{rank}").touch()
+    sys.exit(75)
+signal.signal(signal.SIGTERM, save)
+(run / f"ready-{rank}").touch()
+time.sleep(300)
+"""
+    started = launch(body)
+    wait_until(lambda: all((started.run / f"ready-{rank}").exists() for rank in (0, 1)))
+    started.process.send_signal(signal.SIGINT)
+    code, out = started.end()
+    assert code == 75
+    assert all((started.run / f"saved-{rank}").exists() for rank in (0, 1))
+    assert "stopped and saved; go on with: xdist again" in out
+
+
+def test_failure_4_a_rank_that_never_joins_is_named(launch: Start) -> None:
+    body = """
+if rank != 1:
+    pathlib.Path(record.replace(".error.json", ".started")).touch()
+time.sleep(300)
+"""
+    started = launch(body, 3, init_timeout_s=1)
+    pids = started.pids(3)
+    code, out = started.end()
+    assert code == 3
+    assert f"2 of 3 ranks joined; missing rank 1 (host {os.uname().nodename})" in out
+    assert "launch.init_timeout_s = 1 s" in out
+    assert not any(alive(pid) for pid in pids)
+    assert started.status()["exit_code"] == 3
+
+
+def test_ranks_that_met_are_not_hurried(launch: Start) -> None:
+    body = """
+if rank == 0:
+    (run / "status.json").write_text('{"state": "running"}')
+time.sleep(2.5)
+"""
+    assert launch(body, init_timeout_s=1).end()[0] == 0
+
+
 STEPS = """
 attempt = len(list(run.glob("attempt-*")))
 if rank == 0:
@@ -257,7 +301,7 @@ def test_a_terminal_stays_one_for_rank_0(tmp_path: pathlib.Path) -> None:
     master, slave = pty.openpty()
     try:
         done = subprocess.run(
-            [sys.executable, "-c", LAUNCH, body, str(tmp_path), "2", "0"],
+            [sys.executable, "-c", LAUNCH, body, str(tmp_path), "2", "0", "60"],
             stdin=slave,
             stdout=slave,
             stderr=slave,
