@@ -100,7 +100,9 @@ class Mesh:
                 f"its dims are {list(names)}, named were {chosen}",
                 "name each dim once",
             )
-        sizes = [1 if n is None else device_mesh.size(names.index(n)) for n in (data, ring, ulysses)]
+        sizes = [
+            1 if n is None else device_mesh.size(names.index(n)) for n in (data, ring, ulysses)
+        ]
         ranks = device_mesh.mesh.permute([names.index(name) for name in chosen]).flatten()
         if ranks.tolist() != list(range(collectives.world_rank_and_size()[1])):
             raise GeometryError(
@@ -172,7 +174,9 @@ def _nearest(world: int, data: int | None, ring: int, ulysses: int) -> list[str]
         for r in range(1, world // d + 1)
         if (world // d) % r == 0
     ]
-    valid.sort(key=lambda sizes: (sum(abs(a - b) for a, b in zip(sizes, wanted, strict=True)), sizes))
+    valid.sort(
+        key=lambda sizes: (sum(abs(a - b) for a, b in zip(sizes, wanted, strict=True)), sizes)
+    )
     found = [f"data={d} ring={r} ulysses={u} on {world}" for d, r, u in valid[:2]]
     needed = (data or 1) * ring * ulysses
     return [*found, f"{needed} rank{'s' * (needed != 1)} for the degrees given"]

@@ -25,6 +25,7 @@ from xdist.errors import LaunchError, ShapeError
 
 Shape = tuple[int, ...]
 
+
 def size_of(group: ProcessGroup | None) -> int:
     """How many ranks share `group`; None is one rank."""
     return 1 if group is None else dist.get_world_size(group)
@@ -76,7 +77,10 @@ def start_pairs(
     where = torch.device("cpu") if staged else device
     buffers = _Buffers(
         {r: t.to(where) for r, t in sent.items()},
-        {r: torch.empty(shape, dtype=dtype, device=where) for r, (shape, dtype) in arriving.items()},
+        {
+            r: torch.empty(shape, dtype=dtype, device=where)
+            for r, (shape, dtype) in arriving.items()
+        },
         device if staged else None,
     )
     with _naming_lost_peers(move, group):
@@ -285,6 +289,4 @@ def device_mesh_from(
     groups: Sequence[ProcessGroup], device_type: str, ranks: Tensor, names: Sequence[str]
 ) -> DeviceMesh:
     """A torch DeviceMesh over existing groups, one a dim of `ranks`; makes no new group."""
-    return DeviceMesh.from_group(
-        list(groups), device_type, mesh=ranks, mesh_dim_names=tuple(names)
-    )
+    return DeviceMesh.from_group(list(groups), device_type, mesh=ranks, mesh_dim_names=tuple(names))

@@ -128,4 +128,3 @@ def _tensors(value: Any) -> list[Tensor]:
 
 def _nbytes(value: Any) -> int:
     return sum(tensor.nbytes for tensor in _tensors(value))
-

@@ -12,10 +12,11 @@ from types import TracebackType
 from typing import Any
 
 from xdist.comm.collectives import Rendezvous
+from xdist.errors import PeerLost
 from xdist.testing.worker import Reply, encode, work
 
 # How long the other ranks get to end by themselves after one rank failed.
-GRACE_S = 10.0
+GRACE_S = 5.0
 
 
 class RankFailed(RuntimeError):
@@ -51,8 +52,8 @@ class RankPool:
     """`world_size` processes that run one function after another, each with its rank.
 
     They start at the first `run`, keep their process group between calls, and end with `close`, at
-    the end of a `with` block, or with this process, however it ends. After a failure the process
-    group is made afresh, and the processes too where one died or hung.
+    the end of a `with` block, or with this process, however it ends. They outlive an exception
+    that every rank raised alike; after any other failure the next `run` starts new ones.
     """
 
     def __init__(self, world_size: int, *, threads: int = 1) -> None:
@@ -121,9 +122,7 @@ class _Ranks:
             self._processes.append(process)
         self._finalizer = weakref.finalize(self, _kill, list(self._processes), list(self._pipes))
 
-    def call(
-        self, fn: Callable[..., Any], args: tuple[Any, ...]
-    ) -> tuple[dict[int, Reply], bool]:
+    def call(self, fn: Callable[..., Any], args: tuple[Any, ...]) -> tuple[dict[int, Reply], bool]:
         """Each rank's reply, and whether the processes can be used again."""
         self._calls += 1
         message = encode((self._calls, fn, args))
@@ -146,7 +145,12 @@ class _Ranks:
                 deadline = time.monotonic() + GRACE_S
             if deadline is not None and not ready:
                 break
-        healthy = len(replies) == len(self._pipes) and not any(r.died for r in replies.values())
+        # An error raised by all ranks alike left nothing on the way between them; after any other
+        # failure a message of this call could meet the next one.
+        kinds = {reply.kind for reply in replies.values()}
+        healthy = len(replies) == len(self._pipes) and len(kinds) == 1
+        healthy = healthy and kinds != {PeerLost.__name__}
+        healthy = healthy and not any(reply.died for reply in replies.values())
         for rank in set(range(len(self._pipes))) - set(replies):
             replies[rank] = Reply(
                 details=f"rank {rank} was still running {GRACE_S:.0f} s after another rank failed "

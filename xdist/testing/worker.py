@@ -16,8 +16,6 @@ from typing import Any, ClassVar
 
 import torch
 
-from xdist.comm import collectives
-
 
 class _Encoder(ForkingPickler):
     """Copies tensors into the message.
@@ -79,10 +77,6 @@ def work(pipe: Connection, rank: int, world_size: int, port: int, threads: int) 
         sys.stdout.flush()
         sys.stderr.flush()
         pipe.send_bytes(reply.encode())
-        if reply.details:
-            # Messages of the broken call must not meet those of the next: a new group, and
-            # peers still inside the call see this rank leave.
-            collectives.close()
 
 
 def _listen(pipe: Connection, calls: SimpleQueue[bytes]) -> None:

@@ -1,0 +1,199 @@
+"""One rank's share of one batch: mesh, layout and documents together."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xdist.comm.checks import disagreeing_ranks
+from xdist.comm.collectives import ProcessGroup
+from xdist.comm.gather import start_gather, start_reduce_scatter
+from xdist.documents import Documents
+from xdist.errors import DesyncError, LayoutError, ShapeError
+from xdist.layout import Layout
+from xdist.mesh import Mesh
+
+
+class SequenceShard:
+    """What this rank holds of sequences of `layout.length` tokens.
+
+    `documents` are packed sequences: cu_seqlens as a list or integer tensor, Documents, or None
+    for one document. Every rank of a sequence group makes it with the same layout and documents;
+    their fingerprints are compared (32 control bytes to each other rank).
+
+    Raises:
+        LayoutError: the layout is for another number of ranks.
+        DocumentsError: cu_seqlens do not describe the sequence.
+        DesyncError: the ranks of the sequence group have different layouts or documents.
+    """
+
+    def __init__(self, mesh: Mesh, layout: Layout, documents: Any = None) -> None:
+        if layout.parts != mesh.sequence_size:
+            raise LayoutError(
+                f"the layout is for {layout.parts} ranks, the mesh has {mesh.sequence_size} "
+                "sequence ranks",
+                f"ring x ulysses = {mesh.ring_size} x {mesh.ulysses_size}",
+                f"make the layout with parts={mesh.sequence_size}",
+            )
+        self.mesh = mesh
+        self.layout = layout
+        self.packed = documents is not None
+        """Whether documents were given; states then have a dim of documents."""
+        self.documents = Documents.of(documents, layout.length)
+        _compare(mesh, layout, self.documents if self.packed else None)
+        self._positions: Tensor | None = None
+        self._document_positions: Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        """This rank's place among the sequence ranks."""
+        return self.mesh.sequence_rank
+
+    @property
+    def size(self) -> int:
+        """How many ranks share the sequence."""
+        return self.mesh.sequence_size
+
+    @property
+    def group(self) -> ProcessGroup | None:
+        """The process group of the sequence ranks; None where there is one."""
+        return self.mesh.sequence_group
+
+    @property
+    def local_length(self) -> int:
+        """How many tokens this rank holds."""
+        return self.layout.local_length(self.rank)
+
+    @property
+    def positions(self) -> Tensor:
+        """Global position of each local token, int64 `[n]`, on the mesh's device."""
+        if self._positions is None:
+            found = torch.from_numpy(self.layout.positions(self.rank))
+            self._positions = found.to(self.mesh.device)
+        return self._positions
+
+    @property
+    def document_positions(self) -> Tensor:
+        """Position of each local token inside its document, int64 `[n]`."""
+        if self._document_positions is None:
+            positions = self.layout.positions(self.rank)
+            inside = torch.from_numpy(positions - self.documents.starts(positions))
+            self._document_positions = inside.to(self.mesh.device)
+        return self._document_positions
+
+    def scatter(self, x: Tensor, dim: int = 1) -> Tensor:
+        """This rank's part of the whole `x`, in its segments' order. Nothing moves.
+
+        Backward: this rank's slice, zero elsewhere.
+        """
+        if x.shape[dim] != self.layout.length:
+            raise ShapeError(
+                f"x has {x.shape[dim]} tokens along dim {dim}",
+                f"the sequence has {self.layout.length}",
+                "scatter takes the whole sequence",
+            )
+        return _Scatter.apply(x, self, dim % x.dim())
+
+    def gather(self, x: Tensor, dim: int = 1) -> Tensor:
+        """The whole sequence in global order, from each rank's part `x`; on every rank.
+
+        Moves as comm.gather: forward (P-1) x own part sent, backward a reduce-scatter (sum).
+        """
+        if x.shape[dim] != self.local_length:
+            raise ShapeError(
+                f"x has {x.shape[dim]} tokens along dim {dim}",
+                f"rank {self.rank} of {self.size} holds {self.local_length}",
+                "gather takes this rank's part",
+            )
+        return _Gather.apply(x, self, dim % x.dim())
+
+    def slice(self, x: Tensor, dim: int) -> Tensor:
+        """`scatter` without autograd: a view where this rank holds one segment."""
+        parts = [x.narrow(dim, a, b - a) for a, b in self.layout.segments(self.rank)]
+        if len(parts) == 1:
+            return parts[0]
+        return torch.cat(parts, dim) if parts else x.narrow(dim, 0, 0)
+
+    def in_global_order(self, x: Tensor, dim: int) -> Tensor:
+        """All ranks' parts one after another, put in position order."""
+        starts = [0]
+        for length in self.layout.local_lengths:
+            starts.append(starts[-1] + length)
+        pieces = self.layout.pieces
+        if all(starts[p.rank] + p.offset == p.start for p in pieces):
+            return x
+        return torch.cat(
+            [x.narrow(dim, starts[p.rank] + p.offset, p.stop - p.start) for p in pieces], dim
+        )
+
+    def in_rank_order(self, x: Tensor, dim: int) -> Tensor:
+        """The inverse of `in_global_order`."""
+        runs = [run for rank in range(self.size) for run in self.layout.segments(rank)]
+        if runs == sorted(runs):
+            return x
+        return torch.cat([x.narrow(dim, start, stop - start) for start, stop in runs], dim)
+
+
+def resolve(shard: SequenceShard | None, length: int, documents: Any = None) -> SequenceShard:
+    """`shard`, or for None the shard of one rank that holds the whole sequence of `length`."""
+    if shard is not None:
+        return shard
+    return SequenceShard(Mesh.one_rank(), Layout.contiguous(length, 1), documents)
+
+
+class _Scatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shard: SequenceShard, dim: int) -> Tensor:
+        ctx.shard, ctx.dim, ctx.shape = shard, dim, x.shape
+        part = shard.slice(x, dim)
+        return part.clone() if part._base is not None or part is x else part
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        whole = grad.new_zeros(ctx.shape)
+        offset = 0
+        for start, stop in ctx.shard.layout.segments(ctx.shard.rank):
+            part = grad.narrow(ctx.dim, offset, stop - start)
+            whole.narrow(ctx.dim, start, stop - start).copy_(part)
+            offset += stop - start
+        return whole, None, None
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shard: SequenceShard, dim: int) -> Tensor:
+        ctx.shard, ctx.dim, ctx.dtype = shard, dim, x.dtype
+        sizes = shard.layout.local_lengths
+        whole = shard.in_global_order(
+            start_gather(x, shard.group, dim=dim, sizes=sizes).wait(), dim
+        )
+        return whole.view_as(whole)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        shard: SequenceShard = ctx.shard
+        ordered = shard.in_rank_order(grad, ctx.dim)
+        part = start_reduce_scatter(
+            ordered, shard.group, dim=ctx.dim, sizes=shard.layout.local_lengths
+        ).wait()
+        return part.to(ctx.dtype), None, None
+
+
+def _compare(mesh: Mesh, layout: Layout, documents: Documents | None) -> None:
+    if mesh.sequence_group is None:
+        return
+    held = [layout.segments(rank) for rank in range(layout.parts)]
+    cuts = None if documents is None else documents.cu_seqlens
+    digests = [
+        hashlib.sha256(repr(part).encode()).digest()[:16] for part in ((layout.length, held), cuts)
+    ]
+    other = disagreeing_ranks(mesh.sequence_group, b"".join(digests))
+    if other:
+        raise DesyncError(
+            "the ranks of one sequence have different layouts or documents",
+            f"sequence ranks {other} differ from sequence rank 0",
+            "make layout and documents the same way on every rank; data ranks may differ",
+        )
