@@ -79,8 +79,8 @@ def check_same_names(wanted: dict[str, Tensor], found: dict[str, Tensor], what: 
         first = [*(f"missing {n}" for n in missing), *(f"unknown {n}" for n in alien), *shapes]
         raise CheckpointError(
             f"the {what} of the checkpoint does not fit this model",
-            f"{len(missing)} missing, {len(alien)} unknown, {len(shapes)} of another shape or dtype; "
-            + "; ".join(first[:3]),
+            f"{len(missing)} missing, {len(alien)} unknown, {len(shapes)} of another shape "
+            "or dtype; " + "; ".join(first[:3]),
             "resume with the model section that the checkpoint's run had (its config.toml), "
             "or start in another run directory",
         )
