@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from xdist.checkpoint.folders import clean_stale
-from xdist.checkpoint.load import load_latest
 from xdist.checkpoint.points import SAVE_POINTS, Cut, ignore
-from xdist.checkpoint.save import save
+from xdist.checkpoint.read import load_latest
+from xdist.checkpoint.write import save
 from xdist.errors import CheckpointError
 
 

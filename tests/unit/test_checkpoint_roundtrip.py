@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import resource
@@ -9,14 +10,17 @@ import signal
 import stat
 import struct
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
-import xdist.checkpoint.save as writing
-from xdist.checkpoint.load import load, load_latest
+import xdist.checkpoint
+import xdist.checkpoint.write as writing
+import xdist.data
 from xdist.checkpoint.manifest import FileEntry, parse, render
-from xdist.checkpoint.save import Saver, save
+from xdist.checkpoint.read import load, load_latest
+from xdist.checkpoint.write import Saver, save
 from xdist.errors import CheckpointError, NumericsError
 
 STATE = {"cursor": 12, "text": "é", "pi": 3.141592653589793, "tiny": 5e-324, "list": [1, None]}
@@ -297,3 +301,12 @@ def test_more_than_the_model_can_need_is_not_read(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="at most 100 expected"):
         load(path, max_bytes=100)
     assert load(path, max_bytes=20_000).step == 1
+
+
+def test_public_names_are_not_hidden_by_modules() -> None:
+    for name in xdist.checkpoint.__all__:
+        assert not isinstance(getattr(xdist.checkpoint, name), ModuleType), name
+        importlib.import_module(getattr(getattr(xdist.checkpoint, name), "__module__", "xdist"))
+        assert not isinstance(getattr(xdist.checkpoint, name), ModuleType), name
+    for name in xdist.data.__all__:
+        assert not isinstance(getattr(xdist.data, name), ModuleType), name

@@ -6,13 +6,13 @@ import importlib
 from typing import Any
 
 _HOME = {
-    "save": "xdist.checkpoint.save",
-    "Saver": "xdist.checkpoint.save",
-    "Outcome": "xdist.checkpoint.save",
+    "save": "xdist.checkpoint.write",
+    "Saver": "xdist.checkpoint.write",
+    "Outcome": "xdist.checkpoint.write",
     "clean_stale": "xdist.checkpoint.folders",
-    "Loaded": "xdist.checkpoint.load",
-    "load": "xdist.checkpoint.load",
-    "load_latest": "xdist.checkpoint.load",
+    "Loaded": "xdist.checkpoint.read",
+    "load": "xdist.checkpoint.read",
+    "load_latest": "xdist.checkpoint.read",
     "SAVE_POINTS": "xdist.checkpoint.points",
     "Cut": "xdist.checkpoint.points",
 }
