@@ -85,10 +85,12 @@ def start_halo_adjoint(
     dim: int,
     before: int,
     after: int = 0,
+    into: Tensor | None = None,
 ) -> Pending[Tensor]:
     """What the halos' gradients add to the gradient of x: shaped as `like`, float32 or float64.
 
     `grads` holds, for each of this rank's segments, the gradients of its `before` and `after`.
+    `into`: add to this tensor, shaped as the result, instead of to a new one of zeros.
     """
     me = rank_of(group)
     wide = sum_dtype(like.dtype)
@@ -98,7 +100,7 @@ def start_halo_adjoint(
         for r in pieces
         if r != me and (own := _of(pieces[me], r))
     }
-    mine = torch.zeros(like.shape, dtype=wide, device=like.device)
+    mine = torch.zeros(like.shape, dtype=wide, device=like.device) if into is None else into
     runs = {r: _of(pieces[me], r) for r in back}
     for (low, start, stop, high), pair in zip(
         _bounds(layout, me, before, after), grads, strict=True

@@ -114,6 +114,11 @@ class Scan:
 
         return pending.then(fold)
 
+    def passes(self) -> Tensor:
+        """For each of this rank's segments, whether its transition counts; bool `[segments]`."""
+        mine = {r.piece.number: r.passes for r in self._routes if r.piece.rank == self._me}
+        return torch.tensor([mine[number] for number in sorted(mine)], dtype=torch.bool)
+
     def _own(self, tensors: Sequence[Tensor], like: Tensor) -> dict[int, Tensor]:
         """This rank's tensors by place in position order."""
         return {
@@ -229,6 +234,9 @@ class _Scan(torch.autograd.Function):
         dtransitions = None
         if transitions is not None and plan.transition != "none":
             dtransitions = _transition_gradient(plan.transition, transitions, dstates, entering)
+            # A document that starts inside a segment cuts it off from the state before.
+            passes = plan.passes().to(dtransitions.device)
+            dtransitions[~passes] = 0
         return None, dstates.to(ctx.dtype), dtransitions
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -22,7 +23,7 @@ def layouts(n: int, parts: int, seed: int = 0) -> dict[str, Layout]:
     found = {"contiguous": Layout.contiguous(n, parts), "zigzag": Layout.zigzag(n, parts)}
     rng = np.random.default_rng(seed)
     cuts = [0, *sorted(rng.integers(0, n + 1, size=3 * parts).tolist()), n]
-    runs = [(a, b) for a, b in zip(cuts, cuts[1:], strict=False) if b > a]
+    runs = [(a, b) for a, b in itertools.pairwise(cuts) if b > a]
     held: list[list[tuple[int, int]]] = [[] for _ in range(parts)]
     for number in rng.permutation(len(runs)).tolist():
         held[int(rng.integers(parts))].append(runs[number])

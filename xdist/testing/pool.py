@@ -19,7 +19,7 @@ from xdist.testing.worker import Reply, encode, work
 GRACE_S = 5.0
 
 
-class RankFailed(RuntimeError):
+class RankFailed(RuntimeError):  # noqa: N818 - it names what happened
     """A rank raised or died. The message is its traceback; `rank` says which, first in time.
 
     `kind` is the name of the exception's class ("" for a dead process) and `results` what the
