@@ -5,9 +5,9 @@ without decay, 1 scalar, K diagonal), D documents, N tokens and n of them on thi
 and j this rank's heads under switch (j_p those of rank p), e bytes of an input element, w bytes of
 a state's (float32, or float64 for float64 inputs). Sent by one rank:
 
-    scan    forward   w B H (KV + T) (P-1) for each of its segments whose document goes on; the T
-                      only where one document fills the segment and began before it
-            backward  w B H KV (P-1) for each of its segments whose document began before it
+    scan    forward   w B H KV x (other ranks with later tokens of its document), and w B H T x
+                      (other ranks with tokens of the document that passes through), a segment
+            backward  w B H KV x (other ranks with earlier tokens of its document), a segment
     switch  forward   B n sum over others p of (e (2 j_p K + h_p V) + w h_p T) + e B (N-n) h V
             backward  e B n V (H-h) + B (N-n) (x 2 j K + e h V + w h T)
                       x: w where several ranks share a key head, else e
@@ -25,9 +25,18 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 
+from xdist.cost.moves import (
+    Moved,
+    gather_bytes,
+    halo_bytes,
+    reduce_scatter_bytes,
+    scan_bytes,
+    sum_itemsize,
+    transition_elements,
+)
 from xdist.documents import Documents
 from xdist.errors import StrategyError
-from xdist.layout import Layout, Piece, even_sizes
+from xdist.layout import Layout, even_sizes
 
 # The order decides ties: least memory held for backward first.
 STRATEGIES = ("scan", "switch")
@@ -55,7 +64,7 @@ def overlaps(shares: Shares) -> bool:
 
 @dataclass(frozen=True)
 class Problem:
-    """One call of linear attention. transition: elements of M a head, 0, 1 or key_dim."""
+    """One call of linear attention. transition: "none", "scalar" or "diagonal"."""
 
     layout: Layout
     documents: Documents
@@ -64,62 +73,14 @@ class Problem:
     key_heads: int
     key_dim: int
     value_dim: int
-    transition: int
+    transition: str
     element_bytes: int
     want_final: bool = False
 
     @property
     def state_bytes(self) -> int:
         """Bytes of one element of a state: 8 with float64 inputs, else 4."""
-        return max(4, self.element_bytes)
-
-    @property
-    def state(self) -> int:
-        """Bytes of all heads' states at one place: w B H K V."""
-        return self.state_bytes * self.batch * self.value_heads * self.key_dim * self.value_dim
-
-
-@dataclass(frozen=True)
-class Traffic:
-    """Bytes of one rank and one direction of a call."""
-
-    sent_bytes: int
-    received_bytes: int
-
-
-def _mirrored(sends: Callable[[int, int], int], ranks: int, rank: int) -> Traffic:
-    """Traffic of `rank` when rank a sends b `sends(a, b)` bytes."""
-    others = [r for r in range(ranks) if r != rank]
-    return Traffic(sum(sends(rank, r) for r in others), sum(sends(r, rank) for r in others))
-
-
-def goes_on(problem: Problem, piece: Piece) -> bool:
-    """Whether the document of the piece's last token has tokens after it."""
-    return problem.documents.continues(piece.stop)
-
-
-def began_before(problem: Problem, piece: Piece) -> bool:
-    """Whether the document of the piece's first token has tokens before it."""
-    return problem.documents.continues(piece.start)
-
-
-def passes_through(problem: Problem, piece: Piece) -> bool:
-    """Whether one document fills the piece and reaches beyond it on both sides."""
-    whole = int(problem.documents.starts(piece.stop - 1)) < piece.start
-    return whole and goes_on(problem, piece)
-
-
-def _scan_forward(problem: Problem, sender: int, receiver: int) -> int:
-    matrix = problem.key_dim * problem.value_dim
-    unit = problem.state_bytes * problem.batch * problem.value_heads
-    pieces = [p for p in problem.layout.pieces if p.rank == sender and goes_on(problem, p)]
-    through = sum(passes_through(problem, p) for p in pieces)
-    return unit * (len(pieces) * matrix + through * problem.transition)
-
-
-def _scan_backward(problem: Problem, sender: int, receiver: int) -> int:
-    pieces = (p for p in problem.layout.pieces if p.rank == sender)
-    return problem.state * sum(began_before(problem, p) for p in pieces)
+        return sum_itemsize(self.element_bytes)
 
 
 def _documents_of(problem: Problem, rank: int) -> int:
@@ -128,19 +89,32 @@ def _documents_of(problem: Problem, rank: int) -> int:
     return sum(problem.layout.owners(end - 1, end)[0].rank == rank for end in ends)
 
 
-def _scan(problem: Problem, rank: int, backward: bool) -> Traffic:
-    def sends(sender: int, receiver: int) -> int:
-        states = _scan_backward if backward else _scan_forward
-        total = states(problem, sender, receiver)
-        if problem.want_final:
-            owner = receiver if backward else sender
-            total += problem.state * _documents_of(problem, owner)
-        return total
+def _scan(problem: Problem, rank: int, backward: bool) -> Moved:
+    p = problem
+    moved = scan_bytes(
+        p.layout,
+        p.documents.cu_seqlens,
+        rank,
+        (p.batch, p.value_heads, p.key_dim, p.value_dim),
+        p.transition,
+        p.state_bytes,
+        backward=backward,
+    )
+    if not p.want_final:
+        return moved
+    owned = [_documents_of(p, r) for r in range(p.layout.parts)]
+    each = p.batch * p.value_heads * p.key_dim * p.value_dim
+    finals = reduce_scatter_bytes if backward else gather_bytes
+    return moved + finals(owned, rank, each, p.state_bytes)
 
-    return _mirrored(sends, problem.layout.parts, rank)
+
+def _mirrored(sends: Callable[[int, int], int], ranks: int, rank: int) -> Moved:
+    """Bytes of `rank` when rank a sends b `sends(a, b)` bytes."""
+    others = [r for r in range(ranks) if r != rank]
+    return Moved(sum(sends(rank, r) for r in others), sum(sends(r, rank) for r in others))
 
 
-def _switch(problem: Problem, rank: int, backward: bool) -> Traffic:
+def _switch(problem: Problem, rank: int, backward: bool) -> Moved:
     p = problem
     values = split_heads(p.value_heads, p.layout.parts)
     keys = shared_heads(values, max(1, p.value_heads // max(1, p.key_heads)))
@@ -150,7 +124,7 @@ def _switch(problem: Problem, rank: int, backward: bool) -> Traffic:
     def inputs(holder: int) -> int:
         """Bytes a token of q, k, v and log_decay for the heads of `holder`."""
         h, j = values[holder][1] - values[holder][0], keys[holder][1] - keys[holder][0]
-        decay = p.state_bytes * h * p.transition
+        decay = p.state_bytes * h * transition_elements(p.transition, p.key_dim)
         return key_bytes * 2 * j * p.key_dim + p.element_bytes * h * p.value_dim + decay
 
     def outputs(holder: int) -> int:
@@ -169,7 +143,7 @@ def _switch(problem: Problem, rank: int, backward: bool) -> Traffic:
     return _mirrored(sends, p.layout.parts, rank)
 
 
-def recurrent_bytes(problem: Problem, strategy: str, rank: int, *, backward: bool) -> Traffic:
+def recurrent_bytes(problem: Problem, strategy: str, rank: int, *, backward: bool) -> Moved:
     """Bytes that sequence rank `rank` sends and receives in one direction of one call."""
     if strategy not in STRATEGIES:
         raise StrategyError(f"no such strategy: {strategy!r}", "", f"one of {STRATEGIES}")
@@ -214,30 +188,14 @@ class ConvProblem:
     element_bytes: int
 
 
-def conv_bytes(problem: ConvProblem, rank: int, *, backward: bool) -> Traffic:
+def conv_bytes(problem: ConvProblem, rank: int, *, backward: bool) -> Moved:
     """Bytes of the halo: width - 1 tokens before each segment, from the ranks that hold them.
 
     Forward they keep their dtype; backward their gradients travel in float32, or float64 for
     float64, to be added. Received by one rank, forward: e B C x tokens of other ranks in the
     width - 1 positions before each of its segments.
     """
-    layout, reach = problem.layout, problem.width - 1
-    token = problem.batch * problem.channels * problem.element_bytes
-    if backward:
-        token = token // problem.element_bytes * max(4, problem.element_bytes)
-
-    def halo(holder: int, owner: int) -> int:
-        """Tokens of `owner` before segments of `holder`."""
-        return sum(
-            part.stop - part.start
-            for piece in layout.pieces
-            if piece.rank == holder
-            for part in layout.owners(max(0, piece.start - reach), piece.start)
-            if part.rank == owner
-        )
-
-    def sends(sender: int, receiver: int) -> int:
-        pair = (sender, receiver) if backward else (receiver, sender)
-        return token * halo(*pair)
-
-    return _mirrored(sends, layout.parts, rank)
+    p = problem
+    itemsize = p.element_bytes
+    moved = halo_bytes(p.layout, rank, p.width - 1, 0, p.batch * p.channels, itemsize)
+    return moved.back(itemsize, sum_itemsize(itemsize)) if backward else moved

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from xdist.comm.checks import checks_are_on, raise_together
+from xdist.comm.scan import Transition
 from xdist.cost import recurrent as cost
 from xdist.errors import NumericsError, ShapeError, StrategyError
 from xdist.parallel.recurrent_heads import HeadExchange
@@ -70,6 +71,7 @@ def linear_attention(
     scale = q.shape[3] ** -0.5 if scale is None else scale
     decay = None if log_decay is None else log_decay.to(linear.state_dtype(q))
     local = (q, k, v, linear.canonical_decay(decay, v, q.shape[3]))
+    kind = _transition(local[3])
     problem = cost.Problem(
         layout=shard.layout,
         documents=shard.documents,
@@ -78,11 +80,19 @@ def linear_attention(
         key_heads=q.shape[2],
         key_dim=q.shape[3],
         value_dim=v.shape[3],
-        transition=0 if local[3] is None else local[3].shape[3],
+        transition=kind,
         element_bytes=v.element_size(),
         want_final=states.want_final,
     )
-    return run_recurrence(LinearAttention(scale), local, shard, states, _chosen(problem, strategy))
+    op = LinearAttention(scale, kind)
+    return run_recurrence(op, local, shard, states, _chosen(problem, strategy))
+
+
+def _transition(log_decay: Tensor | None) -> Transition:
+    """The kind of M for a canonical log_decay."""
+    if log_decay is None:
+        return "none"
+    return "scalar" if log_decay.shape[3] == 1 else "diagonal"
 
 
 def _chosen(problem: cost.Problem, strategy: str) -> str:

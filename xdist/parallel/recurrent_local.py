@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from xdist.comm.scan import apply_transition
 from xdist.parallel.recurrent_op import Local, RecurrentOp
 from xdist.parallel.recurrent_segments import Segment, Segments
 
@@ -112,8 +113,10 @@ def end_state(op: RecurrentOp, part: Part, run: Run) -> Tensor:
     if run.last and (run.state is None or run.given):
         assert part.state_out is not None
         return part.state_out
-    transition, entry = op.summary(part.tokens(run))
-    return entry if run.state is None else entry + op.carry(transition, run.state)
+    found = op.summary(part.tokens(run))
+    if run.state is None:
+        return found.entry
+    return found.entry + apply_transition(op.transition, found.transition, run.state)
 
 
 def run_part_backward(op: RecurrentOp, part: Part, dout: Tensor) -> None:
@@ -153,7 +156,8 @@ def start_gradient(op: RecurrentOp, part: Part, run: Run, dout: Tensor) -> Tenso
         found = op.adjoint_summary(part.tokens(run), dout[:, run.at])
     if run.dstate is None or (run.first and run.last and run.asked):
         return found
-    return found + op.carry_back(op.transition(part.tokens(run)), run.dstate)
+    transition = op.transition_of(part.tokens(run))
+    return found + apply_transition(op.transition, transition, run.dstate, transposed=True)
 
 
 def in_position_order(parts: list[Part]) -> list[Part]:

@@ -14,6 +14,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
+from xdist.comm.scan import Transition
 from xdist.cost.recurrent import Shares, shared_heads, split_heads
 from xdist_kernels import linear
 
@@ -23,7 +24,8 @@ Local = tuple[Tensor | None, ...]  # an op's inputs with tokens in dim 1, or Non
 class Summary(NamedTuple):
     """A run of tokens as a map of states: S_out = M S_in + E.
 
-    transition: None (M = 1), or log M as [B,H,1] or [B,H,K], or M itself as [B,H,K,K].
+    transition: None (M = 1), or log M as [B,H] or [B,H,K], or M itself as [B,H,K,K]; which one
+    is the op's `transition`.
     """
 
     transition: Tensor | None
@@ -34,14 +36,13 @@ class RecurrentOp(Protocol):
     """One affine recurrence over plain tensors. Tokens of `local` are of one document, except in
     `run`, where `starts` marks the documents that begin inside."""
 
+    transition: Transition
+
     def out_like(self, local: Local) -> Tensor:
         """The input that has the outputs' shape and dtype."""
 
     def state_shape(self, local: Local) -> tuple[int, ...]:
         """(B, H, K, V)."""
-
-    def transition_shape(self, local: Local) -> tuple[int, ...] | None:
-        """Shape of M as it travels; None where M is 1."""
 
     def head_shares(self, local: Local, ranks: int) -> tuple[Shares, tuple[Shares | None, ...]]:
         """How strategy switch splits dim 2: of outputs and states, and of each input."""
@@ -49,17 +50,11 @@ class RecurrentOp(Protocol):
     def summary(self, local: Local) -> Summary:
         """(M, E) of a run."""
 
-    def transition(self, local: Local) -> Tensor | None:
+    def transition_of(self, local: Local) -> Tensor | None:
         """M alone."""
 
     def adjoint_summary(self, local: Local, dout: Tensor) -> Tensor:
         """dE: the gradient of the state before the run from that of its outputs."""
-
-    def carry(self, transition: Tensor | None, state: Tensor) -> Tensor:
-        """M S."""
-
-    def carry_back(self, transition: Tensor | None, dstate: Tensor) -> Tensor:
-        """M^T dS."""
 
     def run(
         self, local: Local, state_in: Tensor | None, starts: Tensor | None
@@ -98,10 +93,11 @@ class LinearAttention:
     """S_t = diag(exp(log_decay_t)) S_{t-1} + k_t v_t^T, o_t = scale * S_t^T q_t.
 
     `local` is (q, k, v, log_decay): q, k [B,n,Hk,K], v [B,n,H,V], log_decay in canonical form
-    (None, [B,n,H,1] or [B,n,H,K]). M is diagonal: transitions travel as logarithms.
+    (None, [B,n,H,1] or [B,n,H,K]); `transition` says which: none, scalar or diagonal.
     """
 
     scale: float
+    transition: Transition
 
     def out_like(self, local: Local) -> Tensor:
         _, _, v, _ = local
@@ -114,12 +110,6 @@ class LinearAttention:
         assert v is not None
         return v.shape[0], v.shape[2], k.shape[3], v.shape[3]
 
-    def transition_shape(self, local: Local) -> tuple[int, ...] | None:
-        log_decay = local[3]
-        if log_decay is None:
-            return None
-        return log_decay.shape[0], log_decay.shape[2], log_decay.shape[3]
-
     def head_shares(self, local: Local, ranks: int) -> tuple[Shares, tuple[Shares | None, ...]]:
         _, k, v, log_decay = local
         assert k is not None
@@ -130,19 +120,20 @@ class LinearAttention:
 
     def summary(self, local: Local) -> Summary:
         _, k, v, log_decay = local
-        return Summary(*linear.summary(k, v, log_decay))
+        log_m, entry = linear.summary(k, v, log_decay)
+        return Summary(self._travelling(log_m), entry)
 
-    def transition(self, local: Local) -> Tensor | None:
-        return linear.log_transition(local[3], linear.state_dtype(local[1]))
+    def transition_of(self, local: Local) -> Tensor | None:
+        return self._travelling(self._log_m(local))
+
+    def _log_m(self, local: Local) -> Tensor | None:
+        return linear.log_transition(local[3], linear.state_dtype(self.out_like(local)))
+
+    def _travelling(self, log_m: Tensor | None) -> Tensor | None:
+        return log_m.squeeze(-1) if log_m is not None and self.transition == "scalar" else log_m
 
     def adjoint_summary(self, local: Local, dout: Tensor) -> Tensor:
         return linear.adjoint_summary(local[0], dout, local[3], self.scale)
-
-    def carry(self, transition: Tensor | None, state: Tensor) -> Tensor:
-        return linear.transition_times(transition, state)
-
-    def carry_back(self, transition: Tensor | None, dstate: Tensor) -> Tensor:
-        return linear.transition_times(transition, dstate)
 
     def run(
         self, local: Local, state_in: Tensor | None, starts: Tensor | None
@@ -180,4 +171,4 @@ class LinearAttention:
     def apply_both(
         self, grads: Sequence[Tensor | None], local: Local, state: Tensor, dstate: Tensor
     ) -> None:
-        linear.transition_adjoint(grads[3], self.transition(local), state, dstate)
+        linear.transition_adjoint(grads[3], self._log_m(local), state, dstate)
