@@ -23,6 +23,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from xdist.comm.scan import Scan
 from xdist.memory.exchange import Exchange
 from xdist.memory.tiles import Cuts, Tile, add_context, cuts_of, with_context
 
@@ -68,7 +69,7 @@ class Kept:
 
     halo: list[Tensor]
     states: dict[Tile, Tensor]
-    transitions: list[Tensor]
+    scan: Scan | None = None
 
 
 class Sweep:
@@ -95,7 +96,7 @@ class Sweep:
         for tiles in self.segments:
             for tile in tiles:
                 out[:, tile.start : tile.stop] = layer.forward(*self.read(layer, x, halo, tile))
-        return out, Kept(halo, {}, [])
+        return out, Kept(halo, {})
 
     def windowed_backward(self, layer: Windowed, x: Tensor, kept: Kept, dx: Tensor) -> None:
         """dx holds the gradient of the output and becomes that of x."""
@@ -112,7 +113,7 @@ class Sweep:
     def recurrent_forward(self, layer: Recurrent, x: Tensor) -> tuple[Tensor, Kept]:
         """Output of a recurrent layer for x [B, n, C]."""
         halo = self.exchange.halo(x, layer.context)
-        incoming, transitions = self._incoming(layer, x, halo)
+        incoming, scan = self._incoming(layer, x, halo)
         out = torch.empty_like(x)
         states: dict[Tile, Tensor] = {}
         for tiles, state in zip(self.segments, incoming, strict=True):
@@ -120,34 +121,35 @@ class Sweep:
                 states[tile] = state
                 xe, cuts = self.read(layer, x, halo, tile)
                 out[:, tile.start : tile.stop], state = layer.forward(xe, cuts, state)
-        return out, Kept(halo, states, transitions)
+        return out, Kept(halo, states, scan)
 
     def _incoming(
         self, layer: Recurrent, x: Tensor, halo: Sequence[Tensor]
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """The state before each local segment, and each segment's total log decay [B, H]."""
+    ) -> tuple[list[Tensor], Scan | None]:
+        """The state before each local segment, and the scan that brought it."""
         zero = layer.zero_state(x)
         totals = [zero.new_zeros(zero.shape[:2]) for _ in self.segments]
         ends = [zero for _ in self.segments]
         if not self.exchange.scans:
-            return ends, []
+            return ends, None
         for index, tiles in enumerate(self.segments):
-            if self.exchange.followed(index):
+            if self.exchange.leaves(index):
                 for tile in tiles:
                     ends[index], totals[index] = layer.summary(
                         *self.read(layer, x, halo, tile), ends[index], totals[index]
                     )
-        return self.exchange.scan(zero, ends, totals)
+        scan = self.exchange.scan()
+        return scan.start(ends, totals, zero).wait(), scan
 
     def recurrent_backward(self, layer: Recurrent, x: Tensor, kept: Kept, dx: Tensor) -> None:
         """dx holds the gradient of the output and becomes that of x."""
         zero = layer.zero_state(x)
         dhalo = [torch.zeros_like(part) for part in kept.halo]
-        if not self.exchange.scans:
+        if kept.scan is None:
             for tiles in self.segments:
                 self._one_phase(layer, x, kept, dx, dhalo, tiles, zero)
         else:
-            self._two_phases(layer, x, kept, dx, dhalo, zero)
+            self._two_phases(layer, x, kept, kept.scan, dx, dhalo, zero)
         self.exchange.halo_adjoint(dx, dhalo, layer.context)
 
     def _one_phase(
@@ -180,6 +182,7 @@ class Sweep:
         layer: Recurrent,
         x: Tensor,
         kept: Kept,
+        scan: Scan,
         dx: Tensor,
         dhalo: list[Tensor],
         zero: Tensor,
@@ -193,7 +196,7 @@ class Sweep:
                 dx[:, own], dy[:, own], starts[index], _ = layer.backward_outer(
                     xe, cuts, kept.states[tile], dx[:, own], starts[index]
                 )
-        outgoing = self.exchange.scan_adjoint(zero, starts, kept.transitions)
+        outgoing = scan.start_adjoint(starts, zero).wait()
         for tiles, dstate in zip(self.segments, outgoing, strict=True):
             for tile in reversed(tiles):
                 own = slice(tile.start, tile.stop)
