@@ -80,7 +80,7 @@ class Model(Section):
     mlp_ratio: Annotated[float, Field(gt=0)] = setting(2.0, "hidden width of the MLPs over dim")
     conv_width: Count = setting(4, "taps of the causal convolution of a linear layer, tokens")
     window: Annotated[int | None, Field(ge=0), *_NONE] = setting(
-        256, 'keys to the left that an attention query sees, tokens; "none" is unlimited'
+        256, 'keys to the left that an attention query sees besides its own; "none" is unlimited'
     )
     ngram_orders: Annotated[tuple[Annotated[int, Field(ge=2)], ...], Field(strict=True)] = setting(
         (), "orders of the hashed n-gram input embeddings, e.g. [2, 3, 4]; [] for none"
@@ -152,7 +152,6 @@ class Train(Section):
     precision: Literal["float32", "bfloat16", "float64"] = setting(
         "float32", "dtype of matrix products; bfloat16 keeps parameters and sums in float32"
     )
-    compile: bool = setting(False, "compile the hot functions with torch.compile")
     tile_tokens: Count = setting(4096, "tokens of one tile; bounds the memory of activations")
     max_skipped: Amount = setting(3, "steps in a row that may be skipped for non-finite values")
     step_timeout_s: Annotated[float, Field(gt=0)] = setting(
@@ -192,7 +191,7 @@ class Checkpoint(Section):
     resume: Literal["auto", "strict", "never"] = setting(
         "auto",
         '"auto" takes the newest good checkpoint, "strict" stops if the newest is bad, '
-        '"never" wants a folder without checkpoints',
+        '"never" starts afresh and refuses a folder that holds checkpoints',
     )
 
 

@@ -193,21 +193,36 @@ def model_shape(config: Config) -> list[Problem]:
     return found
 
 
+def strategies(config: Config) -> list[Problem]:
+    """hybrid_lm streams its layers over tiles: windows by halo, recurrences by scan, no others."""
+    model, parallel = config.model, config.parallel
+    found = []
+    try:
+        layers = parse_pattern(model.pattern)
+    except ConfigError:
+        layers = ()
+    why = f"{model.kind} streams every layer over tiles of train.tile_tokens; "
+    if "attention" in layers and model.window is None:
+        text = "an attention layer then holds one window of keys, and across ranks a halo as wide"
+        remedies = ["model.window=256", f"model.pattern=linear*{len(layers)}"]
+        what = 'model.window = "none" cannot be honoured: every query would see every earlier key'
+        keys: tuple[Path, ...] = (("model", "window"), ("model", "pattern"))
+        found.append(Problem(keys, what, why + text, _either(remedies), StrategyError))
+    for name, layer, only in (("attention", "attention", "halo"), ("recurrent", "linear", "scan")):
+        chosen = getattr(parallel, name)
+        if chosen not in ("auto", only):
+            what = f'parallel.{name} = "{chosen}" cannot be honoured by {model.kind}'
+            text = f"its {layer} layers then cross ranks by {only}"
+            remedies = [f"parallel.{name}=auto", f"parallel.{name}={only}"]
+            keys = (("parallel", name),)
+            found.append(Problem(keys, what, why + text, _either(remedies), StrategyError))
+    return found
+
+
 def combinations(config: Config) -> list[Problem]:
     """Settings that contradict each other or would have no effect."""
     model, train, data = config.model, config.train, config.data
     found = []
-    if config.parallel.attention == "halo" and model.window is None:
-        found.append(
-            Problem(
-                (("parallel", "attention"), ("model", "window")),
-                'parallel.attention = "halo" cannot serve model.window = "none"',
-                "a halo carries a window's worth of neighbouring tokens; without a window every "
-                "query sees every key to its left",
-                _either(["model.window=256", "parallel.attention=ring", "parallel.attention=auto"]),
-                StrategyError,
-            )
-        )
     if (model.dtype == "float64") != (train.precision == "float64"):
         found.append(
             Problem(
@@ -253,7 +268,8 @@ def problems(config: Config) -> list[Problem]:
     """Every cross-field problem of a config whose single fields are valid."""
     shape = geometry(config)
     # The batch arithmetic needs degrees that multiply up.
-    return shape + ([] if shape else batches(config)) + model_shape(config) + combinations(config)
+    found = shape + ([] if shape else batches(config))
+    return found + model_shape(config) + strategies(config) + combinations(config)
 
 
 def world_problem(config: Config, world: int) -> Problem | None:

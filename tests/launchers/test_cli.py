@@ -80,8 +80,12 @@ def test_failure_1_misspelt_keys_end_every_command_with_2(
             ["stage 0 cannot share 4 sequences among 3 data ranks", "remainder 1", "batch=3"],
         ),
         (
-            ["launch", "local", "CONFIG", "parallel.attention=halo", "model.window=none"],
-            ['"halo" cannot serve model.window = "none"', "every key", "parallel.attention=ring"],
+            ["launch", "local", "CONFIG", "model.window=none"],
+            ['"none" cannot be honoured: every query', "one window of keys", "model.window=256"],
+        ),
+        (
+            ["launch", "local", "CONFIG", "parallel.attention=ulysses"],
+            ['"ulysses" cannot be honoured', "cross ranks by halo", "parallel.attention=auto"],
         ),
         (
             ["train", "CONFIG"],

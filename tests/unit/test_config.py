@@ -56,7 +56,7 @@ def test_unknown_key_names_file_line_and_near_key() -> None:
             "[[train.curriculum]]\nlength = 4\n[[train.curriculum]]\nbacth = 2\n",
             "train.toml:4; did you mean train.curriculum.1.batch?",
         ),
-        ("train.compil = true\n", "train.toml:1; did you mean train.compile?"),
+        ("train.precison = 1\n", "train.toml:1; did you mean train.precision?"),
     ],
 )
 def test_hints_look_in_other_sections_lists_and_dotted_keys(text: str, hint: str) -> None:
@@ -106,7 +106,7 @@ def lines_in_order(lines: list[str]) -> list[str]:
         ("[run]\nseed = true\n", "run.seed must be a whole number, got true (true/false)"),
         ("[run]\nname = 3\n", 'run.name must be text in quotes ("..."), got 3 (whole number)'),
         ("[run]\nname = '../x'\n", 'run.name = "../x" must match'),
-        ("[train]\ncompile = 'yes'\n", 'train.compile must be true or false, got "yes" (text)'),
+        ("[log]\ntensorboard = 'yes'\n", 'log.tensorboard must be true or false, got "yes" (text)'),
         ("[optimizer]\neps = '1e-3'\n", 'optimizer.eps must be a number, got "1e-3" (text)'),
         ("[optimizer]\neps = inf\n", "optimizer.eps must be a finite number, got inf"),
         ("[optimizer]\nbetas = [0.9]\n", "optimizer.betas.1 is missing"),
@@ -157,8 +157,8 @@ def test_overrides_take_toml_values_bare_text_and_list_items() -> None:
             "certify.ranks.1=4",
             "parallel.data=auto",
             "model.window=none",
-            "train.compile=true",
-            'model.pattern="linear"',
+            "log.tensorboard=true",
+            'model.pattern="linear*2"',
         ],
     )
     assert config.run.name == "second"
@@ -170,8 +170,8 @@ def test_overrides_take_toml_values_bare_text_and_list_items() -> None:
     assert config.certify.ranks == (1, 4, 3)
     assert config.parallel.data is None
     assert config.model.window is None
-    assert config.train.compile is True
-    assert config.model.pattern == "linear"
+    assert config.log.tensorboard is True
+    assert config.model.pattern == "linear*2"
 
 
 def test_override_reaches_into_a_default_list() -> None:
@@ -225,6 +225,7 @@ def test_round_trip_is_exact() -> None:
             "train.curriculum=[{length=9, batch=6, steps=1}, {length=70000000000, batch=3}]",
             "parallel.data=3",
             "model.window=none",
+            "model.pattern=linear",
         ],
     )
     text = to_toml(config)

@@ -80,6 +80,8 @@ def test_a_batch_is_a_multiple_of_the_data_degree_or_an_error_whose_remedies_hol
     ("overrides", "kind"),
     [
         (["parallel.attention=halo", "model.window=none"], StrategyError),
+        (["parallel.attention=ulysses"], StrategyError),
+        (["parallel.recurrent=switch"], StrategyError),
         (["model.dim=100"], ConfigError),
         (["model.dim=16"], ConfigError),
         (["train.precision=float64"], ConfigError),
