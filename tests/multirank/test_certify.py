@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 import xdist
-from xdist.certify import Report, certify
-from xdist.errors import NumericsError
+from xdist.certify import Report, certify, certify_config
+from xdist.config import load
+from xdist.errors import ConfigError, LaunchError, NumericsError
 from xdist.rank import read_rank
 
+ROOT = Path(__file__).resolve().parents[2]
 VOCAB, DIM, HEADS = 13, 8, 2
 
 
@@ -181,3 +188,72 @@ def test_a_broken_module_is_caught(factory, options, expected, pool3) -> None:
     assert expected in _texts(report, ranks=3), report.table()
     with pytest.raises(NumericsError, match=r"certification failed"):
         report.raise_if_failed()
+
+
+def test_a_module_without_a_loss_gets_one(pool2) -> None:
+    report = _certify(WithoutLoss, {2: pool2})
+    assert report.passed, report.table()
+    # That loss moves bytes too, and every parameter has a gradient.
+    assert all(row.sent_bytes > 0 for row in report.rows)
+
+
+def test_an_output_of_the_wrong_shape_is_named(pool2) -> None:
+    with pytest.raises(ConfigError, match=r"tokens are \(2, 37\), the output is \(2, 13\)"):
+        _certify(WrongShape, {2: pool2})
+
+
+def wrong_plan(ranks: int, precision: str) -> list[int]:
+    return [1] * ranks
+
+
+def test_bytes_that_differ_from_the_plan_are_caught(pool2) -> None:
+    report = _certify(Toy, {2: pool2}, planned=wrong_plan)
+    assert not report.passed
+    assert "the plan says [1, 1]; by move" in _texts(report)
+    assert {f.what.split(" by ")[0] for f in report.findings} == {"sent bytes"}
+
+
+def test_what_cannot_be_certified_is_refused(monkeypatch) -> None:
+    with pytest.raises(ConfigError, match="knows no precision"):
+        certify(Toy, vocab_size=VOCAB, length=8, dtypes=("float8",))
+    with pytest.raises(ConfigError, match="at least one rank"):
+        certify(Toy, vocab_size=VOCAB, length=0)
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    with pytest.raises(LaunchError, match="inside a started rank"):
+        certify(Toy, vocab_size=VOCAB, length=8)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["train.precision='bfloat16'", "model.ngram_orders=[2, 3]", "certify.length=131"],
+        ["parallel.layout='zigzag'", "data.documents='separate'", "certify.length=97"],
+    ],
+)
+def test_the_model_of_a_config_passes_with_its_planned_bytes(settings, pool2, pool3) -> None:
+    config = load(ROOT / "configs" / "tiny.toml", [*settings, "certify.ranks=[1, 2, 3]"])
+    report = certify_config(config, pools={2: pool2, 3: pool3})
+    assert report.passed, report.table()
+    assert {row.ranks for row in report.rows} == {1, 2, 3}
+    assert all(row.sent_bytes == row.planned_bytes for row in report.rows)
+    assert all(row.sent_bytes > 0 for row in report.rows if row.ranks > 1)
+
+
+def test_the_command_prints_the_table_and_passes() -> None:
+    paths = os.pathsep.join(str(ROOT / folder) for folder in (".", "kernels", "launchers"))
+    result = subprocess.run(
+        [sys.executable, "-m", "xdist_launchers.cli", "certify", "configs/tiny.toml"]
+        + ["certify.length=64", "certify.ranks=[1, 2]"],
+        cwd=ROOT,
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+    )
+    assert result.returncode == 0, result.stderr
+    assert "largest relative error" in result.stdout
+    assert result.stdout.rstrip().endswith("passed")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -176,7 +177,8 @@ def functional(output: Any, tokens: Tensor, seed: int) -> Tensor:
             f"tokens are {tuple(tokens.shape)}, the output is {found}",
             "return one tensor [B, n, ...] for tokens [B, n]",
         )
-    flat = output.reshape(*tokens.shape, -1)
+    # A share may be empty, so that -1 would be ambiguous.
+    flat = output.reshape(*tokens.shape, math.prod(output.shape[2:]))
     generator = torch.Generator().manual_seed(seed + 1)
     weight = torch.randn(flat.shape[-1], generator=generator, dtype=torch.float64)
     return (flat.double() @ weight.to(flat.device)) / max(1, flat.shape[-1]) ** 0.5
