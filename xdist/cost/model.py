@@ -1,0 +1,106 @@
+"""What one optimizer step of the streamed hybrid model costs: bytes by move, and peak memory.
+
+Pure integers. n is a rank's tokens of a sequence, B its rows, C the width, H heads of D channels,
+e bytes of an element of the parameters' dtype (4, or 8 for float64).
+
+    halo     tokens of the n-grams (int64, forward only); the input of every block, conv_width - 1
+             or window tokens, forward and backward
+    scan     state [B, H, D, D] and decay [B, H] of each linear block, forward; state backward
+    reduce   two float64 numbers of the loss (one when the valid tokens are given)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from xdist.cost.moves import Moved, halo_bytes, reduce_bytes, scan_bytes
+from xdist.layout import Layout
+
+TOKEN_BYTES = 8
+SUM_BYTES = 8
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """Sizes of a streamed model. kinds: "linear" or "attention" for each block, bottom to top."""
+
+    kinds: tuple[str, ...]
+    dim: int
+    head_dim: int
+    conv_width: int
+    window: int
+    ngram_reach: int
+    element_bytes: int = 4
+
+    @classmethod
+    def of(cls, model: Any) -> Streamed:
+        """From a config's section [model] or a HybridConfig."""
+        kinds = model.layers if hasattr(model, "layers") else model.kinds
+        return cls(
+            tuple(kinds), model.dim, model.head_dim, model.conv_width, model.window or 0,
+            max(model.ngram_orders, default=1) - 1, 8 if model.dtype == "float64" else 4,
+        )  # fmt: skip
+
+    def reach(self, kind: str) -> int:
+        """Tokens of its input that a block reads before each token."""
+        return self.conv_width - 1 if kind == "linear" else self.window
+
+
+def pass_bytes(
+    model: Streamed, layout: Layout, cu_seqlens: Sequence[int], rank: int, rows: int
+) -> dict[str, Moved]:
+    """Bytes of forward and backward of one call of the model, by move, without the loss."""
+    halo = halo_bytes(layout, rank, model.ngram_reach, 0, rows, TOKEN_BYTES)
+    scan = Moved()
+    heads = model.dim // model.head_dim
+    state = (rows, heads, model.head_dim, model.head_dim)
+    for kind in model.kinds:
+        edges = halo_bytes(
+            layout, rank, model.reach(kind), 0, rows * model.dim, model.element_bytes
+        )
+        halo += edges + edges.back()
+        if kind == "linear":
+            for backward in (False, True):
+                scan += scan_bytes(
+                    layout, cu_seqlens, rank, state, "scalar", model.element_bytes,
+                    backward=backward,
+                )  # fmt: skip
+    return {"halo": halo, "scan": scan}
+
+
+def loss_bytes(ranks: int, rank: int, *, counted: bool) -> Moved:
+    """The loss over `ranks` data x sequence ranks; counted: it counts the valid tokens itself."""
+    one = reduce_bytes(1, ranks, rank, SUM_BYTES)
+    return one + one if counted else one
+
+
+# Resident memory of a process that has imported torch and made its process group, and a tile's
+# working set in units of tile tokens x C x element: both measured (docs/memory.md).
+PROCESS_BYTES = 275 * 2**20
+TILE_UNITS = 120
+
+
+def peak_bytes(
+    model: Streamed, *, parameters: int, tokens: int, rows: int, tile_tokens: int, crosses: bool
+) -> int:
+    """Peak resident bytes of forward and backward on a rank that holds `tokens` tokens a row.
+
+    crosses: whether a state crosses ranks or segments (two-phase backward keeps dy of one block).
+    The optimizer's state is not in it. Alive at the peak: parameters and gradients, the inputs of
+    all blocks but the first with the gradient in flight - or, in the backward of a linear block
+    below, one input fewer with dy.
+    """
+    stream = rows * tokens * model.dim * model.element_bytes
+    blocks = len(model.kinds)
+    at_top = blocks + (crosses and model.kinds[-1] == "linear")
+    below = [kind for kind in model.kinds[:-1] if kind == "linear"]
+    at_next = blocks - 1 + (1 if crosses else 0) if below else 0
+    tile = TILE_UNITS * min(tile_tokens, rows * tokens) * model.dim * model.element_bytes
+    linear = sum(kind == "linear" for kind in model.kinds)
+    tiles = -(-rows * tokens // max(tile_tokens, 1))
+    states = linear * tiles * rows * model.dim * model.head_dim * model.element_bytes
+    weights = 2 * parameters * model.element_bytes
+    integers = 3 * rows * tokens * TOKEN_BYTES
+    return PROCESS_BYTES + weights + max(at_top, at_next) * stream + states + tile + integers
