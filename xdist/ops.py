@@ -91,7 +91,9 @@ def linear_attention(
     output_final_state: bool = False,
     strategy: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Gated linear attention: S_t = diag(exp(log_decay_t)) S_{t-1} + k_t v_t^T, o_t = scale S_t^T q_t.
+    """Gated linear attention.
+
+    S_t = diag(exp(log_decay_t)) S_{t-1} + k_t v_t^T, o_t = scale * S_t^T q_t.
 
     Args:
         q: `[B, n, Hk, K]`, this rank's tokens; float64, float32 or bfloat16.

@@ -122,12 +122,14 @@ class _CausalConv(torch.autograd.Function):
             """Adds one stretch's gradients; returns that of its prefix."""
             own = x[:, stretch.at]
             options = call.kernel_options(stretch, prefix)
-            found = conv.causal_conv_backward(own, weight, bias, dout[:, stretch.at], **options)
-            dx[:, stretch.at] += found[0]
-            dweight.add_(found[1])
-            if dbias is not None:
-                dbias.add_(found[2])
-            return found[3][:, call.reach - prefix.shape[1] :]
+            down, dtaps, dlevel, dprefix = conv.causal_conv_backward(
+                own, weight, bias, dout[:, stretch.at], **options
+            )
+            dx[:, stretch.at] += down
+            dweight.add_(dtaps)
+            if dbias is not None and dlevel is not None:
+                dbias.add_(dlevel)
+            return dprefix[:, call.reach - prefix.shape[1] :]
 
         stretches = list(call.stretches())
         before = [back(head, halo) for (head, _), halo in zip(stretches, halos, strict=True)]

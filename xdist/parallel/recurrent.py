@@ -134,7 +134,7 @@ def run_recurrence(
     documents = shard.documents
     initial = _initial(op, local, shard, states.initial)
     starting = initial
-    if starting is None:
+    if starting is None and states.want_final:
         batch, *rest = op.state_shape(local)
         like = op.out_like(local)
         starting = like.new_zeros(batch, documents.count, *rest, dtype=linear.state_dtype(like))

@@ -36,7 +36,9 @@ class RecurrentOp(Protocol):
     """One affine recurrence over plain tensors. Tokens of `local` are of one document, except in
     `run`, where `starts` marks the documents that begin inside."""
 
-    transition: Transition
+    @property
+    def transition(self) -> Transition:
+        """The kind of M."""
 
     def out_like(self, local: Local) -> Tensor:
         """The input that has the outputs' shape and dtype."""

@@ -125,18 +125,24 @@ def _asked(op: RecurrentOp, part: Part, dout: Tensor, like: Tensor) -> Tensor:
 class ScanRecurrence(torch.autograd.Function):
     """(request, starting, initial, *inputs) -> (out, final or None).
 
-    starting, initial and final [B,documents,H,K,V]; `starting` is `initial` or zeros.
+    starting, initial and final [B,documents,H,K,V]; `starting` is `initial` or
+    zeros, and None where no final state is wanted.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, request: ScanRequest, starting: Tensor, initial: Tensor | None, *inputs: Any
+        ctx: Any,
+        request: ScanRequest,
+        starting: Tensor | None,
+        initial: Tensor | None,
+        *inputs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         parts = local_work.parts_of(request.plan, inputs, initial, request.want_final)
         ctx.request, ctx.scan = request, _forward(request, parts, inputs)
         local_work.keep(ctx, parts, inputs, initial)
         final = None
         if request.want_final:
+            assert starting is not None
             states = local_work.final_states(request.op, parts)
             final = request.finals.collect(states, starting)
         out = local_work.joined([part.out for part in parts], request.op.out_like(inputs))

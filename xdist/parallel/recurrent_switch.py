@@ -63,12 +63,16 @@ class SwitchRecurrence(torch.autograd.Function):
     """(request, starting, initial, *inputs) -> (out, final or None).
 
     starting, initial and final [B,documents,H,K,V] with all heads; `starting` is `initial` or
-    zeros.
+    zeros, and None where no final state is wanted.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, request: SwitchRequest, starting: Tensor, initial: Tensor | None, *inputs: Any
+        ctx: Any,
+        request: SwitchRequest,
+        starting: Tensor | None,
+        initial: Tensor | None,
+        *inputs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         op, exchange, plan = request.op, request.exchange, request.plan
         ctx.values, ctx.shares = op.head_shares(inputs, exchange.layout.parts)
@@ -81,6 +85,7 @@ class SwitchRecurrence(torch.autograd.Function):
         local_work.keep(ctx, parts, whole, own)
         final = None
         if request.want_final:
+            assert starting is not None
             states = local_work.final_states(op, parts)
             final = request.finals.collect(states, starting[:, :, own_heads])
             final = exchange.gather_states(final, ctx.values)
