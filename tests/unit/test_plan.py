@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from xdist.config import Config, parse
+from xdist.cost.moves import reduce_bytes
 from xdist.models import build
-from xdist.plan import pass_bytes, peak_memory, plan, step_bytes
+from xdist.plan import pass_bytes, peak_memory, plan, rank_bytes, step_bytes
 from xdist.plan.step import parameter_count
-from xdist.plan.traffic import reduce_traffic
 
 TEXT = """
 [model]
@@ -54,10 +54,20 @@ def test_one_rank_sends_nothing() -> None:
 def test_bytes_of_data_ranks_are_their_gradients_and_sums() -> None:
     config = _config(data=2)
     count = parameter_count(config)
-    expected = reduce_traffic(count, 4, 2, 0).sent_bytes
+    expected = reduce_bytes(count, 2, 0, 4).sent_bytes
     # Four numbers of the step, and the loss of each of the two micro-steps; float64.
-    expected += reduce_traffic(4, 8, 2, 0).sent_bytes + 2 * reduce_traffic(1, 8, 2, 0).sent_bytes
+    expected += reduce_bytes(4, 2, 0, 8).sent_bytes + 2 * reduce_bytes(1, 2, 0, 8).sent_bytes
     assert step_bytes(config, config.train.curriculum[0])[0] == expected
+
+
+def test_documents_cut_states_off() -> None:
+    config = _config(ring=2)
+    stage = config.train.curriculum[0]
+    joined = rank_bytes(config, stage, 0)
+    inside = rank_bytes(config, stage, 0, [[0, 40, 61], None])
+    border = rank_bytes(config, stage, 0, [[0, 31, 61], None])
+    assert joined == step_bytes(config, stage)[0]
+    assert border < inside <= joined
 
 
 def test_scan_and_halo_do_not_grow_with_the_sequence() -> None:

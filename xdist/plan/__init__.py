@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from xdist.plan.result import Memory, Plan, StagePlan, Traffic
-from xdist.plan.step import pass_bytes, peak_memory, plan, step_bytes
+from xdist.plan.result import Memory, Plan, StagePlan
+from xdist.plan.step import pass_bytes, peak_memory, plan, rank_bytes, step_bytes
 
 __all__ = [
     "Memory",
     "Plan",
     "StagePlan",
-    "Traffic",
     "pass_bytes",
     "peak_memory",
     "plan",
+    "rank_bytes",
     "step_bytes",
 ]

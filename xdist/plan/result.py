@@ -4,24 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+from xdist.cost.moves import Moved
 
-@dataclass(frozen=True)
-class Traffic:
-    """Bytes one rank sends and receives in one optimizer step."""
-
-    sent_bytes: int = 0
-    received_bytes: int = 0
-
-    def __add__(self, other: Traffic) -> Traffic:
-        return Traffic(
-            self.sent_bytes + other.sent_bytes, self.received_bytes + other.received_bytes
-        )
-
-    def __mul__(self, times: int) -> Traffic:
-        return Traffic(self.sent_bytes * times, self.received_bytes * times)
-
-
-Moves = dict[str, Traffic]
+# What one rank sends and receives in one optimizer step, by move.
+Moves = dict[str, Moved]
 
 
 @dataclass(frozen=True)
@@ -97,7 +83,7 @@ class Plan:
         names = sorted({name for moves in last.moves for name in moves})
         lines += _aligned(
             [
-                [f"  {name}", *(_pair(moves.get(name, Traffic())) for moves in last.moves)]
+                [f"  {name}", *(_pair(moves.get(name, Moved())) for moves in last.moves)]
                 for name in names
             ]
         ) or ["  nothing crosses ranks"]
@@ -111,8 +97,8 @@ class Plan:
         return "\n".join(lines)
 
 
-def _pair(traffic: Traffic) -> str:
-    return f"{traffic.sent_bytes:,} / {traffic.received_bytes:,} bytes"
+def _pair(moved: Moved) -> str:
+    return f"{moved.sent_bytes:,} / {moved.received_bytes:,} bytes"
 
 
 def _size(count: int) -> str:

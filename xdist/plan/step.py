@@ -1,4 +1,9 @@
-"""A whole config, stage by stage and rank by rank: bytes, memory, FLOPs."""
+"""A whole config, stage by stage and rank by rank: bytes, memory, FLOPs.
+
+One step makes the passes of its micro-steps (cost/model.py), and for each the sum of the losses;
+then one reduce of four float64 (valid tokens, bad rows, failures, stop) and one of all gradients
+over data x sequence. Clipping sends nothing.
+"""
 
 from __future__ import annotations
 
@@ -8,19 +13,19 @@ from functools import lru_cache
 import torch
 
 from xdist.config import Config, Stage
+from xdist.cost.model import SUM_BYTES, Streamed, loss_bytes
+from xdist.cost.model import pass_bytes as moves_of_pass
+from xdist.cost.moves import Moved, reduce_bytes
+from xdist.documents import Documents
+from xdist.layout import Layout
 from xdist.models import build
 from xdist.models.hybrid_lm import HybridConfig, flops_per_token
 from xdist.plan.memory import memory_of
 from xdist.plan.result import Memory, Moves, Plan, StagePlan
-from xdist.plan.traffic import (
-    STEP_NUMBERS,
-    SUM_BYTES,
-    Pass,
-    add,
-    layout_of,
-    pass_moves,
-    reduce_traffic,
-)
+
+STEP_NUMBERS = 4
+# A state crosses every border of segments where documents are joined: the most that can move.
+JOINED = None
 
 
 def plan(config: Config) -> Plan:
@@ -30,9 +35,23 @@ def plan(config: Config) -> Plan:
 
 
 def step_bytes(config: Config, stage: Stage) -> list[int]:
-    """Bytes each rank sends in one optimizer step of a stage: equal to its ledger, exactly."""
-    ranks = range(config.ranks)
-    return [sum(t.sent_bytes for t in _step_moves(config, stage, r).values()) for r in ranks]
+    """Bytes each rank sends in one optimizer step of a stage; its ledger, exactly, where
+    documents are joined. Documents kept separate cut states off, so this is then the most."""
+    return [rank_bytes(config, stage, rank) for rank in range(config.ranks)]
+
+
+def rank_bytes(
+    config: Config,
+    stage: Stage,
+    rank: int,
+    documents: Sequence[Sequence[int] | None] | None = None,
+) -> int:
+    """Bytes world rank `rank` sends in one step, exactly.
+
+    documents: the `cu_seqlens` of each micro-step on this data rank; None where documents are
+    joined.
+    """
+    return _sent(_step_moves(config, stage, rank, documents))
 
 
 def peak_memory(config: Config, stage: Stage) -> list[int]:
@@ -51,19 +70,27 @@ def pass_bytes(
     """Bytes each sequence rank sends in forward, backward and gradient sum of `rows` sequences,
     where the model itself counts the valid tokens; what `xdist certify` runs.
 
-    documents: `cu_seqlens`; the hybrid model's exchanges do not depend on them.
+    documents: `cu_seqlens`, None for one document.
     """
     parts = config.parallel.sequence_ranks
-    size = 8 if precision == "float64" else 4
-    one = Pass(config.model, layout_of(config, length, parts), rows, size)
+    dtype = "float64" if precision == "float64" else "float32"
+    model = Streamed.of(config.model.model_copy(update={"dtype": dtype}))
+    layout, cuts = layout_of(config, length, parts), _cuts(documents, length)
+    count = parameter_count(config)
     found = []
     for rank in range(parts):
-        moves = pass_moves(one, rank)
-        # The count of valid tokens and the sum of the losses.
-        for count, element in ((1, SUM_BYTES), (1, SUM_BYTES), (parameter_count(config), size)):
-            add(moves, "reduce", reduce_traffic(count, element, parts, rank))
-        found.append(sum(traffic.sent_bytes for traffic in moves.values()))
+        moves = moves_of_pass(model, layout, cuts, rank, rows)
+        reduced = loss_bytes(parts, rank, counted=True)
+        reduced += reduce_bytes(count, parts, rank, model.element_bytes)
+        found.append(_sent(moves | {"reduce": reduced}))
     return found
+
+
+def layout_of(config: Config, length: int, parts: int) -> Layout:
+    """The layout that the config names, over `parts` sequence ranks."""
+    if config.parallel.layout == "zigzag":
+        return Layout.zigzag(length, parts)
+    return Layout.contiguous(length, parts)
 
 
 def parameter_count(config: Config) -> int:
@@ -79,10 +106,17 @@ def _count(sizes: HybridConfig) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
+def _cuts(documents: Sequence[int] | None, length: int) -> tuple[int, ...]:
+    return Documents.of(documents, length).cu_seqlens
+
+
+def _sent(moves: Moves) -> int:
+    return sum(moved.sent_bytes for moved in moves.values())
+
+
 def _stage(config: Config, stage: Stage) -> StagePlan:
     ranks = range(config.ranks)
     per_token = flops_per_token(HybridConfig.of(config.model))
-    # Backward is twice forward; every tile's forward is computed once more in it.
     rows = stage.batch // config.data_degree * config.train.accumulation
     tokens = [rows * _share(config, stage, rank) for rank in ranks]
     return StagePlan(
@@ -91,34 +125,39 @@ def _stage(config: Config, stage: Stage) -> StagePlan:
         steps=stage.steps,
         moves=[_step_moves(config, stage, rank) for rank in ranks],
         memory=[_memory(config, stage, rank) for rank in ranks],
+        # Forward, its recomputation in each tile, and backward, which is twice forward.
         flops=[4 * per_token * count for count in tokens],
     )
 
 
-def _step_moves(config: Config, stage: Stage, world_rank: int) -> Moves:
+def _step_moves(
+    config: Config,
+    stage: Stage,
+    rank: int,
+    documents: Sequence[Sequence[int] | None] | None = None,
+) -> Moves:
     parts, ranks = config.parallel.sequence_ranks, config.ranks
-    element = 8 if config.model.dtype == "float64" else 4
+    model = Streamed.of(config.model)
+    layout = layout_of(config, stage.length, parts)
+    reduced = reduce_bytes(STEP_NUMBERS, ranks, rank, SUM_BYTES)
+    reduced += reduce_bytes(parameter_count(config), ranks, rank, model.element_bytes)
+    total: Moves = {"reduce": reduced}
     rows = stage.batch // config.data_degree
-    one = Pass(config.model, layout_of(config, stage.length, parts), rows, element)
-    total: Moves = {}
-    for move, traffic in pass_moves(one, world_rank % parts).items():
-        add(total, move, traffic * config.train.accumulation)
-    for count, size, times in (
-        (STEP_NUMBERS, SUM_BYTES, 1),
-        (1, SUM_BYTES, config.train.accumulation),
-        (parameter_count(config), element, 1),
-    ):
-        add(total, "reduce", reduce_traffic(count, size, ranks, world_rank) * times)
-    return total
+    for cut in documents or [JOINED] * config.train.accumulation:
+        cuts = _cuts(cut, stage.length)
+        moves = moves_of_pass(model, layout, cuts, rank % parts, rows)
+        moves["reduce"] = loss_bytes(ranks, rank, counted=False)
+        for name, moved in moves.items():
+            total[name] = total.get(name, Moved()) + moved
+    return {name: moved for name, moved in total.items() if any(moved)}
 
 
-def _memory(config: Config, stage: Stage, world_rank: int) -> Memory:
+def _memory(config: Config, stage: Stage, rank: int) -> Memory:
     rows = stage.batch // config.data_degree
-    share = _share(config, stage, world_rank)
-    return memory_of(config, parameter_count(config), rows, share)
+    return memory_of(config, parameter_count(config), rows, _share(config, stage, rank))
 
 
-def _share(config: Config, stage: Stage, world_rank: int) -> int:
+def _share(config: Config, stage: Stage, rank: int) -> int:
     """Tokens of one sequence on this rank."""
     parts = config.parallel.sequence_ranks
-    return layout_of(config, stage.length, parts).local_length(world_rank % parts)
+    return layout_of(config, stage.length, parts).local_length(rank % parts)
