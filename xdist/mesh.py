@@ -100,17 +100,18 @@ class Mesh:
                 f"its dims are {list(names)}, named were {chosen}",
                 "name each dim once",
             )
-        sizes = [
+        sizes = tuple(
             1 if n is None else device_mesh.size(names.index(n)) for n in (data, ring, ulysses)
-        ]
+        )
         ranks = device_mesh.mesh.permute([names.index(name) for name in chosen]).flatten()
         if ranks.tolist() != list(range(collectives.world_rank_and_size()[1])):
             raise GeometryError(
-                "the device mesh must hold the world's ranks in order, data slowest, ulysses fastest",
+                "the device mesh must hold the world's ranks in order, data slowest, then ring",
                 f"in that order its ranks are {ranks.tolist()}",
                 "make it with init_device_mesh over (data, ring, ulysses), or use xdist.init_mesh",
             )
-        return _build(sizes, torch.device(device_mesh.device_type), device_mesh)
+        device = _device(device_mesh.device_type, read_rank().local_rank)
+        return _build((sizes[0], sizes[1], sizes[2]), device, device_mesh)
 
 
 def init_mesh(
@@ -147,7 +148,7 @@ def init_mesh(
     return _build(sizes, chosen, None)
 
 
-def _degrees(world: int, data: int | None, ring: int, ulysses: int) -> list[int]:
+def _degrees(world: int, data: int | None, ring: int, ulysses: int) -> tuple[int, int, int]:
     for name, degree in (("data", data), ("ring", ring), ("ulysses", ulysses)):
         if degree is not None and (isinstance(degree, bool) or not isinstance(degree, int)):
             raise GeometryError(f"{name} must be an integer", f"got {degree!r}")
@@ -156,7 +157,7 @@ def _degrees(world: int, data: int | None, ring: int, ulysses: int) -> list[int]
     sequence = ring * ulysses
     rest = world // sequence if data is None else data
     if rest * sequence == world:
-        return [rest, ring, ulysses]
+        return rest, ring, ulysses
     said = "world / (ring x ulysses)" if data is None else data
     raise GeometryError(
         f"data x ring x ulysses is not the number of ranks: {said} x {ring} x {ulysses} != {world}",
@@ -207,11 +208,13 @@ def _backend(device: torch.device, variables: RankVariables) -> str:
     return "gloo"
 
 
-def _build(sizes: list[int], device: torch.device, device_mesh: DeviceMesh | None) -> Mesh:
+def _build(
+    sizes: tuple[int, int, int], device: torch.device, device_mesh: DeviceMesh | None
+) -> Mesh:
     """Groups and mesh. Every rank makes its own groups, in the same order of axes."""
     rank, world = collectives.world_rank_and_size()
     if not collectives.is_initialised():
-        return Mesh(*sizes, world_rank=rank, device=device)
+        return Mesh(*sizes, rank, device)
     ranks = torch.arange(world).reshape(sizes)
     place = [int(index) for index in (ranks == rank).nonzero()[0]]
     along = []
@@ -227,8 +230,8 @@ def _build(sizes: list[int], device: torch.device, device_mesh: DeviceMesh | Non
     )
     return Mesh(
         *sizes,
-        world_rank=rank,
-        device=device,
+        rank,
+        device,
         data_group=data,
         ring_group=ring,
         ulysses_group=ulysses,

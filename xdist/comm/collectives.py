@@ -7,7 +7,7 @@ padded, and the operations used (isend, irecv) have kept their names from torch 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -240,11 +240,9 @@ def close() -> None:
     """Leave the default process group, if there is one. Other ranks are not waited for."""
     if not is_initialised():
         return
-    try:
+    # Where the store went with rank 0, nobody is left to read the note.
+    with suppress(RuntimeError):
         faults.sign_out(dist.distributed_c10d._get_default_store(), dist.get_rank())
-    except RuntimeError:
-        # The store went with rank 0; nobody is left to read the note.
-        pass
     dist.destroy_process_group()
 
 

@@ -90,7 +90,7 @@ def _find(scene: Scene, started: float) -> tuple[int | None, str]:
     store = scene.store
     store.set(f"xdist/fault/{scene.me}", "1")
     others = [rank for rank in range(scene.world_size) if rank != scene.me]
-    found = None
+    found: tuple[int | None, str] | None = None
     while found is None:
         silent = [rank for rank in others if not store.check([f"xdist/fault/{rank}"])]
         gone = [rank for rank in silent if _is_gone(store, rank)]

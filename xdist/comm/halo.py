@@ -16,7 +16,7 @@ from torch import Tensor
 
 from xdist.comm.collectives import ProcessGroup, check_member, rank_of, size_of, start_pairs
 from xdist.comm.pending import Pending
-from xdist.comm.summing import add_in_rank_order, sum_dtype
+from xdist.comm.summing import sum_dtype
 from xdist.cost.moves import halo_pieces
 from xdist.errors import ShapeError
 from xdist.layout import Layout, Piece

@@ -165,7 +165,7 @@ def scan_routes(layout: Layout, cu_seqlens: Sequence[int]) -> list[ScanRoute]:
     cuts = set(cu_seqlens[1:-1])
     pieces = layout.pieces
     inner = sorted(cuts)
-    enters = [0 < p.start and p.start not in cuts for p in pieces]
+    enters = [p.start > 0 and p.start not in cuts for p in pieces]
     leaves = [p.stop < layout.length and p.stop not in cuts for p in pieces]
     single = [not any(p.start < cut < p.stop for cut in inner) for p in pieces]
     passes = [a and b and c for a, b, c in zip(enters, leaves, single, strict=True)]

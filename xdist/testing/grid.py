@@ -5,9 +5,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
+import torch.utils.deterministic
 from torch import Tensor
 
 from xdist.layout import Layout
@@ -66,13 +68,14 @@ def poisoned_empty() -> Iterator[None]:
 
     A hole in an output then fails a test instead of reading zeros by luck.
     """
-    filled = torch.utils.deterministic.fill_uninitialized_memory
+    determinism: Any = torch.utils.deterministic
+    filled = determinism.fill_uninitialized_memory
     on = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    determinism.fill_uninitialized_memory = True
     try:
         yield
     finally:
-        torch.utils.deterministic.fill_uninitialized_memory = filled
+        determinism.fill_uninitialized_memory = filled
         torch.use_deterministic_algorithms(on, warn_only=warn_only)

@@ -138,8 +138,7 @@ class _Ranks:
             waiting = {pipe: r for r, pipe in enumerate(self._pipes) if r not in replies}
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
             ready = wait(list(waiting), left)
-            for pipe in ready:
-                rank = waiting[pipe]  # type: ignore[index]
+            for rank in [r for pipe, r in waiting.items() if pipe in ready]:
                 replies[rank] = self._receive(rank)
             if deadline is None and any(reply.details for reply in replies.values()):
                 deadline = time.monotonic() + GRACE_S
