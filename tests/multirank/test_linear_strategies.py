@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -13,9 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import xdist
+from xdist.comm.pending import Pending
+from xdist.comm.scan import Scan
 from xdist.cost.recurrent import Problem, choose, recurrent_bytes
 from xdist.documents import Documents
 from xdist.errors import NumericsError, ShapeError, StrategyError
+from xdist.parallel.recurrent_op import LinearAttention
 from xdist.testing import RankPool, count_c10d_bytes, layouts, relative_error
 
 N = 41
@@ -229,6 +232,43 @@ def test_the_state_that_crosses_matters(pool2: RankPool) -> None:
     first, second = pool2.run(state_matters)
     assert first < 1e-6
     assert second > 1e-2
+
+
+def order_of_events() -> tuple[list[str], list[str]]:
+    """What happens between the start of each exchange and its wait, forward and backward."""
+    mesh = xdist.init_mesh(ring=2)
+    layout = xdist.Layout.zigzag(N, 2)
+    x = inputs(layout, mesh.sequence_rank, 1, 1, torch.float32)
+    shard = xdist.SequenceShard(mesh, layout)
+    events: list[str] = []
+
+    def noting(name: str, inner: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            events.append(name)
+            return inner(*args, **options)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, attribute, name in (
+            (Scan, "start", "start"),
+            (Scan, "start_adjoint", "start"),
+            (LinearAttention, "run", "local work"),
+            (LinearAttention, "run_backward", "local work"),
+            (Pending, "wait", "wait"),
+        ):
+            patch.setattr(owner, attribute, noting(name, getattr(owner, attribute)))
+        out = xdist.linear_attention(*x[:3], shard, log_decay=x[3], strategy="scan")
+        forward, events[:] = list(events), []
+        out.sum().backward()
+    return forward, events
+
+
+def test_local_work_is_done_while_states_travel(pool2: RankPool) -> None:
+    for forward, backward in pool2.run(order_of_events):
+        for events in (forward, backward):
+            assert events[:3] == ["start", "local work", "local work"]
+            assert set(events[3:]) == {"wait"}
 
 
 def refuse(strategy: str, tokens: int) -> str:
