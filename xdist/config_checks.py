@@ -295,3 +295,15 @@ def world_problem(config: Config, world: int) -> Problem | None:
         f"use {', or '.join(settings)}",
         GeometryError,
     )
+
+
+def store_problem(config: Config) -> Problem | None:
+    """The problem of training without a data store; showing and planning need none."""
+    if config.data.store:
+        return None
+    return Problem(
+        (("data", "store"),),
+        "data.store is not set",
+        "training reads its tokens from a store made by `xdist prepare text FILES|DIRS STORE`",
+        "set data.store=STORE",
+    )

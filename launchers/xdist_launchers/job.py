@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from xdist.config import Config, load, override
-from xdist.config_checks import raise_problems, world_problem
+from xdist.config_checks import Problem, raise_problems, store_problem, world_problem
 from xdist_launchers.failure import failure_of, tell, write_failure
 
 
@@ -66,6 +66,8 @@ def local_job(path: str, overrides: Sequence[str], *, render: bool = False) -> J
             "xdist launch local CONFIG --ranks N",
         )
     config = load(path, overrides) if path else override(Config(), overrides)
+    if not render:
+        _raise_any(path, store_problem(config))
     ranks = config.ranks
     # Every rank reads the same number of ranks, whether it came from the file or from degrees.
     settings = [item for item in overrides if not item.startswith("launch.ranks=")]
@@ -79,6 +81,10 @@ def local_job(path: str, overrides: Sequence[str], *, render: bool = False) -> J
         init_timeout_s=config.launch.init_timeout_s,
         again=shlex.join(["xdist", "launch", "local", *words, "--ranks", str(ranks)]),
     )
+
+
+def _raise_any(path: str, *found: Problem | None) -> None:
+    raise_problems([problem for problem in found if problem], path)
 
 
 def program() -> tuple[str, ...]:
@@ -100,8 +106,7 @@ def run_rank(path: str, overrides: Sequence[str], record: pathlib.Path | None) -
         rank = here.rank
         config = load(path, overrides)
         directory = config.run_directory
-        problem = world_problem(config, here.world_size)
-        raise_problems([problem] if problem else [], path)
+        _raise_any(path, world_problem(config, here.world_size), store_problem(config))
         if config.launch.ranks is None:
             config = override(config, [f"launch.ranks={here.world_size}"])
 

@@ -34,7 +34,7 @@ def xdist(
 @pytest.fixture
 def config(tmp_path: pathlib.Path) -> pathlib.Path:
     file = tmp_path / "train.toml"
-    file.write_text('[run]\nname = "small"\n\n[parallel]\nulysses = 2\n')
+    file.write_text('[run]\nname = "small"\n[parallel]\nulysses = 2\n[data]\nstore = "no.zarr"\n')
     return file
 
 
@@ -134,6 +134,14 @@ def test_a_missing_config_and_a_missing_run_say_what_there_is(
     done = xdist("launch", "local")
     assert done.returncode == 2
     assert "no config was given" in done.stderr
+
+
+def test_training_without_a_store_says_how_to_make_one(config: pathlib.Path) -> None:
+    for command in (["train"], ["launch", "local"]):
+        done = xdist(*command, str(config), 'data.store=""', "parallel.ulysses=1")
+        assert done.returncode == 2
+        assert done.stderr.splitlines()[0] == "xdist: data.store is not set"
+        assert "xdist prepare text" in done.stderr
 
 
 def test_print_starts_nothing_and_does_without_a_config(tmp_path: pathlib.Path) -> None:

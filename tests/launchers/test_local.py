@@ -232,12 +232,12 @@ if rank != 1:
     pathlib.Path(record.replace(".error.json", ".started")).touch()
 time.sleep(300)
 """
-    started = launch(body, 3, init_timeout_s=1)
+    started = launch(body, 3, init_timeout_s=4)
     pids = started.pids(3)
     code, out = started.end()
     assert code == 3
     assert f"2 of 3 ranks joined; missing rank 1 (host {os.uname().nodename})" in out
-    assert "launch.init_timeout_s = 1 s" in out
+    assert "launch.init_timeout_s = 4 s" in out
     assert not any(alive(pid) for pid in pids)
     assert started.status()["exit_code"] == 3
 
@@ -246,9 +246,9 @@ def test_ranks_that_met_are_not_hurried(launch: Start) -> None:
     body = """
 if rank == 0:
     (run / "status.json").write_text('{"state": "running"}')
-time.sleep(2.5)
+time.sleep(4.5)
 """
-    assert launch(body, init_timeout_s=1).end()[0] == 0
+    assert launch(body, init_timeout_s=3).end()[0] == 0
 
 
 STEPS = """
