@@ -43,6 +43,7 @@ class RingAttention(Function):
             arriving = _start_step(blocks, k, v, steps, number + 1)
             if owner in got:
                 merge_(out, lse, *call.forward(q, *got[owner], spans, blocks.positions(owner)))
+            del got
         if sinks is not None:
             merge_sinks_(out, lse, sinks)
         out = out.to(q.dtype)
@@ -71,8 +72,11 @@ class RingAttention(Function):
                 )
                 dq += dq_
                 given[owner] = (block[0], block[1])
+                # Names would keep this block alive while the next one is worked on.
+                del block, dq_
             blocks.add(dk, dv, returning.wait())
             returning = blocks.start_gradients(given, [user], dk.dtype)
+            del given, got
         blocks.add(dk, dv, returning.wait())
         dsinks = None if sinks is None else sinks_backward(sinks, lse, delta).to(sinks.dtype)
         return None, dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsinks

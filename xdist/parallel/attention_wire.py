@@ -45,12 +45,17 @@ def _nbytes(spec: Spec) -> int:
 
 
 def _pack(tensors: Sequence[Tensor]) -> Tensor:
-    order = _order([tensor.element_size() for tensor in tensors])
-    flat = [tensors[i].detach().contiguous().view(-1).view(torch.uint8) for i in order]
-    return flat[0] if len(flat) == 1 else torch.cat(flat)
+    # Copied straight into the message: a second copy of a block would be the peak of a ring step.
+    specs = [(tuple(tensor.shape), tensor.dtype) for tensor in tensors]
+    size = sum(map(_nbytes, specs))
+    message = torch.empty(size, dtype=torch.uint8, device=tensors[0].device)
+    for place, tensor in zip(_unpack(message, specs), tensors, strict=True):
+        place.copy_(tensor)
+    return message
 
 
 def _unpack(message: Tensor, specs: Sequence[Spec]) -> list[Tensor]:
+    """Views of the message as the tensors it holds."""
     found: dict[int, Tensor] = {}
     start = 0
     for i in _order([dtype.itemsize for _, dtype in specs]):
