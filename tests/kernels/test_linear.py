@@ -153,20 +153,36 @@ def test_pieces_complete_a_run_from_zero(kind: str) -> None:
         assert got is None or error(got, want) < 1e-11
 
 
-def test_holes_in_outputs_would_show(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every element of every preallocated output is written: memory starts as NaN here."""
+@pytest.mark.usefixtures("poisoned")
+def test_every_element_is_written() -> None:
+    """Preallocated outputs start as NaN here: a hole would show."""
     torch.manual_seed(3)
-    true_empty = torch.empty_like
-
-    def poisoned(*args: object, **options: object) -> Tensor:
-        return true_empty(*args, **options).fill_(torch.nan)
-
-    monkeypatch.setattr(torch, "empty_like", poisoned)
     q, k = torch.randn(3, 130, 3, 8), torch.randn(3, 130, 3, 8)
     v = torch.randn(3, 130, 9, 5)
     out, final, saved = linear.linear_attention_forward(q, k, v, None, scale=1.0, tile=64)
     grads = linear.linear_attention_backward(saved, torch.ones_like(out), final, tile=64)
     assert all(torch.isfinite(x).all() for x in (out, final, *grads) if x is not None)
+
+
+@pytest.mark.parametrize("decay", [(), (8,)], ids=["scalar", "diagonal"])
+def test_tiles_can_be_compiled(decay: tuple[int, ...]) -> None:
+    """One graph, without a break: nothing branches on data."""
+    torch.manual_seed(4)
+    kernels = (linear.chunk_scalar_forward, linear.chunk_scalar_backward)
+    if decay:
+        kernels = (linear.chunk_diagonal_forward, linear.chunk_diagonal_backward)
+    x, state = torch.randn(1, 150, 2, 8), torch.randn(1, 2, 8, 8)
+    log_decay, resets = -torch.rand(1, 150, 2, *decay), torch.arange(150) % 40 == 39
+    found = []
+    for compiled in (False, True):
+        forward, backward = (
+            torch.compile(f, backend="eager", fullgraph=True) if compiled else f for f in kernels
+        )
+        out, end = forward(x, x, x, log_decay, 0.3, state, resets=resets)
+        grads = backward(x, x, x, log_decay, 0.3, state, out, end, resets=resets)
+        found.append((out, end, *grads))
+    for eager, traced in zip(*found, strict=True):
+        torch.testing.assert_close(eager, traced)
 
 
 def test_memory_is_one_state_per_tile() -> None:
