@@ -111,8 +111,12 @@ def run_rank(path: str, overrides: Sequence[str], record: pathlib.Path | None) -
             config = override(config, [f"launch.ranks={here.world_size}"])
 
         faulthandler.enable()
+        from xdist.plan import plan
         from xdist.train import run
 
+        if rank == 0:
+            # What will be measured is said beforehand; no process group is there yet.
+            print(plan(config).table(), flush=True)
         if record is not None:
             started_file(record).touch()
         return run(config)
