@@ -234,6 +234,42 @@ def test_the_state_that_crosses_matters(pool2: RankPool) -> None:
     assert second > 1e-2
 
 
+def chained(strategy: str) -> float:
+    """Error of two calls, the first's final state handed to the second, against one call."""
+    mesh = xdist.init_mesh(ring=3)
+    cut = 18
+    whole = xdist.Layout.contiguous(N, 1)
+    q, k, v, log_decay = inputs(whole, 0, 6, 2, torch.float64)
+    want = xdist.linear_attention(q, k, v, log_decay=log_decay)
+    wanted = torch.autograd.grad(want.square().sum(), [q, k, v, log_decay])
+
+    state, loss, found, leaves = None, torch.zeros(()), [], []
+    for start, stop in ((0, cut), (cut, N)):
+        shard = xdist.SequenceShard(mesh, xdist.Layout.zigzag(stop - start, 3))
+        at = shard.positions + start
+        own = [x.detach()[:, at].requires_grad_() for x in (q, k, v, log_decay)]
+        out, state = xdist.linear_attention(
+            *own[:3],
+            shard,
+            log_decay=own[3],
+            initial_state=state,
+            output_final_state=True,
+            strategy=strategy,
+        )
+        loss = loss + out.square().sum()
+        found.append(relative_error(out, want[:, at]))
+        leaves += [(leaf, gradient[:, at]) for leaf, gradient in zip(own, wanted, strict=True)]
+    grads = torch.autograd.grad(loss, [leaf for leaf, _ in leaves])
+    pairs = zip(grads, leaves, strict=True)
+    return max(*found, *(relative_error(grad, want) for grad, (_, want) in pairs))
+
+
+def test_a_state_handed_on_chains_exactly(pool3: RankPool) -> None:
+    """Outputs and every gradient, through the state, across calls and ranks, in float64."""
+    for strategy in ("scan", "switch"):
+        assert max(pool3.run(chained, strategy)) < 1e-10
+
+
 def order_of_events() -> tuple[list[str], list[str]]:
     """What happens between the start of each exchange and its wait, forward and backward."""
     mesh = xdist.init_mesh(ring=2)
