@@ -166,13 +166,13 @@ def is_tensor(x: object) -> bool:
     return isinstance(x, Tensor)
 
 
-def peak_of_scan(n: int) -> tuple[int, int]:
+def peak_of(strategy: str, n: int) -> tuple[int, int]:
     """(bytes of this rank's inputs, most bytes made and held in forward and backward)."""
     mesh = xdist.init_mesh(ring=2)
     shard = xdist.SequenceShard(mesh, xdist.Layout.contiguous(n, 2))
     q, k, v = (torch.randn(1, n // 2, 2, 32).requires_grad_() for _ in range(3))
     with PeakBytes() as peak:
-        out = xdist.linear_attention(q, k, v, shard, strategy="scan")
+        out = xdist.linear_attention(q, k, v, shard, strategy=strategy)
         torch.autograd.grad(out, [q, k, v], out.detach())
     return sum(x.nbytes for x in (q, k, v)), peak.peak
 
@@ -182,11 +182,18 @@ def test_scan_never_holds_the_sequence(pool2: RankPool) -> None:
     scan that gathered the sequence would hold twice this rank's inputs more."""
     beyond = {}
     for n in (16_384, 65_536):
-        for held, peak in pool2.run(peak_of_scan, n):
+        for held, peak in pool2.run(peak_of, "scan", n):
             own = held // 3 + held  # the output and three gradients
             beyond[n] = max(beyond.get(n, 0), peak - own)
             assert peak - own < 24 * 2**20
     assert beyond[65_536] < beyond[16_384] + 2**20
+
+
+def test_switch_holds_its_heads_and_no_more(pool2: RankPool) -> None:
+    """Sent, received, placed and saved copies of as many bytes as this rank's inputs: at most 6
+    at once, where every head of the whole sequence would be 2 for each of them."""
+    for held, peak in pool2.run(peak_of, "switch", 65_536):
+        assert peak < 6 * held
 
 
 def leak(strategy: str) -> tuple[bool, bool]:
