@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from xdist.comm.scan import Scan
+from xdist.memory.allocator import stream_like
 from xdist.memory.exchange import Exchange
 from xdist.memory.tiles import Cuts, Tile, add_context, cuts_of, with_context
 
@@ -92,7 +93,7 @@ class Sweep:
     def windowed_forward(self, layer: Windowed, x: Tensor) -> tuple[Tensor, Kept]:
         """Output of a windowed layer for x [B, n, C]."""
         halo = self.exchange.halo(x, layer.context)
-        out = torch.empty_like(x)
+        out = stream_like(x)
         for tiles in self.segments:
             for tile in tiles:
                 out[:, tile.start : tile.stop] = layer.forward(*self.read(layer, x, halo, tile))
@@ -114,7 +115,7 @@ class Sweep:
         """Output of a recurrent layer for x [B, n, C]."""
         halo = self.exchange.halo(x, layer.context)
         incoming, scan = self._incoming(layer, x, halo)
-        out = torch.empty_like(x)
+        out = stream_like(x)
         states: dict[Tile, Tensor] = {}
         for tiles, state in zip(self.segments, incoming, strict=True):
             for tile in tiles:
@@ -187,7 +188,7 @@ class Sweep:
         dhalo: list[Tensor],
         zero: Tensor,
     ) -> None:
-        dy = torch.empty_like(x)
+        dy = stream_like(x)
         starts = [zero for _ in self.segments]
         for index, tiles in enumerate(self.segments):
             for tile in reversed(tiles):

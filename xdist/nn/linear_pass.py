@@ -120,16 +120,16 @@ class LinearPass:
     def backward_outer(
         self, xe: Tensor, cuts: Cuts, state: Tensor, dout: Tensor, dstate: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None, Any]:
-        """From the output back to y: (dx without the recurrence's part, dy, adjoint, inputs).
+        """From the output back to y: (dx without the recurrence's part, dy, adjoint, kept).
 
         state: the one before the tile; dstate: gradient of the state after it, so far as it is
-        known here; adjoint is that gradient carried to before the tile (None for None); inputs
-        may be handed to `backward_inner`, which otherwise computes them again.
+        known here; adjoint is that gradient carried to before the tile. With None instead, the
+        last result may be handed to `backward_inner`, which otherwise computes it again.
         """
         x = xe[:, self.context :]
         batch, tokens, _ = x.shape
         inputs = self._inputs(xe, cuts)
-        chunks, _ = linear.forward(inputs.z, inputs.factors, state)
+        chunks, through = linear.forward(inputs.z, inputs.factors, state)
         y = self._tokens(chunks, tokens, batch)
         yn = normalised(y)
         xn = inputs.xn[:, self.context :]
@@ -144,10 +144,10 @@ class LinearPass:
         dx = normalised_backward(x, xn, dxn).add_(dh)
         dy = normalised_backward(y, yn, dmixed.mul_(opened))
         if dstate is None:
-            return dx, dy, None, inputs
+            return dx, dy, None, (inputs, through)
         chunks = self._chunks(dy, inputs.z)
         adjoint = linear.adjoint_summary(inputs.z, inputs.factors, chunks, dstate)
-        return dx, dy, adjoint, inputs
+        return dx, dy, adjoint, None
 
     def _chunks(self, dy: Tensor, z: Tensor) -> Tensor:
         """dy [B, T, C] filled up to whole chunks, [N, chunk, C]."""
@@ -163,15 +163,16 @@ class LinearPass:
         state: Tensor,
         dy: Tensor,
         dstate: Tensor,
-        inputs: _Inputs | None,
+        kept: tuple[_Inputs, Tensor] | None,
     ) -> tuple[Tensor, Tensor]:
         """From y back to x: the recurrence's part of dxe [B, W - 1 + T, C], and the gradient of
         the state before the tile. dstate: the whole gradient of the state after the tile."""
         batch, tokens = dy.shape[:2]
-        if inputs is None:
+        if kept is None:
             inputs = self._inputs(xe, cuts)
+            kept = inputs, linear.states(inputs.z, inputs.factors, state)
+        inputs, states = kept
         z, factors = inputs.z, inputs.factors
-        states = linear.states(z, factors, state)
         dz, dlog, dbefore = linear.backward(z, factors, states, self._chunks(dy, z), dstate)
         dz = self._tokens(dz, tokens, batch)
         du = torch.ops.aten.silu_backward(dz, inputs.convolved)
