@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from xdist.cost.moves import Moved, halo_bytes, reduce_bytes, scan_bytes
 from xdist.layout import Layout
@@ -76,21 +76,25 @@ def loss_bytes(ranks: int, rank: int, *, counted: bool) -> Moved:
     return one + one if counted else one
 
 
-# Resident memory of a process that has imported torch and made its process group, and a tile's
-# working set in units of tile tokens x C x element: both measured (docs/memory.md).
-PROCESS_BYTES = 275 * 2**20
+# A tile's working set in units of tile tokens x C x element: measured (docs/plan.md).
 TILE_UNITS = 120
 
 
-def peak_bytes(
-    model: Streamed, *, parameters: int, tokens: int, rows: int, tile_tokens: int, crosses: bool
-) -> int:
-    """Peak resident bytes of forward and backward on a rank that holds `tokens` tokens a row.
+class Activations(NamedTuple):
+    """Bytes of activations at the peak of a step: kept from forward to backward, and in flight."""
+
+    kept_bytes: int
+    transient_bytes: int
+
+
+def activation_bytes(
+    model: Streamed, *, tokens: int, rows: int, tile_tokens: int, crosses: bool
+) -> Activations:
+    """Activations of forward and backward on a rank that holds `tokens` tokens a row.
 
     crosses: whether a state crosses ranks or segments (two-phase backward keeps dy of one block).
-    The optimizer's state is not in it. Alive at the peak: parameters and gradients, the inputs of
-    all blocks but the first with the gradient in flight - or, in the backward of a linear block
-    below, one input fewer with dy.
+    Alive at the peak: the inputs of all blocks but the first (computed again) with the gradient in
+    flight - or, in the backward of a linear block below, one input fewer with dy.
     """
     stream = rows * tokens * model.dim * model.element_bytes
     blocks = len(model.kinds)
@@ -101,6 +105,6 @@ def peak_bytes(
     linear = sum(kind == "linear" for kind in model.kinds)
     tiles = -(-rows * tokens // max(tile_tokens, 1))
     states = linear * tiles * rows * model.dim * model.head_dim * model.element_bytes
-    weights = 2 * parameters * model.element_bytes
     integers = 3 * rows * tokens * TOKEN_BYTES
-    return PROCESS_BYTES + weights + max(at_top, at_next) * stream + states + tile + integers
+    kept = (blocks - 1) * stream
+    return Activations(kept + states + integers, max(at_top, at_next) * stream - kept + tile)
