@@ -9,6 +9,7 @@ Shapes: states [B,H,K,V]; per-document states [B,documents,H,K,V] (`initial`, `d
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,14 +21,17 @@ from xdist.parallel.recurrent_op import Local, RecurrentOp
 from xdist.parallel.recurrent_segments import Segment, Segments
 
 
-def cut(local: Local, at: slice) -> tuple[Tensor | None, ...]:
+def cut(local: Sequence[Tensor | None], at: slice) -> tuple[Tensor | None, ...]:
     """The tokens `at` of every input, as views."""
     return tuple(None if x is None else x[:, at] for x in local)
 
 
 @dataclass
 class Run:
-    """One document inside one segment. `at` is relative to the segment."""
+    """One document inside one segment; `at` is relative to the segment.
+
+    `starts`, `ends`: the document does so here. `first`, `last`: among the segment's runs.
+    """
 
     at: slice
     document: int
@@ -47,13 +51,13 @@ class Part:
 
     segment: Segment
     local: Local
-    starts: Tensor | None
+    starts: Tensor | None  # bool [n]: documents that start inside, as the kernel wants them
     runs: list[Run]
-    saved: tuple[Tensor, ...] = ()
+    saved: tuple[Tensor, ...] = ()  # the kernel's, beside `local`
     out: Tensor | None = None
-    state_out: Tensor | None = None
-    grads: list[Tensor | None] = field(default_factory=list)
-    dstate_in: Tensor | None = None
+    state_out: Tensor | None = None  # the kernel's
+    grads: list[Tensor | None] = field(default_factory=list)  # of `local`
+    dstate_in: Tensor | None = None  # the kernel's
 
     def tokens(self, run: Run) -> tuple[Tensor | None, ...]:
         return cut(self.local, run.at)
@@ -69,28 +73,33 @@ def parts_of(plan: Segments, local: Local, initial: Tensor | None, every_run: bo
     parts = []
     for segment in plan.items:
         starts = plan.starts(segment)
-        found = [(segment.first, segment.first_document), (segment.last, segment.last_document)]
-        found = (
-            plan.runs(segment)
-            if every_run or initial is not None
-            else found[: 1 + (not segment.single)]
-        )
-        runs = []
-        for number, (at, document) in enumerate(found):
-            run = Run(
-                at,
-                document,
-                starts=number > 0 or not segment.enters,
-                ends=number < len(found) - 1 or not segment.leaves,
-                first=number == 0,
-                last=number == len(found) - 1,
-            )
+        runs = _runs(plan, segment, every_run or initial is not None)
+        for run in runs:
             if run.starts and initial is not None:
-                run.state = initial[:, document]
-            runs.append(run)
+                run.state = initial[:, run.document]
         marks = None if starts is None else torch.from_numpy(starts).to(device)
         parts.append(Part(segment, cut(local, segment.tokens), marks, runs))
     return parts
+
+
+def _runs(plan: Segments, segment: Segment, every_run: bool) -> list[Run]:
+    found = [(segment.first, segment.first_document), (segment.last, segment.last_document)]
+    if every_run:
+        found = plan.runs(segment)
+    elif segment.single:
+        found = found[:1]
+    last = len(found) - 1
+    return [
+        Run(
+            at,
+            document,
+            starts=number > 0 or not segment.enters,
+            ends=number < last or not segment.leaves,
+            first=number == 0,
+            last=number == last,
+        )
+        for number, (at, document) in enumerate(found)
+    ]
 
 
 def run_part(op: RecurrentOp, part: Part) -> None:

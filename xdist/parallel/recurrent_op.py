@@ -18,7 +18,7 @@ from xdist.comm.scan import Transition
 from xdist.cost.recurrent import Shares, shared_heads, split_heads
 from xdist_kernels import linear
 
-Local = tuple[Tensor | None, ...]  # an op's inputs with tokens in dim 1, or None where left out
+Local = Sequence[Tensor | None]  # an op's inputs with tokens in dim 1, or None where left out
 
 
 class Summary(NamedTuple):
@@ -90,58 +90,71 @@ class RecurrentOp(Protocol):
         """Add to `grads` what comes through M S, given the gradient of the state after the run."""
 
 
+class _Inputs(NamedTuple):
+    """`local` of linear attention, or its gradients, by name."""
+
+    q: Tensor  # [B, n, Hk, K]
+    k: Tensor  # [B, n, Hk, K]
+    v: Tensor  # [B, n, H, V]
+    log_decay: Tensor | None  # None, [B, n, H, 1] or [B, n, H, K]
+
+
+def _named(local: Local) -> _Inputs:
+    q, k, v, log_decay = local
+    assert q is not None
+    assert k is not None
+    assert v is not None
+    return _Inputs(q, k, v, log_decay)
+
+
 @dataclass(frozen=True)
 class LinearAttention:
     """S_t = diag(exp(log_decay_t)) S_{t-1} + k_t v_t^T, o_t = scale * S_t^T q_t.
 
-    `local` is (q, k, v, log_decay): q, k [B,n,Hk,K], v [B,n,H,V], log_decay in canonical form
-    (None, [B,n,H,1] or [B,n,H,K]); `transition` says which: none, scalar or diagonal.
+    `local` is (q, k, v, log_decay) as in `_Inputs`; `transition` is none, scalar or diagonal, as
+    log_decay is.
     """
 
     scale: float
     transition: Transition
 
     def out_like(self, local: Local) -> Tensor:
-        _, _, v, _ = local
-        assert v is not None
-        return v
+        return _named(local).v
 
     def state_shape(self, local: Local) -> tuple[int, ...]:
-        _, k, v, _ = local
-        assert k is not None
-        assert v is not None
-        return v.shape[0], v.shape[2], k.shape[3], v.shape[3]
+        x = _named(local)
+        return x.v.shape[0], x.v.shape[2], x.k.shape[3], x.v.shape[3]
 
     def head_shares(self, local: Local, ranks: int) -> tuple[Shares, tuple[Shares | None, ...]]:
-        _, k, v, log_decay = local
-        assert k is not None
-        assert v is not None
-        values = split_heads(v.shape[2], ranks)
-        keys = shared_heads(values, v.shape[2] // k.shape[2])
-        return values, (keys, keys, values, None if log_decay is None else values)
+        x = _named(local)
+        values = split_heads(x.v.shape[2], ranks)
+        keys = shared_heads(values, x.v.shape[2] // x.k.shape[2])
+        return values, (keys, keys, values, None if x.log_decay is None else values)
 
     def summary(self, local: Local) -> Summary:
-        _, k, v, log_decay = local
-        log_m, entry = linear.summary(k, v, log_decay)
+        x = _named(local)
+        log_m, entry = linear.summary(x.k, x.v, x.log_decay)
         return Summary(self._travelling(log_m), entry)
 
     def transition_of(self, local: Local) -> Tensor | None:
         return self._travelling(self._log_m(local))
 
     def _log_m(self, local: Local) -> Tensor | None:
-        return linear.log_transition(local[3], linear.state_dtype(self.out_like(local)))
+        x = _named(local)
+        return linear.log_transition(x.log_decay, linear.state_dtype(x.v))
 
     def _travelling(self, log_m: Tensor | None) -> Tensor | None:
         return log_m.squeeze(-1) if log_m is not None and self.transition == "scalar" else log_m
 
     def adjoint_summary(self, local: Local, dout: Tensor) -> Tensor:
-        return linear.adjoint_summary(local[0], dout, local[3], self.scale)
+        x = _named(local)
+        return linear.adjoint_summary(x.q, dout, x.log_decay, self.scale)
 
     def run(
         self, local: Local, state_in: Tensor | None, starts: Tensor | None
     ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         out, state_out, saved = linear.linear_attention_forward(
-            *local, scale=self.scale, initial_state=state_in, resets=starts
+            *_named(local), scale=self.scale, initial_state=state_in, resets=starts
         )
         return out, state_out, (saved.states,)
 
@@ -153,24 +166,27 @@ class LinearAttention:
         dout: Tensor,
         dstate_out: Tensor | None,
     ) -> tuple[list[Tensor | None], Tensor]:
-        kept = linear.Saved(*local, self.scale, saved[0], starts)
+        x, (states,) = _named(local), saved
+        kept = linear.Saved(x.q, x.k, x.v, x.log_decay, self.scale, states, starts)
         *grads, dstate_in = linear.linear_attention_backward(kept, dout, dstate_out)
-        return grads, dstate_in
+        return list(grads), dstate_in
 
     def apply_state(self, out: Tensor, local: Local, state: Tensor) -> None:
-        linear.apply_state(out, local[0], local[3], state, self.scale)
+        x = _named(local)
+        linear.apply_state(out, x.q, x.log_decay, state, self.scale)
 
     def apply_state_backward(
         self, grads: Sequence[Tensor | None], local: Local, state: Tensor, dout: Tensor
     ) -> None:
-        dq, _, _, dlog_decay = grads
-        linear.apply_state_adjoint(dq, dlog_decay, local[0], local[3], state, dout, self.scale)
+        x, d = _named(local), _named(grads)
+        linear.apply_state_adjoint(d.q, d.log_decay, x.q, x.log_decay, state, dout, self.scale)
 
     def apply_dstate(self, grads: Sequence[Tensor | None], local: Local, dstate: Tensor) -> None:
-        _, dk, dv, dlog_decay = grads
-        linear.summary_adjoint(dk, dv, dlog_decay, *local[1:], dstate)
+        x, d = _named(local), _named(grads)
+        linear.summary_adjoint(d.k, d.v, d.log_decay, x.k, x.v, x.log_decay, dstate)
 
     def apply_both(
         self, grads: Sequence[Tensor | None], local: Local, state: Tensor, dstate: Tensor
     ) -> None:
-        linear.transition_adjoint(grads[3], self._log_m(local), state, dstate)
+        log_decay = _named(grads).log_decay
+        linear.transition_adjoint(log_decay, self._log_m(local), state, dstate)

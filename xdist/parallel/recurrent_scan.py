@@ -59,7 +59,7 @@ def _forward(request: ScanRequest, parts: list[Part], inputs: Local) -> Scan | N
     )
     like = _empty_state(op, inputs)
     summaries = [_summary(op, part, like) for part in parts]
-    transitions = None if op.transition == "none" else [s.transition for s in summaries]
+    transitions = [s.transition for s in summaries if s.transition is not None]
     pending = scan.start([s.entry for s in summaries], transitions, like)
     for part in parts:
         local_work.run_part(op, part)

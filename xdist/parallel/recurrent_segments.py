@@ -67,11 +67,9 @@ class Segments:
 
     @cached_property
     def items(self) -> tuple[Segment, ...]:
-        return tuple(self._describe(p.start, p.stop, p.offset) for p in self._own)
-
-    @property
-    def _own(self) -> list:
-        return self.layout.pieces_of(self.rank)
+        """The segments."""
+        own = self.layout.pieces_of(self.rank)
+        return tuple(self._describe(p.start, p.stop, p.offset) for p in own)
 
     def _describe(self, start: int, stop: int, offset: int) -> Segment:
         ends = np.array([start, stop - 1])
@@ -106,14 +104,6 @@ class Segments:
         """(tokens relative to the segment, document) of each run."""
         found = self.documents.runs(segment.start, segment.stop)
         return [(slice(a - segment.start, b - segment.start), d) for a, b, d in found]
-
-    def starts_here(self, segment: Segment, run: slice) -> bool:
-        """Whether the run's document begins with it."""
-        return run.start > 0 or not segment.enters
-
-    def ends_here(self, segment: Segment, run: slice) -> bool:
-        """Whether the run's document ends with it."""
-        return run.stop < segment.stop - segment.start or not segment.leaves
 
 
 def final_owners(layout: Layout, documents: Documents) -> list[int | None]:
