@@ -87,7 +87,7 @@ class Sweep:
         """The tile of x with the layer's context before it, and the document starts in it."""
         key = (tile, layer.context)
         if key not in self._cuts:
-            self._cuts[key] = cuts_of(tile, self.exchange.documents, layer.context)
+            self._cuts[key] = cuts_of(tile, self.exchange.documents, layer.context, x.device)
         return with_context(x, halo, tile, layer.context), self._cuts[key]
 
     def windowed_forward(self, layer: Windowed, x: Tensor) -> tuple[Tensor, Kept]:

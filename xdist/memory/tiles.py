@@ -101,12 +101,14 @@ class Cuts:
     since: Tensor | None
 
 
-def cuts_of(tile: Tile, documents: Documents, context: int) -> Cuts:
-    """The cuts that matter to a tile read with `context` tokens before it."""
+def cuts_of(tile: Tile, documents: Documents, context: int, device: torch.device) -> Cuts:
+    """The cuts that matter to a tile read with `context` tokens before it, on `device`."""
     first = int(documents.starts(tile.position + tile.tokens - 1))
     if first <= tile.position - context or (first == 0 and context == 0):
         return Cuts(None, None)
     positions = np.arange(tile.position, tile.position + tile.tokens)
     since = torch.from_numpy(positions - documents.starts(positions))
-    starts = (since == 0) if first > 0 and bool((since == 0).any()) else None
-    return Cuts(starts, since if bool((since < context).any()) else None)
+    near = bool((since < context).any())
+    begins = since == 0
+    starts = begins.to(device) if first > 0 and bool(begins.any()) else None
+    return Cuts(starts, since.to(device) if near else None)

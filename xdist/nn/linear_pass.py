@@ -77,17 +77,22 @@ class LinearPass:
         xn = normalised(xe)
         projected = self.qkv.forward(xn.to(self.dtype)).to(xe.dtype)
         convolved = conv.forward(projected, self.conv, cuts.since)
+        z, log_decay, factors = self._decayed(xn, F.silu(convolved), cuts)
+        return _Inputs(xn, projected, convolved, z, log_decay, factors)
+
+    def _decayed(self, xn: Tensor, z: Tensor, cuts: Cuts) -> tuple[Tensor, Tensor, linear.Decays]:
+        """z [B, T, ...] in whole chunks, and the log decays [B, T', H] with their factors."""
         raw = self.decay.forward(xn[:, self.context :])
         log_decay = F.logsigmoid(raw + self.decay_bias)
-        z, starts = F.silu(convolved), cuts.starts
+        starts = cuts.starts
         short = -z.shape[1] % linear.CHUNK
         if short:
             z, log_decay = (F.pad(t, (0, 0, 0, short)) for t in (z, log_decay))
             starts = None if starts is None else F.pad(starts, (0, short))
-        factors = linear.decays(log_decay, self.scale, starts, dim=z.shape[2] // (3 * self.heads))
+        dim = xn.shape[2] // self.heads
+        factors = linear.decays(log_decay, self.scale, starts, dim=dim)
         rows = z.shape[0] * z.shape[1] // linear.CHUNK
-        z = z.reshape(rows, linear.CHUNK, z.shape[2])
-        return _Inputs(xn, projected, convolved, z, log_decay, factors)
+        return z.reshape(rows, linear.CHUNK, z.shape[2]), log_decay, factors
 
     def _tokens(self, chunks: Tensor, tokens: int, batch: int) -> Tensor:
         """[N, chunk, D] -> [B, T, D] without the zeros that filled the last chunk."""
@@ -102,9 +107,13 @@ class LinearPass:
         self, xe: Tensor, cuts: Cuts, state: Tensor, total: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The state after the tile, and the total log decay [B, H] with the tile's added."""
-        inputs = self._inputs(xe, cuts)
-        state = linear.summary(inputs.z, inputs.factors, state)
-        return state, total + inputs.log_decay.sum(1)
+        # Queries and gates play no part in a summary: only keys and values are projected.
+        dim = xe.shape[2]
+        xn = normalised(xe)
+        projected = (xn.to(self.dtype) @ self.qkv.folded[dim:].t()).to(xe.dtype)
+        z = F.silu(conv.forward(projected, self.conv[dim:], cuts.since))
+        z, log_decay, factors = self._decayed(xn, z, cuts)
+        return linear.summary(z, factors, state), total + log_decay.sum(1)
 
     def forward(self, xe: Tensor, cuts: Cuts, state: Tensor) -> tuple[Tensor, Tensor]:
         """The block's output [B, T, C] and the state after the tile."""

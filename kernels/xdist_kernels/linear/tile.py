@@ -158,19 +158,20 @@ def states(z: Tensor, factors: Decays, state: Tensor) -> Tensor:
     z: [N, C, 3 * H * D] (q, k, v of all heads after each other); state [B, H, K, V]: the one
     before the tile.
     """
-    return _states(z, factors, state, factors.states)
-
-
-def summary(z: Tensor, factors: Decays, state: Tensor) -> Tensor:
-    """The state after the tile, [B, H, K, V], without its outputs."""
-    return _states(z, factors, state, factors.states[:, :, -1:])[:, :, 0].transpose(0, 1)
-
-
-def _states(z: Tensor, factors: Decays, state: Tensor, wanted: Tensor) -> Tensor:
     batch, heads = state.shape[:2]
     sums = _chunk_sums(_key(z, factors), _heads(z, heads, 2), batch, 1)
     sums[:, :, 0] = state.transpose(0, 1)
-    return (wanted @ sums.flatten(3)).unflatten(-1, sums.shape[-2:])
+    return (factors.states @ sums.flatten(3)).unflatten(-1, sums.shape[-2:])
+
+
+def summary(kv: Tensor, factors: Decays, state: Tensor) -> Tensor:
+    """The state after the tile, [B, H, K, V], from keys and values kv [N, C, 2 * H * D] alone."""
+    batch, heads = state.shape[:2]
+    keys, values = kv.chunk(2, -1)
+    sums = _chunk_sums(keys * factors.key, _split(values, heads, 0, state.shape[3]), batch, 1)
+    sums[:, :, 0] = state.transpose(0, 1)
+    after = factors.states[:, :, -1:] @ sums.flatten(3)
+    return after.view(heads, *state.shape[:1], *state.shape[2:]).transpose(0, 1)
 
 
 def _of_chunks(states: Tensor, first: int) -> list[Tensor]:
