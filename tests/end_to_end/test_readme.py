@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,3 +40,15 @@ def test_every_make_target_in_the_docs_exists() -> None:
     named = {name for page in pages for name in pattern.findall(page.read_text("utf-8"))}
     assert {"quickstart", "test"} <= named
     assert named <= targets, f"the docs name make {sorted(named - targets)}"
+
+
+def test_every_dependency_is_pinned_and_has_a_reason() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    extras = project["optional-dependencies"].values()
+    wanted = [*project["dependencies"], *(name for extra in extras for name in extra)]
+    names = {re.split(r"[\[<>=~! ]", requirement)[0] for requirement in wanted}
+    pins = (ROOT / "constraints.txt").read_text("utf-8").lower().replace("_", "-")
+    page = (ROOT / "docs" / "dependencies.md").read_text("utf-8")
+    for name in names:
+        assert re.search(rf"^{name}==\d", pins, re.MULTILINE), f"constraints.txt lacks {name}"
+        assert name in page, f"docs/dependencies.md gives no reason for {name}"

@@ -1,4 +1,4 @@
-"""mkdocs hook: docs/claims.md shows docs/claims.toml as a table, so neither can drift."""
+"""mkdocs hooks: claims.md shows claims.toml as a table; a nav entry "folder/*" lists a folder."""
 
 from __future__ import annotations
 
@@ -22,6 +22,21 @@ def claims_table(path: Path) -> str:
         promise = claim["promise"].replace("|", "\\|")
         rows.append(f"| {promise} | {'<br>'.join(shown)} |")
     return "\n".join(rows)
+
+
+def on_config(config: dict[str, Any]) -> dict[str, Any]:
+    """Called by mkdocs once: expands nav entries that end in "/*" to the folder's pages."""
+    folder = Path(config["docs_dir"])
+    for entry in config["nav"] or []:
+        for title, pages in entry.items():
+            if isinstance(pages, str) and pages.endswith("/*"):
+                found = sorted((folder / pages[:-2]).glob("*.md"), key=_order)
+                entry[title] = [path.relative_to(folder).as_posix() for path in found]
+    return config
+
+
+def _order(path: Path) -> tuple[bool, str]:
+    return path.name != "index.md", path.name
 
 
 def on_page_markdown(markdown: str, *, config: dict[str, Any], **_: Any) -> str:
