@@ -1,0 +1,1 @@
+"""Bounded memory: tiles, kept exchanges, checkpointing, tiled losses."""

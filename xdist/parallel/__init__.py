@@ -1,0 +1,1 @@
+"""An op's strategies over the moves: attention, linear recurrences, the causal convolution."""
