@@ -194,9 +194,11 @@ class Sweep:
             for tile in reversed(tiles):
                 own = slice(tile.start, tile.stop)
                 xe, cuts = self.read(layer, x, kept.halo, tile)
-                dx[:, own], dy[:, own], starts[index], _ = layer.backward_outer(
+                dx[:, own], dy[:, own], adjoint, _ = layer.backward_outer(
                     xe, cuts, kept.states[tile], dx[:, own], starts[index]
                 )
+                assert adjoint is not None
+                starts[index] = adjoint
         outgoing = scan.start_adjoint(starts, zero).wait()
         for tiles, dstate in zip(self.segments, outgoing, strict=True):
             for tile in reversed(tiles):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from xdist import ops
 from xdist.mask import Mask
 
 
@@ -37,8 +38,6 @@ class Attention(nn.Module):
         self.out = nn.Parameter(torch.randn(dim, dim) * dim**-0.5 / math.sqrt(2.0))
 
     def forward(self, x: Tensor, shard: Any = None) -> Tensor:
-        from xdist import ops
-
         q = (x @ self.q.t()).unflatten(-1, (self.heads, -1))
         k, v = (x @ self.kv.t()).unflatten(-1, (2, self.heads, -1)).unbind(2)
         mask = Mask(causal=self.causal, window=self.window)

@@ -93,9 +93,8 @@ class AttentionPass:
 
     def gradients(self) -> AttentionParameters:
         """The summed gradients, in the order of the parameters."""
-        dq, dnorm = self.q.gradients()
-        dkv, dnorm_kv = self.kv.gradients()
+        dnorm = self.q.norm_gradient() + self.kv.norm_gradient()
+        dq, dkv = self.q.weight_gradient(), self.kv.weight_gradient()
         dmlp_norm, dup, ddown = self.mlp.gradients()
-        return AttentionParameters(
-            dnorm + dnorm_kv, dq, dkv, self.out.gradients()[0], dmlp_norm, dup, ddown
-        )
+        dout = self.out.weight_gradient()
+        return AttentionParameters(dnorm, dq, dkv, dout, dmlp_norm, dup, ddown)

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from xdist import ops
 from xdist.nn.norm import RMSNorm
 
 
@@ -40,11 +41,11 @@ class GatedLinearAttention(nn.Module):
         self.out = nn.Parameter(torch.randn(dim, dim) * dim**-0.5 / math.sqrt(2.0))
 
     def forward(self, x: Tensor, shard: Any = None) -> Tensor:
-        from xdist import ops
-
         projected = x @ self.qkv.t()
         z = ops.causal_conv1d(projected, self.conv, None, shard, activation="silu")
         q, k, v = z.unflatten(-1, (3, self.heads, -1)).unbind(2)
         log_decay = F.logsigmoid(x @ self.decay.t() + self.decay_bias)
-        y = ops.linear_attention(q, k, v, shard, log_decay=log_decay).flatten(2)
+        y = ops.linear_attention(q, k, v, shard, log_decay=log_decay)
+        assert isinstance(y, Tensor)
+        y = y.flatten(2)
         return (self.out_norm(y) * F.silu(x @ self.gate.t())) @ self.out.t()

@@ -197,11 +197,10 @@ class LinearPass:
 
     def gradients(self) -> LinearParameters:
         """The summed gradients, in the order of the parameters."""
-        parts = [product.gradients() for product in (self.qkv, self.gate, self.decay)]
-        dnorm = parts[0][1] + parts[1][1] + parts[2][1]
-        dout, dout_norm = self.out.gradients()
-        dmlp_norm, dup, ddown = self.mlp.gradients()
+        normed = (self.qkv, self.gate, self.decay)
+        dqkv, dgate, ddecay = (product.weight_gradient() for product in normed)
+        dnorm = sum((product.norm_gradient() for product in normed[1:]), self.qkv.norm_gradient())
         return LinearParameters(
-            dnorm, parts[0][0], self.dconv, parts[2][0], self.ddecay_bias, parts[1][0],
-            dout_norm, dout, dmlp_norm, dup, ddown,
+            dnorm, dqkv, self.dconv, ddecay, self.ddecay_bias, dgate,
+            self.out.norm_gradient(), self.out.weight_gradient(), *self.mlp.gradients(),
         )  # fmt: skip

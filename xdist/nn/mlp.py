@@ -56,6 +56,5 @@ class MLPPass:
 
     def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of (norm, up, down)."""
-        dup, dnorm = self.up.gradients()
-        assert dnorm is not None
-        return dnorm, dup, self.down.gradients()[0]
+        dnorm = self.up.norm_gradient()
+        return dnorm, self.up.weight_gradient(), self.down.weight_gradient()

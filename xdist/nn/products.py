@@ -37,9 +37,14 @@ class Product:
             self.gradient = torch.zeros_like(self.weight)
         self.gradient.add_(part)
 
-    def gradients(self) -> tuple[Tensor, Tensor | None]:
-        """Gradients of the weight and of the norm folded into it."""
-        folded = torch.zeros_like(self.weight) if self.gradient is None else self.gradient
-        if self.norm is None:
-            return folded, None
-        return folded * self.norm, (folded * self.weight).sum(0)
+    def weight_gradient(self) -> Tensor:
+        """The gradient of the weight, [O, I]."""
+        folded = self._folded_gradient()
+        return folded if self.norm is None else folded * self.norm
+
+    def norm_gradient(self) -> Tensor:
+        """The gradient of the norm folded into the weight, [I]."""
+        return (self._folded_gradient() * self.weight).sum(0)
+
+    def _folded_gradient(self) -> Tensor:
+        return torch.zeros_like(self.weight) if self.gradient is None else self.gradient

@@ -20,8 +20,10 @@ class Stack(Protocol):
     """What is streamed: an embedding, blocks, and the dtype of their matrix products."""
 
     embedding: NGramEmbedding
-    blocks: list[Block]
     product_dtype: torch.dtype
+
+    @property
+    def blocks(self) -> list[Block]: ...
 
 
 def stack_parameters(stack: Stack) -> list[Tensor]:
@@ -86,9 +88,9 @@ class StreamedStack(torch.autograd.Function):
             back(layer, x, rest, dx)
             del x
             gradients = [*layer.gradients(), *gradients]
-        embedding = EmbeddingPass(stack.embedding)
+        tables = EmbeddingPass(stack.embedding)
         for tiles in sweep.segments:
             for tile in tiles:
-                read = sweep.read(stack.embedding, ctx.symbols, ctx.halo, tile)
-                embedding.backward(*read, dx[:, tile.start : tile.stop])
-        return (None, None, None, None, embedding.dtokens, embedding.dngrams, *gradients)
+                symbols, cuts = sweep.read(stack.embedding, ctx.symbols, ctx.halo, tile)
+                tables.backward(symbols, cuts, dx[:, tile.start : tile.stop])
+        return (None, None, None, None, tables.dtokens, tables.dngrams, *gradients)
