@@ -244,9 +244,9 @@ def test_the_model_of_a_config_passes_with_its_planned_bytes(settings, pool2, po
 
 def test_the_command_prints_the_table_and_passes() -> None:
     paths = os.pathsep.join(str(ROOT / folder) for folder in (".", "kernels", "launchers"))
+    arguments = ["configs/tiny.toml", "certify.length=64", "certify.ranks=[1, 2]"]
     result = subprocess.run(
-        [sys.executable, "-m", "xdist_launchers.cli", "certify", "configs/tiny.toml"]
-        + ["certify.length=64", "certify.ranks=[1, 2]"],
+        [sys.executable, "-m", "xdist_launchers.cli", "certify", *arguments],
         cwd=ROOT,
         check=False,
         capture_output=True,

@@ -34,7 +34,10 @@ layout = "{layout}"
 store = "{directory}/store.zarr"
 documents = "{documents}"
 [train]
-curriculum = [{{length = 53, batch = {batch}, steps = 2}}, {{length = 200, batch = {batch}, steps = 1}}]
+curriculum = [
+  {{length = 53, batch = {batch}, steps = 2}},
+  {{length = 200, batch = {batch}, steps = 1}},
+]
 accumulation = {accumulation}
 [optimizer]
 warmup_steps = 1

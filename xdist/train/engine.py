@@ -57,7 +57,7 @@ class PlainEngine:
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of this rank's terms (their sum over ranks is the gradient)."""
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
 
     def finish(self) -> float:
         """Sum gradients over data x sequence and clip; equal on all ranks to the last bit."""

@@ -65,7 +65,7 @@ def evaluate(
             count = torch.tensor([int((batch.labels >= 0).sum())], dtype=torch.float64)
             valid = int(start_reduce(count, mesh.parameter_group).wait())
             device = next(module.parameters()).device
-            loss = module.loss(
+            loss = module.loss(  # type: ignore[operator]
                 batch.tokens.to(device),
                 batch.labels.to(device),
                 shards.of(batch),
