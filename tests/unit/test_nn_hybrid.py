@@ -14,7 +14,7 @@ from xdist.documents import Documents
 from xdist.layout import Layout
 from xdist.memory.tiles import Cuts
 from xdist.models.hybrid_lm import HybridConfig, HybridLM, build
-from xdist.nn.embedding import ngram_rows
+from xdist.nn.embedding import NGRAM_GAIN, ngram_rows
 
 TINY = {
     "vocab_size": 31, "dim": 16, "pattern": "linear,attention,linear", "head_dim": 8,
@@ -81,7 +81,7 @@ def reference_logits(model: HybridLM, tokens: Tensor, cu_seqlens: list[int]) -> 
         symbols = F.pad(own + 1, (emb.context, 0))
         for index, order in enumerate(emb.orders):
             rows = ngram_rows(symbols, Cuts(None, None), order, emb.context, emb.buckets)
-            x = x + emb.ngrams[rows + index * emb.buckets]
+            x = x + NGRAM_GAIN * emb.ngrams[rows + index * emb.buckets]
         for block in model.blocks:
             mixer = _linear if block.recurrent else _attention
             h = x + mixer(block.mixer, _norm(x, block.norm.weight))
