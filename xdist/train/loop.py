@@ -107,7 +107,8 @@ class Loop:
         self.memory = PeakMemory(mesh.device)
         self.plan = parts.plan(config, mesh.world_size)
         record.describe(*setup.describe(config, mesh, module, self.plan))
-        dropped = record.open_metrics(self.position.step)
+        at_end = self.position.step == config.train.total_steps
+        dropped = record.open_metrics(self.position.step, at_end=at_end)
         if dropped:
             notes.append(
                 f"dropped {dropped} lines of metrics.jsonl after step {self.position.step}"
@@ -133,6 +134,10 @@ class Loop:
             stopping = self.step()
             done = self.position.step
             self.record_step_done()
+            # Before the save: a checkpoint means that everything up to it is on record.
+            evaluations = self.config.evaluate.every_steps
+            if evaluations and done % evaluations == 0 and done < total:
+                self.evaluate()
             if stopping or done == total or (every and done % every == 0):
                 self.save()
                 saved = done
@@ -140,9 +145,6 @@ class Loop:
                 self.record.status("preempted", done, exit_code=PREEMPTED, reason=self._stop.reason)
                 self.progress.say(f"stopped after step {done}: {self._stop.reason}")
                 return PREEMPTED
-            evaluations = self.config.evaluate.every_steps
-            if evaluations and done % evaluations == 0 and done < total:
-                self.evaluate()
         if not self.record.last_checkpoint or saved != total:
             self.save()
         final = self.evaluate()

@@ -6,11 +6,12 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
-from xdist.config import Config
-from xdist.train.metrics import StepMetrics
-
+# A report needs `duration` of this file, and no torch.
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from xdist.config import Config
+    from xdist.train.metrics import StepMetrics
 
 
 class Progress(Protocol):
@@ -137,14 +138,15 @@ class Live:
             ("memory/rank", memory(metrics.peak_memory_bytes)),
             ("left", duration(left_s)),
         ]
-        table = Table.grid(padding=(0, 3), expand=False)
-        for _ in fields:
-            table.add_column(justify="right", no_wrap=True)
+        table = Table.grid(padding=(0, 2), expand=False)
+        for _, value in fields:
+            # Wide enough for what is still to come, so that the panel does not jump about.
+            table.add_column(justify="right", no_wrap=True, min_width=max(9, len(value)))
         table.add_row(*(Text(name, style="dim") for name, _ in fields))
         table.add_row(*(Text(value, style="bold") for _, value in fields))
         whole = Table.grid(padding=(0, 0))
         whole.add_row(table)
-        whole.add_row(ProgressBar(total=1.0, completed=done, width=72))
+        whole.add_row(ProgressBar(total=1.0, completed=done, width=84))
         title = f"{self._config.run.name}  ·  stage {metrics.stage + 1} of {stages}"
         return Panel(whole, title=title, title_align="left", expand=False, border_style="dim")
 

@@ -42,11 +42,12 @@ class Record:
             replace(self.directory / CONFIG, config_toml)
             replace(self.directory / RUN, json.dumps(facts, indent=1) + "\n")
 
-    def open_metrics(self, step: int) -> int:
+    def open_metrics(self, step: int, *, at_end: bool = False) -> int:
         """Open metrics.jsonl to append after `step` completed steps; return the lines dropped.
 
         A run that died after its last checkpoint left lines of steps that will be made again, and
-        perhaps half a line: both are dropped, so that each step is there once.
+        perhaps half a line: both are dropped, so that each step is there once. `at_end`: only the
+        final evaluation is left to do, and an earlier one after `step` is dropped as well.
         """
         if self.rank != 0:
             return 0
@@ -54,7 +55,8 @@ class Record:
         kept, dropped = [], 0
         if path.exists():
             for line in path.read_text().splitlines():
-                if _step_of(line) <= step:
+                again = at_end and _step_of(line) == step and "eval" in json.loads(line)
+                if _step_of(line) <= step and not again:
                     kept.append(line + "\n")
                 else:
                     dropped += 1
