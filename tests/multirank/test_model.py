@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from statistics import median
+
 import pytest
 import torch
 from torch import Tensor
@@ -53,15 +55,18 @@ def summed(parts: list[Tensor], mesh: xdist.Mesh) -> list[Tensor]:
     return [t.view_as(p) for t, p in zip(total.split([p.numel() for p in parts]), parts)]  # noqa: B905
 
 
-def run_cases(cases: list[tuple[int, list, list[int] | None, str]]) -> list[tuple[float, float]]:
-    """For each case the error of the loss and the worst gradient's, against float64 on one rank."""
+def run_cases(
+    cases: list[tuple[int, list, list[int] | None, str, int]],
+) -> list[tuple[float, float, float]]:
+    """For each case the error of the loss and logits, the worst gradient's, and one rank's worst
+    gradient in the same dtype, all against float64 on one rank."""
     found = []
-    for n, segments, cuts, dtype in cases:
+    for n, segments, cuts, dtype, seed in cases:
         mesh = xdist.init_mesh(ring=len(segments))
         layout = xdist.Layout.from_segments(n, segments)
         shard = xdist.SequenceShard(mesh, layout, cuts)
         alone = xdist.SequenceShard(_one_rank(mesh), xdist.Layout.contiguous(n, 1), cuts)
-        tokens, labels = batch(n)
+        tokens, labels = batch(n, seed=seed)
         whole, model = model_of("float64"), model_of(dtype)
         with torch.no_grad():
             for a, b in zip(whole.parameters(), model.parameters(), strict=True):
@@ -70,15 +75,19 @@ def run_cases(cases: list[tuple[int, list, list[int] | None, str]]) -> list[tupl
         wants = gradients(wanted, whole)
         loss = model.loss(tokens[:, shard.positions], labels[:, shard.positions], shard)
         owns = summed(gradients(loss, model), mesh)
-        worst = max(
-            float((own - want).abs().max() / want.abs().max())
-            for own, want in zip(owns, wants, strict=True)
-        )
+        single = gradients(model.loss(tokens, labels, alone), model)
         logits = model(tokens[:, shard.positions], shard).double()
         want = whole(tokens, alone)[:, shard.positions]
-        off = float((logits - want).abs().max()) if logits.numel() else 0.0
-        found.append((max(abs(float(loss) - float(wanted)), off), worst))
+        off = float((logits - want).detach().abs().max()) if logits.numel() else 0.0
+        off = max(off, abs(float(loss.detach()) - float(wanted.detach())))
+        found.append((off, worst(owns, wants), worst(single, wants)))
     return found
+
+
+def worst(owns: list[Tensor], wants: list[Tensor]) -> float:
+    """The largest error of a gradient against the largest value of what it should be."""
+    pairs = zip(owns, wants, strict=True)
+    return max(float((own - want).abs().max() / want.abs().max()) for own, want in pairs)
 
 
 def _one_rank(mesh: xdist.Mesh) -> xdist.Mesh:
@@ -97,15 +106,17 @@ def test_loss_logits_and_every_gradient_equal_one_rank(
     for n, cuts in ((61, None), (61, CUTS), (5, [0, 2, 5])):
         for layout in layouts(n, parts, seed=parts).values():
             segments = [layout.segments(rank) for rank in range(parts)]
-            cases.append((n, segments, cuts, "float64"))
+            cases.append((n, segments, cuts, "float64", 0))
     segments = [xdist.Layout.zigzag(61, parts).segments(rank) for rank in range(parts)]
-    cases.append((61, segments, CUTS, "float32"))
+    cases += [(61, segments, CUTS, "float32", seed) for seed in range(5)]
     for result in _pool(request, parts).run(run_cases, cases):
-        for case, (value, gradient) in zip(cases, result, strict=True):
-            # float32: one rank's own error against float64 is 1e-6 to 3e-6 here.
-            limit = 1e-10 if case[3] == "float64" else 1e-5
-            assert value <= limit, case
-            assert gradient <= limit, case
+        for case, (value, gradient, _) in zip(cases[:-5], result[:-5], strict=True):
+            assert value <= 1e-10, case
+            assert gradient <= 1e-10, case
+        # Law 1 for float32: medians over five seeds, against the same kernels on one rank.
+        value, gradient, single = (median(part) for part in zip(*result[-5:], strict=True))
+        assert value <= 1e-4
+        assert gradient <= max(2e-6, 1.5 * single)
 
 
 def count_bytes(cases: list[tuple[list, list[int] | None]]) -> None:
@@ -157,11 +168,7 @@ def data_by_sequence() -> tuple[float, float]:
     at = shard.positions
     loss = model.loss(tokens[rows][:, at], labels[rows][:, at], shard)
     owns = summed(gradients(loss, model), mesh)
-    worst = max(
-        float((own - want).abs().max() / want.abs().max())
-        for own, want in zip(owns, wants, strict=True)
-    )
-    return abs(float(loss) - float(wanted)), worst
+    return abs(float(loss.detach()) - float(wanted.detach())), worst(owns, wants)
 
 
 def test_data_two_by_sequence_two_gives_the_mean_of_the_global_batch(pool4: RankPool) -> None:
