@@ -167,8 +167,13 @@ class Train(Section):
 class Optimizer(Section):
     """Update rule and learning-rate schedule."""
 
-    name: Literal["adamw"] = setting("adamw", "update rule")
+    name: Literal["adamw", "muon"] = setting(
+        "adamw", 'update rule; "muon" for the matrices of the layers, AdamW for the rest'
+    )
     learning_rate: Annotated[float, Field(gt=0)] = setting(3e-3, "peak learning rate")
+    muon_learning_rate: Annotated[float, Field(gt=0)] = setting(
+        0.02, 'peak learning rate of Muon\'s matrices (name = "muon")'
+    )
     betas: Annotated[
         tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]],
         Field(strict=True),

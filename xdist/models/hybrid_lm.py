@@ -129,6 +129,18 @@ class HybridLM(nn.Module):
             ignore_index, valid, sum_of_ranks(shard), self.product_dtype, True,
         )  # fmt: skip
 
+    def parameter_roles(self) -> dict[str, str]:
+        """What each parameter is to an optimizer: "hidden" matrix, "table", or "other"."""
+        small = ("conv", "decay")
+        return {
+            name: "table"
+            if name.startswith("embedding.ngrams")
+            else "hidden"
+            if name.startswith("layers.") and p.ndim == 2 and name.split(".")[-1] not in small
+            else "other"
+            for name, p in self.named_parameters()
+        }
+
     def parameter_count(self) -> int:
         """Parameters, tables included."""
         return sum(parameter.numel() for parameter in self.parameters())

@@ -11,7 +11,7 @@ from xdist.config import Optimizer
 from xdist.mesh import Mesh
 from xdist.train.gradients import clip_grad_norm, gradient_norms, reduce_gradients
 from xdist.train.optimizer import (
-    build_optimizer,
+    build_optimizers,
     check_same_names,
     load_state_tensors,
     state_tensors,
@@ -52,7 +52,7 @@ class PlainEngine:
         self.module = module
         self._mesh = mesh
         self._clip_norm = settings.clip_norm
-        self._optimizer = build_optimizer(module, settings)
+        self._optimizers = build_optimizers(module, settings)
         self._parts: list[tuple[str, Tensor]] = []
 
     def backward(self, loss: Tensor) -> None:
@@ -69,32 +69,33 @@ class PlainEngine:
         return float(clip_grad_norm(self.module, self._clip_norm, self._mesh))
 
     def update(self, learning_rate: float) -> None:
-        """One AdamW step, the same on every rank."""
-        for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate
-        self._optimizer.step()
+        """One step of every optimizer, the same on every rank."""
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate * group["rate"]
+            optimizer.step()
         self.drop()
 
     def drop(self) -> None:
         """Forget the gradients."""
-        self._optimizer.zero_grad(set_to_none=True)
+        self.module.zero_grad(set_to_none=True)
 
     def bad_parameter(self) -> str:
         """The first parameter whose part of the gradient on this rank was not finite, or ""."""
         return next((name for name, norm in self._parts if not torch.isfinite(norm)), "")
 
     def tensors(self) -> dict[str, Tensor]:
-        """`model/NAME` for parameters and buffers, `optimizer/...` for the AdamW state."""
+        """`model/NAME` for parameters and buffers, `optimizer/...` for the optimizer state."""
         model = {f"model/{n}": t.detach() for n, t in self.module.state_dict().items()}
-        state = state_tensors(self.module, self._optimizer)
+        state = state_tensors(self.module, self._optimizers)
         return model | {f"optimizer/{name}": tensor for name, tensor in state.items()}
 
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """Copy parameters in place and replace the AdamW state."""
+        """Copy parameters in place and replace the optimizer state."""
         model = _under("model/", tensors)
         check_same_names(self.module.state_dict(), model, "model")
         self.module.load_state_dict(model)
-        load_state_tensors(self.module, self._optimizer, _under("optimizer/", tensors))
+        load_state_tensors(self.module, self._optimizers, _under("optimizer/", tensors))
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

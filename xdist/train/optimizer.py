@@ -1,68 +1,113 @@
-"""AdamW over replicated parameters, and its state as plain named tensors."""
+"""AdamW, or Muon for the matrices of layers, over replicated parameters; their state by name."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from xdist.config import Optimizer
-from xdist.errors import CheckpointError
+from xdist.errors import CheckpointError, ConfigError
+from xdist.train.muon import Muon
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+# What each optimizer keeps of a parameter, beside AdamW's count of updates.
+KEPT = {torch.optim.AdamW: ("exp_avg", "exp_avg_sq"), Muon: ("momentum",)}
 
 
-def build_optimizer(module: nn.Module, settings: Optimizer) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter 2019, decoupled weight decay) over `module`'s parameters.
+def build_optimizers(module: nn.Module, settings: Optimizer) -> list[torch.optim.Optimizer]:
+    """The optimizers that together hold every trained parameter of `module` once.
 
-    Only matrices decay: norm weights, biases and per-head constants are scales, not directions.
-    Moments have the dtype of the parameters, which stay float32 (float64) in every precision.
+    AdamW is that of Loshchilov and Hutter 2019 (decoupled weight decay). With the name "muon" the
+    parameters that the model calls "hidden" go to Muon instead. Matrices decay; tables of which a
+    batch touches few rows, norm weights, biases and per-head constants do not. Moments have the
+    dtype of the parameters, which stay float32 (float64) in every precision. Each group holds
+    `rate`, its learning rate over that of the schedule.
+
+    Raises ConfigError for "muon" and a model without `parameter_roles`.
     """
-    trained = [p for p in module.parameters() if p.requires_grad]
-    groups = [
-        {
-            "params": [p for p in trained if p.ndim >= 2],
-            "weight_decay": settings.weight_decay,
-        },
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=settings.learning_rate,
-        betas=settings.betas,
-        eps=settings.eps,
-    )
+    roles = parameter_roles(module)
+    muon = settings.name == "muon"
+    if muon and "hidden" not in roles.values():
+        raise ConfigError(
+            f'optimizer.name = "muon" does not know the matrices of {type(module).__name__}',
+            'a model names them with parameter_roles() -> {name: "hidden" | "table" | "other"}',
+            "add that method to the model, or set optimizer.name=adamw",
+        )
+    hidden, decayed, plain = [], [], []
+    for name, parameter in _trained(module):
+        if muon and roles[name] == "hidden":
+            hidden.append(parameter)
+        elif parameter.ndim >= 2 and roles[name] != "table":
+            decayed.append(parameter)
+        else:
+            plain.append(parameter)
+    found: list[torch.optim.Optimizer] = []
+    if decayed or plain:
+        groups = [
+            {"params": decayed, "weight_decay": settings.weight_decay, "rate": 1.0},
+            {"params": plain, "weight_decay": 0.0, "rate": 1.0},
+        ]
+        found.append(
+            torch.optim.AdamW(
+                [group for group in groups if group["params"]],
+                lr=settings.learning_rate,
+                betas=settings.betas,
+                eps=settings.eps,
+                fused=True,
+            )
+        )
+    if hidden:
+        rate = settings.muon_learning_rate / settings.learning_rate
+        found.append(Muon(hidden, rate=rate, weight_decay=settings.weight_decay))
+    return found
 
 
-def state_tensors(module: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
-    """The optimizer's state as `{"exp_avg/NAME": [shape of NAME], ..., "updates/NAME": []}`.
+def parameter_roles(module: nn.Module) -> dict[str, str]:
+    """ "hidden" (a matrix inside a layer), "table" (an embedding) or "other", by parameter name.
+
+    What the model says; of a model that says nothing, embeddings of torch are tables.
+    """
+    if hasattr(module, "parameter_roles"):
+        return dict(module.parameter_roles())
+    tables = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
+    return {
+        name: "table" if id(parameter) in tables else "other"
+        for name, parameter in module.named_parameters()
+    }
+
+
+def state_tensors(module: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    """The state as `{"exp_avg/NAME": [shape of NAME], "momentum/NAME": ..., "updates/NAME": []}`.
 
     Names are those of the parameters, so the state survives another grouping, another number of
-    ranks and another engine. Before the first update a parameter's moments are zeros.
+    ranks and another engine. Before the first update it is zeros.
     """
     tensors: dict[str, Tensor] = {}
-    for name, parameter in _trained(module):
-        state = optimizer.state.get(parameter, {})
-        for moment in MOMENTS:
-            tensors[f"{moment}/{name}"] = state.get(moment, torch.zeros_like(parameter)).detach()
-        updates = state.get("step", torch.zeros((), dtype=torch.float32))
-        tensors[f"updates/{name}"] = updates.detach().cpu()
+    for name, parameter, optimizer in _held(module, optimizers):
+        state: dict[str, Any] = optimizer.state.get(parameter, {})
+        for kept in KEPT[type(optimizer)]:
+            tensors[f"{kept}/{name}"] = state.get(kept, torch.zeros_like(parameter)).detach()
+        if isinstance(optimizer, torch.optim.AdamW):
+            updates = state.get("step", torch.zeros((), dtype=torch.float32))
+            tensors[f"updates/{name}"] = updates.detach().cpu()
     return tensors
 
 
 def load_state_tensors(
-    module: nn.Module, optimizer: torch.optim.AdamW, tensors: dict[str, Tensor]
+    module: nn.Module, optimizers: list[torch.optim.Optimizer], tensors: dict[str, Tensor]
 ) -> None:
     """Put back what `state_tensors` gave. Raises CheckpointError on a missing or alien entry."""
-    wanted = state_tensors(module, optimizer)
-    check_same_names(wanted, tensors, "optimizer state")
-    for name, parameter in _trained(module):
-        optimizer.state[parameter] = {
-            "step": tensors[f"updates/{name}"].to(torch.float32).clone(),
-            **{
-                moment: tensors[f"{moment}/{name}"].to(parameter.device, parameter.dtype).clone()
-                for moment in MOMENTS
-            },
+    check_same_names(state_tensors(module, optimizers), tensors, "optimizer state")
+    for name, parameter, optimizer in _held(module, optimizers):
+        state: dict[str, Any] = {
+            kept: tensors[f"{kept}/{name}"].to(parameter.device, parameter.dtype).clone()
+            for kept in KEPT[type(optimizer)]
         }
+        if isinstance(optimizer, torch.optim.AdamW):
+            # The fused update reads it on the parameter's device.
+            state["step"] = tensors[f"updates/{name}"].to(parameter.device, copy=True)
+        optimizer.state[parameter] = state
 
 
 def check_same_names(wanted: dict[str, Tensor], found: dict[str, Tensor], what: str) -> None:
@@ -88,3 +133,16 @@ def check_same_names(wanted: dict[str, Tensor], found: dict[str, Tensor], what: 
 
 def _trained(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+
+
+def _held(
+    module: nn.Module, optimizers: list[torch.optim.Optimizer]
+) -> list[tuple[str, nn.Parameter, torch.optim.Optimizer]]:
+    """Each trained parameter with the optimizer that holds it."""
+    owner = {
+        id(parameter): optimizer
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+    return [(name, p, owner[id(p)]) for name, p in _trained(module)]
