@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -78,8 +79,12 @@ class Call:
 
 def take(x: Tensor, ranges: Ranges) -> Tensor:
     """The tokens of x `[B, n, ...]` in `ranges`, one run after another."""
-    runs = [x[:, start:stop] for start, stop in ranges]
-    return runs[0] if len(runs) == 1 else torch.cat(runs, dim=1) if runs else x[:, :0]
+    return joined([x[:, start:stop] for start, stop in ranges], 1) if ranges else x[:, :0]
+
+
+def joined(parts: Sequence[Tensor], dim: int) -> Tensor:
+    """`torch.cat`, without the copy where there is one part."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=dim)
 
 
 def add_at(target: Tensor, ranges: Ranges, values: Tensor) -> None:

@@ -25,13 +25,15 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from xdist.parallel.attention_call import Call
+from xdist.parallel.attention_call import Call, joined
 from xdist.parallel.attention_wire import Spec, start_packed
 from xdist_kernels.attention.blocks import Spans
 from xdist_kernels.attention.torch import attention_delta, sinks_backward
 
 # A tensor, which heads each rank holds of it once switched, how many tokens each rank holds.
 Moved = tuple[Tensor, Sequence[Sequence[int]], Sequence[int]]
+# Heads, and a tensor that holds them along dim 2.
+Part = tuple[Sequence[int], Tensor]
 
 
 class UlyssesAttention(Function):
@@ -43,15 +45,16 @@ class UlyssesAttention(Function):
     ) -> Tensor:
         switch = _Switch(call)
         q_, k_, v_ = switch.in_forward(q, k, v)
-        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-        out = q.new_empty(*q_.shape[:3], v.shape[-1])
-        lse = q.new_empty(q_.shape[:3], dtype=wide)
+        outs, lses = [], []
         for run in switch.runs():
             own = None if sinks is None else sinks[switch.heads][run.h]
-            part = call.forward(
-                q_[:, :, run.h], k_[:, :, run.g], v_[:, :, run.g], run.spans, switch.key_at, own
-            )
-            out[:, :, run.h], lse[:, :, run.h] = part
+            part, lse = call.forward(
+                _heads(q_, run.h), _heads(k_, run.g), _heads(v_, run.g), run.spans,
+                switch.key_at, own,
+            )  # fmt: skip
+            outs.append(part.to(q.dtype))
+            lses.append(lse)
+        out, lse = joined(outs, 2), joined(lses, 2)
         ctx.call, ctx.switch = call, switch
         ctx.save_for_backward(q_, k_, v_, out, lse, sinks)
         return switch.out_forward(out)
@@ -63,19 +66,19 @@ class UlyssesAttention(Function):
         q_, k_, v_, out, lse, sinks = ctx.saved_tensors
         dout = switch.in_backward(dout)
         delta = attention_delta(out, dout)
-        dq = torch.empty_like(q_)
-        dk = k_.new_zeros(k_.shape, dtype=lse.dtype)
-        dv = v_.new_zeros(v_.shape, dtype=lse.dtype)
+        dqs, dks, dvs = [], [], []
         for run in switch.runs():
             h, g = run.h, run.g
-            dq[:, :, h], dk_, dv_ = call.backward(
-                q_[:, :, h], k_[:, :, g], v_[:, :, g], lse[:, :, h], delta[:, :, h],
-                dout[:, :, h], run.spans, switch.key_at,
+            dq, dk, dv = call.backward(
+                _heads(q_, h), _heads(k_, g), _heads(v_, g), lse[:, :, h], delta[:, :, h],
+                _heads(dout, h), run.spans, switch.key_at,
             )  # fmt: skip
-            # A key head cut by the split of a group is met by one run only, so this adds to zeros
-            # except where two runs of one rank read it.
-            dk[:, :, g] += dk_
-            dv[:, :, g] += dv_
+            dqs.append(dq.to(q_.dtype))
+            dks.append((range(g.start, g.stop), dk))
+            dvs.append((range(g.start, g.stop), dv))
+        dq = joined(dqs, 2)
+        # A key head cut by the split of a group is met by two runs where one rank reads it twice.
+        dk, dv = _summed(dks, k_.shape[2]), _summed(dvs, v_.shape[2])
         dsinks = None
         if sinks is not None:
             dsinks = torch.zeros_like(sinks)
@@ -116,7 +119,7 @@ class _Switch:
         self.alone = [[g for g in run if users[g] == 1] for run in self.key_heads]
 
     def runs(self) -> list[_Run]:
-        """This rank's query heads in runs over which H / G is even: at most three."""
+        """This rank's query heads in runs over which H / G is even: at most three, at least one."""
         p = self.call.problem
         per_group = p.heads // max(1, p.groups)
         start, stop, first_key = self.heads.start, self.heads.stop, self.own_keys.start
@@ -130,20 +133,21 @@ class _Switch:
             spans = self.call.spans(positions, h, end)
             found.append(_Run(slice(h - start, end - start), g, spans))
             h = end
-        return found
+        none = slice(0, 0)
+        return found or [_Run(none, none, self.call.spans(positions, start, start))]
 
     def in_forward(self, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
         """q, k, v of this rank's tokens to those of its heads over the whole sequence."""
         if not self.keys_move:
             (q_,) = self._to_heads([(q, self.query_heads, self.queries)])
-            return [q_, k[:, :, self.own_keys], v[:, :, self.own_keys]]
+            return [q_, _heads(k, self.own_keys), _heads(v, self.own_keys)]
         keys = [(x, self.key_heads, self.keys) for x in (k, v)]
         return self._to_heads([(q, self.query_heads, self.queries), *keys])
 
     def out_forward(self, out: Tensor) -> Tensor:
         """Outputs of this rank's heads to all heads of its tokens."""
         parts = self._to_sequence([(out, self.query_heads, self.queries)])
-        return torch.cat([part[0] for part in parts], dim=2)
+        return joined([part[0] for part in parts], 2)
 
     def in_backward(self, dout: Tensor) -> Tensor:
         """The adjoint of `out_forward`."""
@@ -155,29 +159,29 @@ class _Switch:
         """The adjoint of `in_forward`: dk and dv come in float32 or wider, all go in `dtype`."""
         p, me = self.call.problem, self.call.rank
         queries = (dq, self.query_heads, self.queries)
-        totals = [x.new_zeros(p.batch, self.keys[me], p.groups, x.shape[-1]) for x in (dk, dv)]
         if self.keys_move:
             first = self.own_keys.start
             own = [[g - first for g in heads[me]] for heads in (self.shared, self.alone)]
-            moved = [(x[:, :, own[0]], self.shared, self.keys) for x in (dk, dv)]
-            moved += [(x[:, :, own[1]].to(dtype), self.alone, self.keys) for x in (dk, dv)]
+            moved = [(_heads(x, own[0]), self.shared, self.keys) for x in (dk, dv)]
+            moved += [(_heads(x, own[1]).to(dtype), self.alone, self.keys) for x in (dk, dv)]
             parts = self._to_sequence([queries, *moved])
-            for r, (_, *given) in enumerate(parts):
+            given: tuple[list[Part], list[Part]] = ([], [])
+            for r, (_, *got) in enumerate(parts):
                 for i, heads in enumerate((self.shared[r], self.alone[r])):
-                    index = torch.tensor(heads, dtype=torch.int64, device=dk.device)
-                    for total, part in zip(totals, given[2 * i : 2 * i + 2], strict=True):
-                        total.index_add_(2, index, part.to(total.dtype))
+                    for which, part in zip(given, got[2 * i : 2 * i + 2], strict=True):
+                        which.append((heads, part))
         else:
             parts = self._to_sequence([queries])
-            for total, x in zip(totals, (dk, dv), strict=True):
-                total[:, :, self.own_keys] = x
-        dq = torch.cat([part[0] for part in parts], dim=2)
-        return dq, totals[0].to(dtype), totals[1].to(dtype)
+            own_keys = range(self.own_keys.start, self.own_keys.stop)
+            given = ([(own_keys, dk)], [(own_keys, dv)])
+        dq = joined([part[0] for part in parts], 2)
+        dk, dv = (_summed(which, p.groups) for which in given)
+        return dq, dk.to(dtype), dv.to(dtype)
 
     def _to_heads(self, moved: list[Moved]) -> list[Tensor]:
         """Each rank's heads of every tensor `[B, n, heads, dim]` go to it; tokens are joined."""
         me = self.call.rank
-        sends = [[x[:, :, _run(heads[r])] for x, heads, _ in moved] for r in range(len(self.keys))]
+        sends = [[_heads(x, heads[r]) for x, heads, _ in moved] for r in range(len(self.keys))]
         specs: list[list[Spec]] = [
             [
                 ((x.shape[0], tokens[r], len(heads[me]), x.shape[3]), x.dtype)
@@ -186,12 +190,13 @@ class _Switch:
             for r in range(len(self.keys))
         ]
         parts = self._exchange(sends, specs)
-        return [torch.cat(same, dim=1) for same in zip(*parts, strict=True)]
+        return [joined(same, 1) for same in zip(*parts, strict=True)]
 
     def _to_sequence(self, moved: list[Moved]) -> list[list[Tensor]]:
         """Each rank's tokens of every tensor `[B, N, heads, dim]` go to it; by sending rank."""
         me = self.call.rank
-        cut = [x.split(list(tokens), dim=1) for x, _, tokens in moved]
+        # What one rank keeps whole stays itself: an output that is a view could not be written to.
+        cut = [[x] if len(tokens) == 1 else x.split(list(tokens), dim=1) for x, _, tokens in moved]
         sends = [[pieces[r] for pieces in cut] for r in range(len(self.keys))]
         specs: list[list[Spec]] = [
             [
@@ -219,5 +224,28 @@ def _slice(run: range) -> slice:
     return slice(run.start, run.stop)
 
 
-def _run(heads: Sequence[int]) -> slice:
-    return slice(heads[0], heads[-1] + 1) if heads else slice(0, 0)
+def _heads(x: Tensor, heads: slice | Sequence[int]) -> Tensor:
+    """`heads` of x `[B, n, H, dim]`: x itself where that is all, a view where they are a run."""
+    if not isinstance(heads, slice):
+        run = list(heads) == list(range(heads[0], heads[-1] + 1)) if heads else True
+        if not run:
+            return x[:, :, list(heads)]
+        heads = slice(heads[0], heads[-1] + 1) if heads else slice(0, 0)
+    return x if heads == slice(0, x.shape[2]) else x[:, :, heads]
+
+
+def _summed(parts: Sequence[Part], heads: int) -> Tensor:
+    """Parts `[B, n, some heads, dim]` by head, in the widest dtype among them where heads meet.
+
+    Parts that hold every head once, in order, are only joined; a head that no part holds is zero.
+    """
+    some = [(held, part) for held, part in parts if len(held)]
+    if some and [h for held, _ in some for h in held] == list(range(heads)):
+        return joined([part for _, part in some], 2)
+    like = parts[0][1]
+    dtype = max((part.dtype for _, part in parts), key=lambda dtype: dtype.itemsize)
+    total = like.new_zeros(*like.shape[:2], heads, like.shape[3], dtype=dtype)
+    for held, part in some:
+        index = torch.tensor(list(held), dtype=torch.int64, device=like.device)
+        total.index_add_(2, index, part.to(dtype))
+    return total

@@ -78,14 +78,15 @@ class _Call:
             yield head, rest
             offset = end
 
-    def kernel_options(self, stretch: _Stretch, prefix: Tensor) -> dict[str, Any]:
-        """What the kernel needs beside tensors; a history cut at position 0 is filled with zeros,
-        which is what lies before a sequence."""
+    def kernel_options(self, stretch: _Stretch, prefix: Tensor, **target: Tensor) -> dict[str, Any]:
+        """What the kernel needs beside tensors, and where it writes; a history cut at position 0
+        is filled with zeros, which is what lies before a sequence."""
         short = self.reach - prefix.shape[1]
         return {
             "activation": self.activation,
             "prefix": pad(prefix, (0, 0, short, 0)) if short else prefix,
             "into_document": stretch.into_document,
+            **target,
         }
 
 
@@ -99,12 +100,12 @@ class _CausalConv(torch.autograd.Function):
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
         stretches = list(call.stretches())
         for head, rest in stretches:
-            options = call.kernel_options(rest, x[:, head.at])
-            out[:, rest.at] = conv.causal_conv_forward(x[:, rest.at], weight, bias, **options)
+            options = call.kernel_options(rest, x[:, head.at], out=out[:, rest.at])
+            conv.causal_conv_forward(x[:, rest.at], weight, bias, **options)
         halos = [halo.before for halo in pending.wait()]
         for (head, _), before in zip(stretches, halos, strict=True):
-            options = call.kernel_options(head, before)
-            out[:, head.at] = conv.causal_conv_forward(x[:, head.at], weight, bias, **options)
+            options = call.kernel_options(head, before, out=out[:, head.at])
+            conv.causal_conv_forward(x[:, head.at], weight, bias, **options)
         ctx.call = call
         ctx.save_for_backward(x, weight, bias, *halos)
         return out
@@ -118,25 +119,33 @@ class _CausalConv(torch.autograd.Function):
         dweight = torch.zeros(weight.shape, dtype=wide, device=x.device)
         dbias = None if bias is None else torch.zeros(bias.shape, dtype=wide, device=x.device)
 
-        def back(stretch: _Stretch, prefix: Tensor) -> Tensor:
-            """Adds one stretch's gradients; returns that of its prefix."""
+        def back(stretch: _Stretch, prefix: Tensor, around: Tensor) -> None:
+            """Adds one stretch's gradients; `around` is dx of its tokens and the W - 1 before."""
             own = x[:, stretch.at]
-            options = call.kernel_options(stretch, prefix)
-            down, dtaps, dlevel, dprefix = conv.causal_conv_backward(
+            options = call.kernel_options(stretch, prefix, into=around)
+            _, dtaps, dlevel, _ = conv.causal_conv_backward(
                 own, weight, bias, dout[:, stretch.at], **options
             )
-            dx[:, stretch.at] += down
             dweight.add_(dtaps)
             if dbias is not None and dlevel is not None:
                 dbias.add_(dlevel)
-            return dprefix[:, call.reach - prefix.shape[1] :]
 
         stretches = list(call.stretches())
-        before = [back(head, halo) for (head, _), halo in zip(stretches, halos, strict=True)]
-        pairs = [(grad, grad[:, :0]) for grad in before]
-        pending = start_halo_adjoint(pairs, x, shard.layout, shard.group, dim=1, before=call.reach)
+        pairs = []
+        for (head, _), halo in zip(stretches, halos, strict=True):
+            own = dx[:, head.at]
+            around = own.new_zeros(own.shape[0], call.reach + own.shape[1], own.shape[2])
+            back(head, halo, around)
+            own += around[:, call.reach :]
+            grad = around[:, call.reach - halo.shape[1] : call.reach]
+            pairs.append((grad, grad[:, :0]))
+        pending = start_halo_adjoint(
+            pairs, x, shard.layout, shard.group, dim=1, before=call.reach, into=dx
+        )
         for head, rest in stretches:
-            dx[:, head.at] += back(rest, x[:, head.at])
-        dx += pending.wait()
+            # Where there is a rest, the head is W - 1 long: the two lie side by side in dx.
+            if rest.at.stop > rest.at.start:
+                back(rest, x[:, head.at], dx[:, head.at.start : rest.at.stop])
+        dx = pending.wait()
         found_bias = None if dbias is None else dbias.to(weight.dtype)
         return None, dx.to(x.dtype), dweight.to(weight.dtype), found_bias

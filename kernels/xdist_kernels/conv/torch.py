@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import silu
 
 from xdist_kernels.errors import KernelError
 
@@ -80,8 +81,9 @@ def causal_conv_forward(
     activation: str | None = None,
     prefix: Tensor | None = None,
     into_document: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """y [B,n,C] in the dtype of x.
+    """y [B,n,C] in the dtype of x, written to `out` where one is given (its dtype then).
 
     x [B,n,C], weight [C,W], bias [C] or None; `prefix` [B,W-1,C] holds the tokens before the run
     (zeros when None; a shorter history is filled with zeros in front by the caller);
@@ -89,12 +91,13 @@ def causal_conv_forward(
     document starts at or near the run). Products run in float32, or float64 for float64.
     """
     prefix = _zero_prefix(x, weight) if prefix is None else prefix
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if out is None:
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
     for start in range(0, x.shape[1], TILE_TOKENS):
         stop = min(start + TILE_TOKENS, x.shape[1])
-        into = None if into_document is None else into_document[start:stop]
-        total = _sums(_padded(x, prefix, start, stop), weight, bias, into)
-        out[:, start:stop] = torch.nn.functional.silu(total) if activation else total
+        inside = None if into_document is None else into_document[start:stop]
+        total = _sums(_padded(x, prefix, start, stop), weight, bias, inside)
+        out[:, start:stop] = silu(total, inplace=True) if activation else total
     return out
 
 
@@ -107,10 +110,13 @@ def causal_conv_backward(
     activation: str | None = None,
     prefix: Tensor | None = None,
     into_document: Tensor | None = None,
+    into: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """dx [B,n,C], dweight [C,W], dbias (None without bias), dprefix [B,W-1,C].
 
-    dweight, dbias and dprefix are float32 or wider, since they are added across ranks.
+    dweight, dbias and dprefix are float32 or wider, since they are added across ranks. `into`
+    [B,W-1+n,C], float32 or wider, is added to: the gradients of prefix and run side by side, of
+    which dprefix and dx, not narrowed, are then parts.
     """
     prefix = _zero_prefix(x, weight) if prefix is None else prefix
     wide = _wide(x)
@@ -119,14 +125,16 @@ def causal_conv_backward(
     dweight = torch.zeros(weight.shape, dtype=wide, device=x.device)
     dbias = None if bias is None else torch.zeros(channels, dtype=wide, device=x.device)
     # Gradient of prefix and run together; a tile adds to the W-1 tokens before its own.
-    daround = torch.zeros(batch, last + n, channels, dtype=wide, device=x.device)
+    daround = into
+    if daround is None:
+        daround = torch.zeros(batch, last + n, channels, dtype=wide, device=x.device)
     for start in range(0, n, TILE_TOKENS):
         stop = min(start + TILE_TOKENS, n)
-        into = None if into_document is None else into_document[start:stop]
+        inside = None if into_document is None else into_document[start:stop]
         around = _padded(x, prefix, start, stop).to(wide)
         dsum = dout[:, start:stop].to(wide)
         if activation:
-            total = _sums(around, weight, bias, into)
+            total = _sums(around, weight, bias, inside)
             gate = total.sigmoid()
             dsum = dsum * gate * (1 + total * (1 - gate))
         if dbias is not None:
@@ -134,7 +142,8 @@ def causal_conv_backward(
         for shift in range(last + 1):
             at = slice(start + last - shift, stop + last - shift)
             seen = around[:, last - shift : last - shift + stop - start]
-            reach = dsum if into is None else dsum * (into >= shift)[:, None]
+            reach = dsum if inside is None else dsum * (inside >= shift)[:, None]
             dweight[:, last - shift] += (reach * seen).sum((0, 1))
             daround[:, at].addcmul_(reach, weight[:, last - shift].to(wide))
-    return daround[:, last:].to(x.dtype), dweight, dbias, daround[:, :last]
+    dx = daround[:, last:] if into is not None else daround[:, last:].to(x.dtype)
+    return dx, dweight, dbias, daround[:, :last]
