@@ -86,7 +86,7 @@ class HybridLM(nn.Module):
         )
         self.layers = nn.ModuleList(_block(kind, config) for kind in config.kinds)
         self.norm = RMSNorm(config.dim)
-        self.head = nn.Parameter(torch.zeros(config.vocab_size, config.dim))
+        self.head = nn.Parameter(0.02 * torch.randn(config.vocab_size, config.dim))
         self.to(PRECISIONS[config.dtype])
         for block in self.blocks:
             block.stream_parameters()
