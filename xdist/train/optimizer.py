@@ -69,7 +69,7 @@ def parameter_roles(module: nn.Module) -> dict[str, str]:
     What the model says; of a model that says nothing, embeddings of torch are tables.
     """
     if hasattr(module, "parameter_roles"):
-        return dict(module.parameter_roles())
+        return dict(module.parameter_roles())  # type: ignore[operator]
     tables = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
     return {
         name: "table" if id(parameter) in tables else "other"
