@@ -1,11 +1,15 @@
 """What xdist adds on one rank: public functions beside the same kernels in an autograd Function.
 
-Forward and backward, CPU time, interleaved pairs in alternating order, one thread.
+Forward and backward, CPU time, interleaved pairs in changing order, one thread. A third arm, the
+kernels once more, shows what the machine's noise makes of no difference at all. The kernels' call
+is given its spans; xdist makes them anew in each direction, which counts against it.
 """
 
 from __future__ import annotations
 
 import gc
+import itertools
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -26,6 +30,7 @@ from xdist_kernels.conv.torch import causal_conv_backward, causal_conv_forward
 from xdist_kernels.linear.torch import linear_attention_backward, linear_attention_forward
 
 PAIRS = 20
+SAMPLE_S = 0.3  # CPU time of one sample at least: a sample is as many calls as that takes
 TOKENS = 16384
 WINDOW = 256
 
@@ -116,36 +121,51 @@ def cases() -> dict[str, tuple[list[Tensor], Callable[..., Tensor], Callable[...
     }
 
 
-def _seconds(call: Callable[..., Tensor], inputs: list[Tensor], dout: Tensor) -> float:
+def _seconds(call: Callable[..., Tensor], inputs: list[Tensor], dout: Tensor, calls: int) -> float:
+    """CPU seconds of one forward and backward, over `calls` of them."""
     start = time.process_time()
-    torch.autograd.grad(call(*inputs), inputs, dout)
-    return time.process_time() - start
+    for _ in range(calls):
+        torch.autograd.grad(call(*inputs), inputs, dout)
+    return (time.process_time() - start) / calls
+
+
+def _over(times: list[float], base: list[float]) -> list[float]:
+    """Quartiles of `times / base - 1` over the pairs, in percent."""
+    return statistics.quantiles([100 * (a / b - 1) for a, b in zip(times, base, strict=True)])
 
 
 def run(root: Path, pairs: int = PAIRS) -> list[dict[str, Any]]:
-    """One row a function: median CPU times, and the median of xdist / kernels over the pairs."""
+    """One row a function: median CPU times, and the quartiles of xdist / kernels over the pairs."""
     torch.set_num_threads(1)
     rows = []
     for name, (inputs, ours, plain) in cases().items():
         out = ours(*inputs)
         dout = torch.ones_like(out)
         assert torch.equal(out, plain(*inputs).to(out.dtype)), f"{name}: not the same kernels"
-        times: dict[Callable[..., Tensor], list[float]] = {ours: [], plain: []}
+        del out
+        arms = {"xdist": ours, "kernels": plain, "again": plain}
+        times: dict[str, list[float]] = {arm: [] for arm in arms}
+        orders = list(itertools.permutations(arms))
+        calls = 1
         gc.disable()
-        for pair in range(pairs + 2):
-            for call in (ours, plain) if pair % 2 else (plain, ours):
-                seconds = _seconds(call, inputs, dout)
-                if pair >= 2:  # the first two warm up
-                    times[call].append(seconds)
+        for pair in range(-2, pairs):  # two to warm up
+            for arm in orders[pair % len(orders)]:
+                seconds = _seconds(arms[arm], inputs, dout, calls)
+                if pair >= 0:
+                    times[arm].append(seconds)
+            if pair < 0:
+                calls = math.ceil(SAMPLE_S / seconds)
         gc.enable()
-        ratios = [a / b for a, b in zip(times[ours], times[plain], strict=True)]
+        low, middle, high = _over(times["xdist"], times["kernels"])
         rows.append(
             {
                 "function": name,
                 "tokens": TOKENS,
-                "xdist (ms)": 1e3 * statistics.median(times[ours]),
-                "kernels (ms)": 1e3 * statistics.median(times[plain]),
-                "overhead (%)": 100 * (statistics.median(ratios) - 1),
+                "xdist (ms)": 1e3 * statistics.median(times["xdist"]),
+                "kernels (ms)": 1e3 * statistics.median(times["kernels"]),
+                "overhead (%)": middle,
+                "quartiles (%)": f"{low:.1f} to {high:.1f}",
+                "kernels again (%)": _over(times["again"], times["kernels"])[1],
             }
         )
     return rows

@@ -59,6 +59,36 @@ def test_forward_and_every_gradient(dtype: torch.dtype, monkeypatch: pytest.Monk
         assert error(dbias, grads[2]) <= TOLERANCE[dtype], case
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_targets_are_filled_and_added_to(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`out` has no holes and a dtype of its own; `into` keeps what it held."""
+    monkeypatch.setattr("xdist_kernels.conv.torch.TILE_TOKENS", 16)
+    torch.manual_seed(0)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    x, dout = torch.randn(2, 2, 40, 6).to(dtype)
+    weight, prefix = torch.randn(6, 4).to(dtype), torch.randn(2, 3, 6).to(dtype)
+    options = {"activation": "silu", "prefix": prefix}
+    want = conv.causal_conv_forward(x, weight, **options)
+    out = torch.full((2, 50, 6), torch.nan, dtype=dtype)
+    conv.causal_conv_forward(x, weight, **options, out=out[:, 5:45])
+    assert torch.equal(out[:, 5:45], want)
+    assert out[:, :5].isnan().all()
+    assert out[:, 45:].isnan().all()
+
+    dx, *_, dprefix = conv.causal_conv_backward(x, weight, None, dout, **options)
+    held = torch.ones(2, 50, 6, dtype=wide)
+    added, *_ = conv.causal_conv_backward(x, weight, None, dout, **options, into=held[:, 2:45])
+    tolerance = {"rtol": 0, "atol": 1e-12 if wide == torch.float64 else 2e-6 * 8}
+    torch.testing.assert_close(held[:, 2:5] - 1, dprefix, **tolerance)
+    torch.testing.assert_close((held[:, 5:45] - 1).to(dtype), dx, rtol=2e-2, atol=1e-5)
+    assert added.data_ptr() == held[:, 5:].data_ptr()
+    assert added.dtype == wide
+    assert (held[:, :2] == 1).all()
+    assert (held[:, 45:] == 1).all()
+
+
 def test_bad_arguments_say_what_was_got() -> None:
     x = torch.zeros(1, 4, 6)
     with pytest.raises(KernelError, match=r"\(1, 4, 6\) and \(5, 4\)"):
