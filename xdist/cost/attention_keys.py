@@ -95,7 +95,9 @@ def head_spans(
     problem: Problem, positions: NDArray[np.int64], start: int, stop: int
 ) -> list[Spans]:
     """The spans of query heads `[start, stop)`: one entry when all of them see the same."""
-    if stop == start or len(problem.mask.for_heads(start, stop).head_groups(stop - start)) == 1:
+    if stop == start:  # no heads: any head's spans will do, and `start` may be past the last
+        return [spans_of(problem, positions, 0)]
+    if len(problem.mask.for_heads(start, stop).head_groups(stop - start)) == 1:
         return [spans_of(problem, positions, start)]
     return [spans_of(problem, positions, head) for head in range(start, stop)]
 
