@@ -7,7 +7,6 @@ Random instants: the command line as a user starts it, killed from outside.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import pathlib
@@ -26,8 +25,9 @@ from typing import Any, NoReturn
 import pytest
 import torch
 
-from tests.end_to_end.training import TEXT, config_of, lines_of, make_store, status_of
-from tests.launchers.conftest import PATHS, wait_until
+from tests.end_to_end.killed_command import MARK, Command, marked
+from tests.end_to_end.training import config_of, lines_of, make_store, status_of
+from tests.launchers.conftest import PATHS
 from xdist.checkpoint import load_latest
 from xdist.checkpoint.points import SAVE_POINTS, Cut, ignore, kill
 
@@ -166,7 +166,7 @@ def _drive(folder: pathlib.Path, cases: list[Case]) -> dict[str, list[list[int]]
         timeout=800,
         check=True,
     )
-    assert _marked(mark) == []
+    assert not marked(mark)
     return json.loads(done.stdout)
 
 
@@ -244,15 +244,61 @@ def _be_rank(
         os._exit(code)
 
 
-MARK = "XDIST_TEST_KILL"
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A store, and by name the runs that were not disturbed."""
+    made = tmp_path_factory.mktemp("kill")
+    make_store(made)
+    return made
 
 
-def _marked(mark: str) -> list[int]:
-    """Processes that run and inherited the mark, whoever their parent is by now."""
-    found = []
-    for entry in pathlib.Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with contextlib.suppress(OSError):
-                if f"{MARK}={mark}".encode() in (entry / "environ").read_bytes().split(b"\0"):
-                    found.append(int(entry.name))
-    return found
+def _undisturbed(folder: pathlib.Path, ranks: int) -> Any:
+    command = Command(folder, f"undisturbed-{ranks}", ranks)
+    if not command.config.run_directory.exists():
+        command.start()
+        assert command.finish() == 0
+    return command.config
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize(
+    ("ranks", "kills", "seed", "settings"),
+    [
+        pytest.param(2, 2, 1, (), id="few"),
+        pytest.param(2, 6, 2, (), id="launcher", marks=pytest.mark.slow),
+        pytest.param(2, 2, 3, ("launch.max_restarts=2",), id="restarts", marks=pytest.mark.slow),
+        pytest.param(1, 4, 4, (), id="one-rank", marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_killed_at_random_instants_ends_as_the_undisturbed_one(
+    folder: pathlib.Path, ranks: int, kills: int, seed: int, settings: tuple[str, ...]
+) -> None:
+    """The command is given again until the run is done; the slow cases make 12 kills."""
+    expected = _undisturbed(folder, ranks)
+    draw, log, struck, number = random.Random(seed), folder / f"kills-{seed}.jsonl", 0, 0
+    while struck < kills:
+        number += 1
+        command = Command(folder, f"killed-{seed}-{number}", ranks, *settings)
+        try:
+            while command.process is None or not command.ended or command.process.returncode:
+                command.start()
+                if struck == kills:
+                    assert command.finish() == 0
+                    continue
+                command.wait_for_instant(draw)
+                seconds = round(time.monotonic() - command.began, 3)
+                instant = {"seed": seed, "run": number, "seconds": seconds, "step": command.step}
+                whom = command.strike(draw)
+                if not whom:
+                    # It came to its end before it was struck: by itself it ends well.
+                    assert command.finish() == 0
+                    continue
+                struck += 1
+                line = json.dumps(instant | {"killed": whom})
+                print(line)
+                with log.open("a") as file:
+                    file.write(line + "\n")
+        finally:
+            command.clear()
+        _assert_same_run(command.config, expected)
+    assert len(log.read_text().splitlines()) == kills

@@ -50,8 +50,9 @@ def make_store(folder: pathlib.Path, seed: int = 0) -> pathlib.Path:
 
 def config_of(folder: pathlib.Path, name: str, *settings: str) -> Config:
     """The tiny config on the store in `folder`, with `key=value` settings."""
-    where = [f"run.directory={folder / 'runs'}", f"data.store={folder / 'store.zarr'}"]
-    return override(parse(TEXT, "tiny.toml"), [*where, f"run.name={name}", *settings])
+    chosen = [f"run.directory={folder / 'runs'}", f"data.store={folder / 'store.zarr'}"]
+    keyed = {item.partition("=")[0]: item for item in [*chosen, f"run.name={name}", *settings]}
+    return override(parse(TEXT, "tiny.toml"), list(keyed.values()))
 
 
 def lines_of(config: Config) -> list[dict[str, Any]]:
@@ -73,6 +74,28 @@ def held_out(config: Config) -> float:
 def status_of(config: Config) -> dict[str, Any]:
     """status.json."""
     return json.loads((config.run_directory / "status.json").read_text())
+
+
+class CutShortError(Exception):
+    """Raised at a named point to end a run there, without ending the process."""
+
+
+def cut_short(name: str) -> None:
+    """End the run at the point `name`."""
+    raise CutShortError(name)
+
+
+def run_until(folder: str, name: str, point: str, occurrence: int, *settings: str) -> None:
+    """Train until the `occurrence`-th passing of `point`, and leave everything as it is then."""
+    from xdist.checkpoint import Cut
+    from xdist.train import run
+
+    config = config_of(pathlib.Path(folder), name, *settings)
+    try:
+        run(config, on_point=Cut(point, occurrence, cut_short))
+    except CutShortError:
+        return
+    raise AssertionError(f"{point} was not passed {occurrence} times")
 
 
 def run_here(folder: str, name: str, *settings: str) -> tuple[int, str]:

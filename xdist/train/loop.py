@@ -81,6 +81,7 @@ def run(config: Config, *, build: BuildModel | None = None, on_point: OnPoint = 
     finally:
         if loop is not None:
             loop.close()
+        record.close()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -319,10 +320,9 @@ class Loop:
         return result
 
     def close(self) -> None:
-        """End the reading thread, the display and the files."""
+        """End the reading thread, the display and the board."""
         self.feed.close()
         self.progress.close()
-        self.record.close()
         if self.board is not None:
             self.board.close()
 
