@@ -1,0 +1,311 @@
+"""Runs that are killed, at named points and at random instants, end as the undisturbed run.
+
+Cut points: one helper process imports torch once and forks the ranks of every run from there, so
+that dozens of runs can be ended by a real SIGKILL between two effects of a step or of a save.
+Random instants: the command line as a user starts it, killed from outside.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+import uuid
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any, NoReturn
+
+import pytest
+import torch
+
+from tests.end_to_end.killed_command import MARK, Command, marked
+from tests.end_to_end.training import config_of, lines_of, make_store, status_of
+from tests.launchers.conftest import PATHS
+from xdist.checkpoint import load_latest
+from xdist.checkpoint.points import SAVE_POINTS, Cut, ignore, kill
+
+# What must not depend on how often a run was killed; times and memory do.
+SAME = ("step", "stage", "sequence_length", "loss", "grad_norm", "learning_rate", "sample_cursor")
+TWO = ("parallel.ulysses=2", "launch.ranks=2")
+# Pseudo-points: not cuts, but what a test does to the run's folder between two attempts.
+DAMAGE = "damage the newest checkpoint"
+TORN = "train.recorded, with half a line behind"
+
+
+@dataclass
+class Case:
+    """One run and where each of its attempts is cut: (rank, point, occurrence)."""
+
+    name: str
+    cuts: list[tuple[int, str, int]] = field(default_factory=list)
+    ranks: int = 1
+
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """Evaluations between saves, so that their lines are cut too."""
+        return ("evaluate.every_steps=3", *(TWO if self.ranks == 2 else ()))
+
+
+def _case(*cuts: tuple[int, str, int] | tuple[str, int], ranks: int = 1) -> Case:
+    whole = [cut if len(cut) == 3 else (0, *cut) for cut in cuts]
+    words = "-then-".join(f"r{r}-{name}-{count}" for r, name, count in whole)
+    return Case(f"{ranks}-{words}".replace(" ", "-"), whole, ranks)
+
+
+# Six steps, saves after 2, 4 and 6, the third of them deletes a checkpoint. Two files of tensors.
+_IN_SAVE = [name for name in SAVE_POINTS if name != "save.old_moved" and "prune" not in name]
+FAST = [
+    _case(("train.updated", 4)),
+    _case(("save.tensors_written", 3)),
+    _case(("save.manifest_half_written", 2), ("save.renamed", 1)),
+    _case(("save.prune_moved", 1)),
+    _case((1, "train.backward", 4), (0, "save.folder_flushed", 1), ranks=2),
+]
+SLOW = [
+    *(_case((name, count)) for name in _IN_SAVE for count in (1, 2)),
+    *(_case((name, 4)) for name in ("train.step", "train.backward", "train.reduced")),
+    *(_case((name, 5)) for name in ("train.updated", "train.recorded", "train.status")),
+    *(_case((name, 1)) for name in ("train.step", "train.recorded", "train.finished")),
+    _case(("save.pruned", 1)),
+    _case((TORN, 5)),
+    # A checkpoint that is found broken is saved again over itself.
+    _case(("train.step", 5), (DAMAGE, 0), ("save.old_moved", 1)),
+    _case(("train.step", 6), (DAMAGE, 0), ("save.renamed", 1), ("save.begin", 1)),
+    # Killed again and again without a step in between, and once in every save.
+    _case(*[("train.step", 1)] * 3, ("save.begin", 1), ("save.begin", 1)),
+    *(
+        _case((rank, name, 3), (1 - rank, name, 1), ranks=2)
+        for rank, name in enumerate(("train.backward", "train.reduced"))
+    ),
+    _case((0, "save.tensors_flushed", 2), (0, "save.directory_flushed", 1), ranks=2),
+    _case((0, "save.manifest_written", 3), (1, "train.step", 1), ranks=2),
+]
+
+
+def _points(cases: list[Case]) -> set[tuple[str, int]]:
+    """Distinct (point, occurrence) cuts."""
+    return {(name, n) for case in cases for _, name, n in case.cuts if name != DAMAGE}
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    "cases",
+    [pytest.param(FAST, id="few"), pytest.param(FAST + SLOW, id="all", marks=pytest.mark.slow)],
+)
+def test_a_run_cut_at_a_named_point_ends_as_the_undisturbed_one(
+    tmp_path: pathlib.Path, cases: list[Case]
+) -> None:
+    """Every cut is a SIGKILL of one rank; losses, evaluations and tensors are equal bit by bit."""
+    points = _points(cases)
+    assert sum(name.startswith("save.") for name, _ in points) >= 3
+    if cases is not FAST:
+        assert len(points) >= 30
+    assert len({case.name for case in cases}) == len(cases)
+    make_store(tmp_path)
+    whole = {ranks: Case(f"undisturbed-{ranks}", ranks=ranks) for ranks in (1, 2)}
+    ended = _drive(tmp_path, [*whole.values(), *cases])
+    for case in cases:
+        assert _outcomes_are_right(case, ended[case.name]), (case, ended[case.name])
+        expected = config_of(tmp_path, whole[case.ranks].name, *case.settings)
+        _assert_same_run(config_of(tmp_path, case.name, *case.settings), expected)
+
+
+def _outcomes_are_right(case: Case, outcomes: list[list[int]]) -> bool:
+    """The rank that was to be cut was, the others noticed, and the last attempt succeeded."""
+    cuts = [cut for cut in case.cuts if cut[1] != DAMAGE]
+    for (rank, name, _), codes in zip(cuts, outcomes[:-1], strict=True):
+        left = [code for other, code in enumerate(codes) if other != rank]
+        # The other rank says PeerLost, unless gloo aborts it first or the run had ended for it.
+        if codes[rank] != -signal.SIGKILL or not set(left) <= {7, -signal.SIGABRT}:
+            print(f"{case.name}: {name} ended with {codes}")
+            return False
+    return outcomes[-1] == [0] * case.ranks
+
+
+def _assert_same_run(run: Any, expected: Any) -> None:
+    """The same losses, evaluations and final tensors, bit by bit, and a finished run."""
+    assert _numbers(run) == _numbers(expected), run.run.name
+    assert (status_of(run)["state"], status_of(run)["exit_code"]) == ("finished", 0)
+    assert (run.run_directory / "report.html").exists()
+    folders = [config.run_directory / "checkpoints" for config in (run, expected)]
+    names = [sorted(path.name for path in folder.iterdir()) for folder in folders]
+    assert names[0] == names[1], f"{run.run.name} left something in its checkpoints"
+    ours, theirs = (load_latest(folder) for folder in folders)
+    assert ours is not None
+    assert theirs is not None
+    assert (ours.step, ours.rejected) == (theirs.step, ())
+    assert ours.tensors.keys() == theirs.tensors.keys()
+    for name, tensor in ours.tensors.items():
+        assert torch.equal(tensor, theirs.tensors[name]), (run.run.name, name)
+
+
+def _numbers(config: Any) -> list[list[Any]]:
+    """What is on record of every step and evaluation, in order."""
+    return [
+        [line["step"], line["eval"]["loss"]] if "eval" in line else [line[key] for key in SAME]
+        for line in lines_of(config)
+    ]
+
+
+def _drive(folder: pathlib.Path, cases: list[Case]) -> dict[str, list[list[int]]]:
+    """Make all attempts of all cases in one helper process: exit codes of the ranks by attempt."""
+    text = json.dumps([asdict(case) for case in cases])
+    mark = uuid.uuid4().hex
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "from tests.end_to_end import test_kill_campaign; test_kill_campaign.serve()",
+        ],
+        input=json.dumps({"folder": str(folder), "cases": text}),
+        env=os.environ | {"PYTHONPATH": PATHS, "OMP_NUM_THREADS": "1", MARK: mark},
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=800,
+        check=True,
+    )
+    assert not marked(mark)
+    return json.loads(done.stdout)
+
+
+def serve() -> None:
+    """The helper process: reads cases from its input, forks their ranks, tells how they ended."""
+    # Loaded, but not used, before ranks are forked: no threads, no state, seconds saved each.
+    import safetensors.torch  # noqa: F401
+    import torch._dynamo  # noqa: F401 - torch's optimizers import it when they are made
+    import zarr  # noqa: F401
+
+    import xdist.train  # noqa: F401
+
+    asked = json.loads(sys.stdin.read())
+    folder = pathlib.Path(asked["folder"])
+    ended = {}
+    for fields in json.loads(asked["cases"]):
+        case = Case(**fields)
+        ended[case.name] = list(_attempts(folder, case))
+    print(json.dumps(ended))
+
+
+def _attempts(folder: pathlib.Path, case: Case) -> Iterator[list[int]]:
+    for cut in [*case.cuts, None]:
+        if cut is not None and cut[1] == DAMAGE:
+            checkpoints = config_of(folder, case.name).run_directory / "checkpoints"
+            path = max(checkpoints.glob("step-*")) / "state.json"
+            path.write_bytes(path.read_bytes()[:-1])
+            continue
+        with socket.socket() as found:
+            found.bind(("127.0.0.1", 0))
+            port = found.getsockname()[1]
+        children = []
+        for rank in range(case.ranks):
+            child = os.fork()
+            if child == 0:
+                _be_rank(folder, case, rank, port, cut)
+            children.append(child)
+        yield [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
+def _be_rank(
+    folder: pathlib.Path, case: Case, rank: int, port: int, cut: tuple[int, str, int] | None
+) -> NoReturn:
+    """Train as one rank in this forked process, which ends here."""
+    code = 1
+    try:
+        log = os.open(folder / f"{case.name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(case.ranks)}
+        os.environ |= {"LOCAL_WORLD_SIZE": str(case.ranks), "MASTER_ADDR": "127.0.0.1"}
+        os.environ |= {"MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+        from xdist.errors import XdistError
+        from xdist.train import run
+
+        config = config_of(folder, case.name, *case.settings)
+
+        def tear(name: str) -> None:
+            with (config.run_directory / "metrics.jsonl").open("a") as file:
+                file.write('{"step": 5, "lo')
+            kill(name)
+
+        on_point = ignore
+        if cut is not None and cut[0] == rank:
+            torn = cut[1] == TORN
+            name = "train.recorded" if torn else cut[1]
+            on_point = Cut(name, cut[2], tear if torn else kill)
+        try:
+            code = run(config, on_point=on_point)
+        except XdistError as error:
+            code = error.exit_code
+            raise
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A store, and by name the runs that were not disturbed."""
+    made = tmp_path_factory.mktemp("kill")
+    make_store(made)
+    return made
+
+
+def _undisturbed(folder: pathlib.Path, ranks: int) -> Any:
+    command = Command(folder, f"undisturbed-{ranks}", ranks)
+    if not command.config.run_directory.exists():
+        command.start()
+        assert command.finish() == 0
+    return command.config
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize(
+    ("ranks", "kills", "seed", "settings"),
+    [
+        pytest.param(2, 2, 6, (), id="few"),
+        pytest.param(2, 6, 5, (), id="launcher", marks=pytest.mark.slow),
+        pytest.param(2, 3, 9, ("launch.max_restarts=2",), id="restarts", marks=pytest.mark.slow),
+        pytest.param(1, 3, 7, (), id="one-rank", marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_killed_at_random_instants_ends_as_the_undisturbed_one(
+    folder: pathlib.Path, ranks: int, kills: int, seed: int, settings: tuple[str, ...]
+) -> None:
+    """The command is given again until the run is done; the slow cases make 12 kills."""
+    expected = _undisturbed(folder, ranks)
+    draw, log, struck, number = random.Random(seed), folder / f"kills-{seed}.jsonl", 0, 0
+    while struck < kills:
+        number += 1
+        command = Command(folder, f"killed-{seed}-{number}", ranks, *settings)
+        try:
+            while command.process is None or not command.ended or command.process.returncode:
+                command.start()
+                if struck == kills:
+                    assert command.finish() == 0
+                    continue
+                command.wait_for_instant(draw)
+                seconds = round(time.monotonic() - command.began, 3)
+                instant = {"seed": seed, "run": number, "seconds": seconds, "step": command.step}
+                whom = command.strike(draw)
+                if not whom:
+                    # It came to its end before it was struck: by itself it ends well.
+                    assert command.finish() == 0
+                    continue
+                struck += 1
+                line = json.dumps(instant | {"killed": whom})
+                print(line)
+                with log.open("a") as file:
+                    file.write(line + "\n")
+        finally:
+            command.clear()
+        _assert_same_run(command.config, expected)
+    assert len(log.read_text().splitlines()) == kills
