@@ -34,9 +34,9 @@ from xdist.checkpoint.points import SAVE_POINTS, Cut, ignore, kill
 # What must not depend on how often a run was killed; times and memory do.
 SAME = ("step", "stage", "sequence_length", "loss", "grad_norm", "learning_rate", "sample_cursor")
 TWO = ("parallel.ulysses=2", "launch.ranks=2")
-# Pseudo-points: not cuts, but what a test does to the run's folder between two attempts.
-DAMAGE = "damage the newest checkpoint"
-TORN = "train.recorded, with half a line behind"
+# Not points of the code: half a line of metrics.jsonl before the kill, and a checkpoint damaged
+DAMAGE = "damage-newest"
+TORN = "train.recorded-torn"
 
 
 @dataclass
@@ -56,7 +56,7 @@ class Case:
 def _case(*cuts: tuple[int, str, int] | tuple[str, int], ranks: int = 1) -> Case:
     whole = [cut if len(cut) == 3 else (0, *cut) for cut in cuts]
     words = "-then-".join(f"r{r}-{name}-{count}" for r, name, count in whole)
-    return Case(f"{ranks}-{words}".replace(" ", "-"), whole, ranks)
+    return Case(f"{ranks}-{words}", whole, ranks)
 
 
 # Six steps, saves after 2, 4 and 6, the third of them deletes a checkpoint. Two files of tensors.
