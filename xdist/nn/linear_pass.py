@@ -45,8 +45,8 @@ class _Inputs(NamedTuple):
     """What the recurrence reads, recomputed from a tile of x. W: the convolution's width."""
 
     xn: Tensor  # [B, W - 1 + T, C]
-    projected: Tensor  # [B, W - 1 + T, 3C]
-    convolved: Tensor  # [B, T, 3C]
+    projected: Tensor | None  # [B, W - 1 + T, 3C]; None where only the recurrence is wanted
+    convolved: Tensor | None  # [B, T, 3C], likewise
     z: Tensor  # [N, chunk, 3C]: q, k, v after SiLU, filled up to whole chunks with zeros
     log_decay: Tensor  # [B, T', H]
     factors: linear.Decays
@@ -72,11 +72,19 @@ class LinearPass:
         self.dconv = torch.zeros_like(p.conv)
         self.ddecay_bias = torch.zeros_like(p.decay_bias)
 
-    def _inputs(self, xe: Tensor, cuts: Cuts) -> _Inputs:
-        """From a tile with its context, xe [B, W - 1 + T, C]."""
+    def _inputs(self, xe: Tensor, cuts: Cuts, *, differentiated: bool) -> _Inputs:
+        """From a tile with its context, xe [B, W - 1 + T, C]; differentiated: for `backward_inner`.
+
+        Otherwise SiLU works in place: a tile's tensors are wider than a core's cache, and writing
+        one that is already there takes a third of the time of a fresh one.
+        """
         xn = normalised(xe)
         projected = self.qkv.forward(xn.to(self.dtype)).to(xe.dtype)
         convolved = conv.forward(projected, self.conv, cuts.since)
+        if not differentiated:
+            del projected
+            z, log_decay, factors = self._decayed(xn, F.silu(convolved, inplace=True), cuts)
+            return _Inputs(xn, None, None, z, log_decay, factors)
         z, log_decay, factors = self._decayed(xn, F.silu(convolved), cuts)
         return _Inputs(xn, projected, convolved, z, log_decay, factors)
 
@@ -111,14 +119,14 @@ class LinearPass:
         dim = xe.shape[2]
         xn = normalised(xe)
         projected = (xn.to(self.dtype) @ self.qkv.folded[dim:].t()).to(xe.dtype)
-        z = F.silu(conv.forward(projected, self.conv[dim:], cuts.since))
+        z = F.silu(conv.forward(projected, self.conv[dim:], cuts.since), inplace=True)
         z, log_decay, factors = self._decayed(xn, z, cuts)
         return linear.summary(z, factors, state), total + log_decay.sum(1)
 
     def forward(self, xe: Tensor, cuts: Cuts, state: Tensor) -> tuple[Tensor, Tensor]:
         """The block's output [B, T, C] and the state after the tile."""
         x = xe[:, self.context :]
-        inputs = self._inputs(xe, cuts)
+        inputs = self._inputs(xe, cuts, differentiated=False)
         y, states = linear.forward(inputs.z, inputs.factors, state)
         yn = normalised(self._tokens(y, x.shape[1], x.shape[0]))
         gate = self.gate.forward(inputs.xn[:, self.context :].to(self.dtype))
@@ -137,7 +145,7 @@ class LinearPass:
         """
         x = xe[:, self.context :]
         batch, tokens, _ = x.shape
-        inputs = self._inputs(xe, cuts)
+        inputs = self._inputs(xe, cuts, differentiated=dstate is None)
         chunks, through = linear.forward(inputs.z, inputs.factors, state)
         y = self._tokens(chunks, tokens, batch)
         yn = normalised(y)
@@ -178,13 +186,15 @@ class LinearPass:
         the state before the tile. dstate: the whole gradient of the state after the tile."""
         batch, tokens = dy.shape[:2]
         if kept is None:
-            inputs = self._inputs(xe, cuts)
+            inputs = self._inputs(xe, cuts, differentiated=True)
             kept = inputs, linear.states(inputs.z, inputs.factors, state)
         inputs, states = kept
         z, factors = inputs.z, inputs.factors
         dz, dlog, dbefore = linear.backward(z, factors, states, self._chunks(dy, z), dstate)
         dz = self._tokens(dz, tokens, batch)
-        du = torch.ops.aten.silu_backward(dz, inputs.convolved)
+        assert inputs.projected is not None
+        assert inputs.convolved is not None
+        du = torch.ops.aten.silu_backward.grad_input(dz, inputs.convolved, grad_input=dz)
         dprojected, dconv = conv.backward(inputs.projected, self.conv, du, cuts.since)
         self.dconv += dconv
         xn_ = inputs.xn.to(self.dtype)
