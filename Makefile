@@ -9,10 +9,11 @@ export PYTHONUNBUFFERED := 1
 # mkdocs-material advertises another tool at each build.
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: help quickstart test test-slow check docs bench gpu clean
+.PHONY: help store quickstart test test-slow check docs bench gpu clean
 
 help:
 	@echo "make quickstart  prepare text, certify, then train one sequence of 1,048,576 bytes on 2 ranks"
+	@echo "make store       only the token store that quickstart and bench read"
 	@echo "make test        the tests (within 15 minutes on 2 cores)"
 	@echo "make test-slow   the long tests (within 35 minutes)"
 	@echo "make check       lint, format, types, docs build"
@@ -41,11 +42,14 @@ $(VENV)/.installed-dev: constraints.txt pyproject.toml | $(VENV)/.installed-run
 	@$(PIP) --no-build-isolation --editable '.[dev,docs,tensorboard]'
 	@touch $@
 
-# Real text that every machine has: the sources of the running Python's standard library.
-quickstart: $(VENV)/.installed-run
+# Real text that every machine has: the sources of the running Python's standard library. A store
+# that is there is kept.
+store: $(VENV)/.installed-run
 	$(BIN)/xdist prepare text \
 	  "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')" \
 	  data-cache/stdlib.zarr --pattern '*.py'
+
+quickstart: store
 	$(BIN)/xdist certify $(CONFIG)
 	$(BIN)/xdist launch local $(CONFIG)
 
@@ -65,7 +69,7 @@ docs: $(VENV)/.installed-dev
 	$(BIN)/mkdocs build --strict --site-dir site
 	@echo "open site/index.html, or: $(BIN)/mkdocs serve"
 
-bench: $(VENV)/.installed-dev
+bench: $(VENV)/.installed-dev store
 	$(BIN)/python tests/benchmarks/main.py $(BENCH)
 
 # Nothing is installed: a plain copy of the tree, and the Python that already has torch for this
