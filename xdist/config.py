@@ -7,10 +7,12 @@ overrides, `xdist show` and docs/config.md follow from the model. `load` lives i
 
 from __future__ import annotations
 
+import json
 import pathlib
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -46,6 +48,13 @@ _NONE = _spelled("none")
 def setting(default: Any, description: str) -> Any:
     """A field with its default and its one-line description."""
     return Field(default=default, description=description)
+
+
+class Table(dict[str, Any]):
+    """A table whose keys another library checks. Not to be changed, so it can be hashed."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(json.dumps(self, sort_keys=True))
 
 
 class Section(BaseModel):
@@ -155,7 +164,13 @@ class Train(Section):
     tile_tokens: Count = setting(4096, "tokens of one tile; bounds the memory of activations")
     max_skipped: Amount = setting(3, "steps in a row that may be skipped for non-finite values")
     step_timeout_s: Annotated[float, Field(gt=0)] = setting(
-        600.0, "longest wait for another rank inside a step, seconds"
+        600.0, "longest time of a step, waiting for other ranks included, seconds"
+    )
+    first_step_timeout_s: Annotated[float, Field(gt=0)] = setting(
+        1800.0, "the same of the first step, which also compiles and warms up, seconds"
+    )
+    check_every_steps: Amount = setting(
+        100, "optimizer steps between comparisons of the ranks' parameter hashes; 0 for never"
     )
 
     @property
@@ -164,11 +179,41 @@ class Train(Section):
         return sum(stage.steps for stage in self.curriculum)
 
 
+class Engine(Section):
+    """What owns parameters, gradients and optimizer state, and how they are partitioned."""
+
+    name: Literal["plain", "fsdp", "deepspeed"] = setting(
+        "plain",
+        '"plain" keeps everything whole on every rank, "fsdp" is torch\'s fully_shard, '
+        '"deepspeed" is ZeRO',
+    )
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = setting(
+        2,
+        "DeepSpeed: 1 partitions optimizer state over data x sequence ranks, 2 gradients too, "
+        "3 parameters too; 0 nothing",
+    )
+    offload_optimizer: Literal["none", "cpu"] = setting(
+        "none", "DeepSpeed stages 1 to 3: where the optimizer state is kept and updated"
+    )
+    offload_parameters: Literal["none", "cpu"] = setting(
+        "none", "DeepSpeed stage 3: where parameters wait that no layer needs now"
+    )
+    reshard: bool = setting(
+        True, "fsdp: free a layer's whole parameters after its forward pass and gather them again"
+    )
+    deepspeed: Annotated[dict[str, Any], AfterValidator(Table)] = setting(
+        Table(), "DeepSpeed keys passed on as they are; those that xdist decides are refused"
+    )
+
+
 class Optimizer(Section):
     """Update rule and learning-rate schedule."""
 
-    name: Literal["adamw", "muon"] = setting(
+    name: Literal["adamw", "sgd", "muon"] = setting(
         "adamw", 'update rule; "muon" for the matrices of the layers, AdamW for the rest'
+    )
+    momentum: Annotated[float, Field(ge=0, lt=1)] = setting(
+        0.0, 'momentum of name = "sgd", per step; 0 keeps no state'
     )
     learning_rate: Annotated[float, Field(gt=0)] = setting(3e-3, "peak learning rate")
     muon_learning_rate: Annotated[float, Field(gt=0)] = setting(
@@ -197,6 +242,12 @@ class Checkpoint(Section):
         "auto",
         '"auto" takes the newest good checkpoint, "strict" stops if the newest is bad, '
         '"never" starts afresh and refuses a folder that holds checkpoints',
+    )
+    asynchronous: bool = setting(
+        False, "a save blocks the step only while tensors are copied; a thread writes them"
+    )
+    allow_batch_change: bool = setting(
+        False, "resume although the global batch or the curriculum is not that of the checkpoint"
     )
 
 
@@ -238,6 +289,57 @@ class Launch(Section):
     )
 
 
+class Slurm(Section):
+    """`xdist launch slurm`: the job it renders. One task a rank."""
+
+    nodes: Count = setting(1, "nodes of the job; ranks are spread evenly over them")
+    time_minutes: Count = setting(1440, "time limit of one job, minutes")
+    signal_s: Annotated[int, Field(ge=10)] = setting(
+        120, "seconds before the time limit at which the run saves, to be requeued"
+    )
+    requeue: bool = setting(True, "requeue the job after a save at the time limit, and resume")
+    partition: str = setting("", 'partition; "" is the cluster\'s default')
+    account: str = setting("", 'account; "" is the user\'s default')
+    gpus_per_task: Amount = setting(1, "cards of each rank; 0 trains on the CPU")
+    cpus_per_task: Count = setting(1, "CPU cores of each rank")
+    memory: str = setting("", 'memory of a node as Slurm writes it, e.g. "64G"; "" is the default')
+    interface: str = setting(
+        "", 'network interface of the rendezvous, e.g. "ib0"; "" is that of the first node\'s name'
+    )
+    modules: tuple[str, ...] = setting((), "environment modules to load, in order")
+    container: str = setting(
+        "", 'command put before each rank, e.g. "apptainer exec --nv image.sif"; "" for none'
+    )
+    options: tuple[str, ...] = setting(
+        (), 'further sbatch options, one an item, e.g. ["--qos=long", "--exclusive"]'
+    )
+
+
+class Ray(Section):
+    """`xdist launch ray`: one actor a rank, in a placement group."""
+
+    address: str = setting(
+        "", 'HOST:PORT of a running cluster; "" starts a private one on this host and ends it'
+    )
+    cpus_per_rank: Count = setting(1, "CPU cores of each actor")
+    gpus_per_rank: Amount = setting(0, "cards of each actor; 0 trains on the CPU")
+    prepare: bool = setting(
+        False, "prepare data.store from ray.sources as Ray tasks before training"
+    )
+    sources: tuple[str, ...] = setting((), "text files and folders that ray.prepare reads")
+    heartbeat_s: Annotated[float, Field(gt=0)] = setting(
+        10.0, "silence after which an actor or its node counts as lost, seconds"
+    )
+
+
+class Mpi(Section):
+    """`xdist launch mpi`: ranks started by mpirun."""
+
+    program: str = setting("mpirun", "mpirun to use, a name or a path")
+    hosts: tuple[str, ...] = setting((), 'hosts with their slots, e.g. ["n0:4", "n1:4"]')
+    options: tuple[str, ...] = setting((), "further options of mpirun, one an item")
+
+
 class Config(Section):
     """A whole run. Every section may be left out."""
 
@@ -246,12 +348,16 @@ class Config(Section):
     parallel: Parallel = setting(Parallel(), "")
     data: Data = setting(Data(), "")
     train: Train = setting(Train(), "")
+    engine: Engine = setting(Engine(), "")
     optimizer: Optimizer = setting(Optimizer(), "")
     checkpoint: Checkpoint = setting(Checkpoint(), "")
     evaluate: Evaluate = setting(Evaluate(), "")
     certify: Certify = setting(Certify(), "")
     log: Log = setting(Log(), "")
     launch: Launch = setting(Launch(), "")
+    slurm: Slurm = setting(Slurm(), "")
+    ray: Ray = setting(Ray(), "")
+    mpi: Mpi = setting(Mpi(), "")
 
     @model_validator(mode="after")
     def _cross_checks(self, info: ValidationInfo) -> Config:

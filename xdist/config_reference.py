@@ -46,7 +46,9 @@ def _kind(annotation: Any, metadata: Any) -> str:
         if isinstance(item, MinLen):
             limits.append(f"at least {item.min_length}")
     arguments = get_args(annotation)
-    if arguments and all(isinstance(argument, str) for argument in arguments):
+    if getattr(annotation, "__origin__", None) is dict:
+        text = "table"
+    elif arguments and all(isinstance(argument, str) for argument in arguments):
         text = " or ".join(f'`"{argument}"`' for argument in arguments)
     elif getattr(annotation, "__origin__", None) is tuple:
         inner = _kind(arguments[0], ())
