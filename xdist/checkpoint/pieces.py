@@ -1,4 +1,4 @@
-"""What an engine tells a checkpoint: the whole tensors (`Spec`) and the runs of them a rank holds (`Piece`).
+"""What an engine tells a checkpoint: whole tensors (`Spec`), and the runs a rank holds (`Piece`).
 
 Both speak of the *whole* tensor in row-major (C) order, never of an engine's layout. So a
 checkpoint that one engine wrote on any number of ranks is read by any other engine.
