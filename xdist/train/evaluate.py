@@ -9,7 +9,6 @@ from itertools import groupby
 from typing import Any
 
 import torch
-from torch import nn
 
 from xdist.comm.reduce import start_reduce
 from xdist.config import Config
@@ -17,6 +16,7 @@ from xdist.data import Request, TextStore, evaluation_windows
 from xdist.data.loader import read_batch
 from xdist.mesh import Mesh
 from xdist.train.agree import together
+from xdist.train.engines.protocol import Engine
 from xdist.train.feed import Shards, layout_of, place_of
 
 
@@ -40,7 +40,7 @@ class Evaluation:
 
 
 def evaluate(
-    config: Config, mesh: Mesh, module: nn.Module, store: TextStore, shards: Shards
+    config: Config, mesh: Mesh, engine: Engine, store: TextStore, shards: Shards
 ) -> Evaluation:
     """Evaluate the first `evaluate.tokens` of the held-out split in sequences of
     `evaluate.length`; the last one may be shorter. Sequences go to data ranks in turn.
@@ -49,6 +49,7 @@ def evaluate(
     """
     split = together(mesh, lambda: store.split(config.data.held_out))
     total, tokens = 0.0, 0
+    module = engine.module
     was_training = module.training
     module.eval()
     with torch.no_grad():
@@ -64,10 +65,9 @@ def evaluate(
                 batch = batch.without([0])
             count = torch.tensor([int((batch.labels >= 0).sum())], dtype=torch.float64)
             valid = int(start_reduce(count, mesh.parameter_group).wait())
-            device = next(module.parameters()).device
-            loss = module.loss(  # type: ignore[operator]
-                batch.tokens.to(device),
-                batch.labels.to(device),
+            loss = engine.loss(
+                batch.tokens.to(mesh.device),
+                batch.labels.to(mesh.device),
                 shards.of(batch),
                 valid_tokens=valid,
             )

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 
 from xdist.errors import PeerLost, XdistError
-from xdist.train.engine import Engine
+from xdist.mesh import Mesh
+from xdist.train.agree import share_json_rows
+from xdist.train.engines.protocol import Engine
 from xdist.train.record import STATUS, Record, read_json, replace
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
@@ -48,18 +50,32 @@ def record_failure(error: BaseException, record: Record, step: int) -> None:
     )
 
 
-def dump_diagnosis(record: Record, engine: Engine, facts: dict[str, Any]) -> pathlib.Path:
-    """Write diagnosis.json: `facts`, and the size of each parameter. Rank 0 writes."""
+def dump_diagnosis(
+    record: Record, mesh: Mesh, engine: Engine, facts: dict[str, Any]
+) -> pathlib.Path:
+    """Write diagnosis.json: `facts`, and the size of each parameter. All ranks call, 0 writes."""
     path = record.directory / "diagnosis.json"
+    names = [f"model/{name}" for name, _ in engine.module.named_parameters()]
+    held = engine.pieces()
+    mine = {name: _size_of(held[name].values) for name in names if name in held}
+    told = share_json_rows(mine, mesh)
     if record.rank == 0:
+        shapes = engine.specs()
         parameters = {
-            name: {
-                "shape": list(p.shape),
-                "largest": float(p.detach().abs().max()) if p.numel() else 0.0,
-                "not_finite": int((~torch.isfinite(p.detach())).sum()),
+            name.removeprefix("model/"): {
+                "shape": list(shapes[name].shape),
+                # A NaN in any part is shown, whatever the order of the ranks.
+                "largest": float(torch.tensor([r[name][0] for r in told if name in r]).max()),
+                "not_finite": sum(rank[name][1] for rank in told if name in rank),
             }
-            for name, p in engine.module.named_parameters()
+            for name in names
         }
         text = json.dumps({**facts, "parameters": parameters}, indent=1)
         replace(path, text + "\n")
     return path
+
+
+def _size_of(values: torch.Tensor) -> tuple[float, int]:
+    """The largest absolute value (0 of none), and how many are not finite."""
+    largest = float(values.abs().max()) if values.numel() else 0.0
+    return largest, int((~torch.isfinite(values)).sum())

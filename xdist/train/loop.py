@@ -27,7 +27,8 @@ from xdist.memory.allocator import keep_small_blocks
 from xdist.mesh import Mesh, init_mesh
 from xdist.train import setup
 from xdist.train.agree import share_json_rows, together
-from xdist.train.engine import Engine, PlainEngine
+from xdist.train.engines.build import build_engine
+from xdist.train.engines.protocol import Engine
 from xdist.train.evaluate import Evaluation, evaluate
 from xdist.train.failures import dump_diagnosis, record_failure
 from xdist.train.feed import Feed, Shards, StepBatch, tokens_of
@@ -103,7 +104,7 @@ class Loop:
         self.store = together(mesh, lambda: TextStore(config.data.store))
         torch.manual_seed(config.run.seed)
         module = parts.build(config).to(mesh.device)
-        self.engine: Engine = PlainEngine(module, config.optimizer, mesh)
+        self.engine: Engine = build_engine(config, module, mesh)
         self.position, notes = resume(record, config, mesh, self.engine, self.store.identity)
         self.shards = Shards(mesh)
         self.bad = BadSamples(config.data.max_bad)
@@ -250,7 +251,7 @@ class Loop:
         total = 0.0
         device = self.mesh.device
         for micro in batch.micro:
-            loss = self.engine.module.loss(  # type: ignore[operator]
+            loss = self.engine.loss(
                 micro.tokens.to(device),
                 micro.labels.to(device),
                 self.shards.of(micro),
@@ -283,7 +284,7 @@ class Loop:
     def _give_up(self, why: str) -> None:
         count, step = self.position.skipped_in_row, self.position.step + 1
         facts = {"step": step, "why": why, "losses": [str(loss) for loss in self._losses]}
-        path = dump_diagnosis(self.record, self.engine, facts)
+        path = dump_diagnosis(self.record, self.mesh, self.engine, facts)
         error = NumericsError(
             f"{count} steps in a row were not finite; the last is step {step}",
             f"{why}; train.max_skipped is {self.config.train.max_skipped}",
@@ -307,7 +308,7 @@ class Loop:
     def evaluate(self) -> Evaluation:
         """Evaluate now and write a line with `eval`."""
         began = time.perf_counter()
-        result = evaluate(self.config, self.mesh, self.engine.module, self.store, self.shards)
+        result = evaluate(self.config, self.mesh, self.engine, self.store, self.shards)
         elapsed = time.perf_counter() - began
         step = self.position.step
         self.record.metrics({"step": step, "eval": {**result.line(), "seconds": elapsed}})

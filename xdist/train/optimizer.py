@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from xdist.checkpoint.pieces import Spec
 from xdist.config import Optimizer
 from xdist.errors import CheckpointError, ConfigError
 from xdist.train.muon import Muon
@@ -94,23 +96,35 @@ def state_tensors(module: nn.Module, optimizers: list[torch.optim.Optimizer]) ->
     return tensors
 
 
-def load_state_tensors(
-    module: nn.Module, optimizers: list[torch.optim.Optimizer], tensors: dict[str, Tensor]
-) -> None:
-    """Put back what `state_tensors` gave. Raises CheckpointError on a missing or alien entry."""
-    check_same_names(state_tensors(module, optimizers), tensors, "optimizer state")
+def state_specs(module: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Spec]:
+    """What `state_tensors` gives, by name, without making it."""
+    specs: dict[str, Spec] = {}
     for name, parameter, optimizer in _held(module, optimizers):
-        state: dict[str, Any] = {
-            kept: tensors[f"{kept}/{name}"].to(parameter.device, parameter.dtype).clone()
-            for kept in KEPT[type(optimizer)]
-        }
+        for kept in KEPT[type(optimizer)]:
+            specs[f"{kept}/{name}"] = Spec(tuple(parameter.shape), parameter.dtype)
         if isinstance(optimizer, torch.optim.AdamW):
-            # The fused update reads it on the parameter's device.
-            state["step"] = tensors[f"updates/{name}"].to(parameter.device, copy=True)
-        optimizer.state[parameter] = state
+            specs[f"updates/{name}"] = Spec((), torch.float32)
+    return specs
 
 
-def check_same_names(wanted: dict[str, Tensor], found: dict[str, Tensor], what: str) -> None:
+def put_state(
+    module: nn.Module, optimizers: list[torch.optim.Optimizer], name: str, values: Tensor
+) -> None:
+    """Put back one entry of what `state_tensors` gave; `values` has its shape, on any device."""
+    kept, _, of = name.partition("/")
+    held = {n: (p, optimizer) for n, p, optimizer in _held(module, optimizers)}
+    parameter, optimizer = held[of]
+    state = optimizer.state[parameter]
+    if kept == "updates":
+        # The fused update reads it on the parameter's device.
+        state["step"] = values.to(parameter.device, copy=True)
+    else:
+        state[kept] = values.to(parameter.device, parameter.dtype, copy=True)
+
+
+def check_same_names(
+    wanted: Mapping[str, Tensor | Spec], found: Mapping[str, Tensor | Spec], what: str
+) -> None:
     """Raise CheckpointError unless both hold the same names, shapes and dtypes."""
     missing = sorted(wanted.keys() - found.keys())
     alien = sorted(found.keys() - wanted.keys())

@@ -6,6 +6,9 @@ import dataclasses
 import pathlib
 from typing import Any, cast
 
+import torch
+from torch import Tensor
+
 from xdist.checkpoint import Loaded, Outcome, Saver, clean_stale, load_latest
 from xdist.checkpoint.manifest import MAX_JSON_BYTES
 from xdist.config import Config
@@ -13,7 +16,7 @@ from xdist.data import require_same_data
 from xdist.errors import ConfigError
 from xdist.mesh import Mesh
 from xdist.train.agree import share_json, share_tensor, together
-from xdist.train.engine import Engine
+from xdist.train.engines.protocol import Engine
 from xdist.train.optimizer import check_same_names
 from xdist.train.record import Record
 
@@ -74,7 +77,8 @@ def save_state(
     def write() -> None:
         nonlocal outcome
         if mesh.world_rank == 0:
-            outcome = saver.save(position.step, engine.tensors(), state)
+            held = {n: p.values.view(p.shape) for n, p in engine.pieces().items()}
+            outcome = saver.save(position.step, held, state)
             if outcome.fatal and outcome.error is not None:
                 raise outcome.error
 
@@ -98,12 +102,14 @@ def resume(
     head = cast("dict[str, Any] | None", share_json(head, mesh))
     if head is None:
         return Position(), ["fresh start: no checkpoint in " + str(record.checkpoints)]
-    tensors = engine.tensors()
-    if loaded is not None:
-        tensors = {
-            name: loaded.tensors[name].to(like.device, like.dtype) for name, like in tensors.items()
-        }
-    engine.load({name: share_tensor(t, mesh) for name, t in sorted(tensors.items())})
+    specs = engine.specs()
+
+    def read(name: str) -> Tensor:
+        spec = specs[name]
+        mine = loaded.tensors[name] if loaded else torch.empty(spec.shape, dtype=spec.dtype)
+        return share_tensor(mine.to(mesh.device), mesh).cpu()
+
+    engine.load(read)
     record.last_checkpoint = head["path"]
     state = head["state"]
     fields = [field.name for field in dataclasses.fields(Position)]
@@ -145,8 +151,8 @@ def _read(
     if mesh.world_rank != 0:
         return None
     clean_stale(record.checkpoints)
-    wanted = engine.tensors()
-    held = sum(tensor.nbytes for tensor in wanted.values())
+    wanted = engine.specs()
+    held = sum(spec.count * spec.dtype.itemsize for spec in wanted.values())
     loaded = load_latest(
         record.checkpoints,
         resume=config.checkpoint.resume,

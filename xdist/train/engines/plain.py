@@ -1,52 +1,28 @@
-"""What the loop asks of the thing that owns parameters, gradients and the optimizer."""
+"""Whole parameters on every rank.
+
+What is sharded: nothing. What moves: one reduce of all gradients over data x sequence ranks
+(`xdist.reduce_gradients`). What is saved: parameters, gradients and optimizer state, whole on
+every rank. What must divide what: nothing.
+"""
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from xdist.checkpoint.pieces import Piece, Spec
 from xdist.config import Optimizer
 from xdist.mesh import Mesh
+from xdist.train.engines.protocol import Read
 from xdist.train.gradients import clip_grad_norm, gradient_norms, reduce_gradients
-from xdist.train.optimizer import (
-    build_optimizers,
-    check_same_names,
-    load_state_tensors,
-    state_tensors,
-)
-
-
-class Engine(Protocol):
-    """One optimizer step is: backward once per micro-step, then finish, then update or drop."""
-
-    module: nn.Module
-
-    def backward(self, loss: Tensor) -> None:
-        """Add the gradients of this rank's part of `loss`."""
-
-    def finish(self) -> float:
-        """Bring the gradients together and clip them; the global norm before clipping."""
-
-    def update(self, learning_rate: float) -> None:
-        """Change the parameters; the gradients are gone afterwards."""
-
-    def drop(self) -> None:
-        """Forget the gradients, change nothing."""
-
-    def bad_parameter(self) -> str:
-        """The first parameter whose own part, on this rank, was not finite in `finish`, or ""."""
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Parameters, buffers and optimizer state by name, for a checkpoint."""
-
-    def load(self, tensors: dict[str, Tensor]) -> None:
-        """Put `tensors` back. Raises CheckpointError when names or shapes do not fit."""
+from xdist.train.optimizer import build_optimizers, put_state, state_specs, state_tensors
 
 
 class PlainEngine:
-    """Whole parameters on every rank; gradients are summed over data x sequence in one reduce."""
+    """Gradients are summed over data x sequence in one reduce; every rank makes the same update."""
 
     def __init__(self, module: nn.Module, settings: Optimizer, mesh: Mesh) -> None:
         self.module = module
@@ -54,6 +30,13 @@ class PlainEngine:
         self._clip_norm = settings.clip_norm
         self._optimizers = build_optimizers(module, settings)
         self._parts: list[tuple[str, Tensor]] = []
+
+    def loss(self, tokens: Tensor, labels: Tensor, shard: Any, *, valid_tokens: int) -> Tensor:
+        """`module.loss` itself."""
+        loss: Tensor = self.module.loss(  # type: ignore[operator]
+            tokens, labels, shard, valid_tokens=valid_tokens
+        )
+        return loss
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of this rank's terms (their sum over ranks is the gradient)."""
@@ -84,19 +67,38 @@ class PlainEngine:
         """The first parameter whose part of the gradient on this rank was not finite, or ""."""
         return next((name for name, norm in self._parts if not torch.isfinite(norm)), "")
 
-    def tensors(self) -> dict[str, Tensor]:
+    def specs(self) -> dict[str, Spec]:
         """`model/NAME` for parameters and buffers, `optimizer/...` for the optimizer state."""
+        model = {
+            f"model/{n}": Spec(tuple(t.shape), t.dtype) for n, t in self.module.state_dict().items()
+        }
+        state = state_specs(self.module, self._optimizers)
+        return model | {f"optimizer/{name}": spec for name, spec in state.items()}
+
+    def pieces(self) -> dict[str, Piece]:
+        """Everything on rank 0, nothing on the others: they hold the same."""
+        if self._mesh.world_rank != 0:
+            return {}
+        return {
+            name: Piece(tuple(t.shape), 0, t.reshape(-1)) for name, t in self._tensors().items()
+        }
+
+    def load(self, read: Read) -> None:
+        """Copy parameters in place and replace the optimizer state."""
+        model = {f"model/{n}": t for n, t in self.module.state_dict().items()}
+        for name in sorted(self.specs()):
+            values = read(name)
+            if name in model:
+                model[name].copy_(values)
+            else:
+                kept = name.removeprefix("optimizer/")
+                put_state(self.module, self._optimizers, kept, values)
+
+    def replicated(self) -> Iterable[tuple[str, Tensor]]:
+        """Everything a checkpoint holds."""
+        return self._tensors().items()
+
+    def _tensors(self) -> dict[str, Tensor]:
         model = {f"model/{n}": t.detach() for n, t in self.module.state_dict().items()}
         state = state_tensors(self.module, self._optimizers)
         return model | {f"optimizer/{name}": tensor for name, tensor in state.items()}
-
-    def load(self, tensors: dict[str, Tensor]) -> None:
-        """Copy parameters in place and replace the optimizer state."""
-        model = _under("model/", tensors)
-        check_same_names(self.module.state_dict(), model, "model")
-        self.module.load_state_dict(model)
-        load_state_tensors(self.module, self._optimizers, _under("optimizer/", tensors))
-
-
-def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
