@@ -9,13 +9,14 @@ export PYTHONUNBUFFERED := 1
 # mkdocs-material advertises another tool at each build.
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: help store quickstart test test-slow check docs bench gpu clean
+.PHONY: help store quickstart test test-slow slurm-deps check docs bench gpu clean
 
 help:
 	@echo "make quickstart  prepare text, certify, then train one sequence of 1,048,576 bytes on 2 ranks"
 	@echo "make store       only the token store that quickstart and bench read"
 	@echo "make test        the tests (within 15 minutes on 2 cores)"
 	@echo "make test-slow   the long tests (within 35 minutes)"
+	@echo "make slurm-deps  Slurm, munge and shellcheck for the tests, by apt-get; nothing if present"
 	@echo "make check       lint, format, types, docs build"
 	@echo "make docs        build the site into site/"
 	@echo "make bench       measure; JSON and tables into docs/benchmarks/"
@@ -56,7 +57,22 @@ quickstart: store
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest --durations=15
 
-test-slow: $(VENV)/.installed-dev
+# Debian's packages. Their daemons need not run: the tests start private ones in a folder.
+SLURM_PACKAGES := slurm-wlm munge shellcheck
+SLURM_PROGRAMS := munged slurmctld slurmd sbatch srun scontrol shellcheck
+slurm-deps:
+	@PATH="$$PATH:/usr/sbin:/sbin"; missing=""; \
+	for program in $(SLURM_PROGRAMS); do \
+	  command -v $$program >/dev/null || missing="$$missing $$program"; done; \
+	[ -n "$$missing" ] || exit 0; \
+	command -v apt-get >/dev/null || { \
+	  echo "not installed:$$missing; apt-get is not here: install $(SLURM_PACKAGES) by hand"; exit 3; }; \
+	sudo=""; [ "$$(id -u)" = 0 ] || sudo="sudo"; \
+	echo "not installed:$$missing; running: $$sudo apt-get install $(SLURM_PACKAGES)"; \
+	$$sudo apt-get update -q && $$sudo env DEBIAN_FRONTEND=noninteractive \
+	  apt-get install -q -y --no-install-recommends $(SLURM_PACKAGES)
+
+test-slow: $(VENV)/.installed-dev slurm-deps
 	$(BIN)/python -m pytest -m "slow and not gpu" --durations=15 --timeout=1500
 
 check: $(VENV)/.installed-dev

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 import pytest
 
+from tests.launchers.slurm_cluster import SlurmCluster
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PATHS = ":".join(str(ROOT / folder) for folder in (".", "kernels", "launchers"))
 
@@ -112,3 +114,10 @@ def launch(tmp_path: pathlib.Path) -> Iterator[Callable[..., Launch]]:
         if item.process.poll() is None:
             os.killpg(item.process.pid, signal.SIGKILL)
         item.process.communicate()
+
+
+@pytest.fixture(scope="session")
+def slurm() -> Iterator[SlurmCluster]:
+    """A private Slurm of two nodes with 8 CPUs each, for the session; tests cancel their jobs."""
+    with SlurmCluster() as cluster:
+        yield cluster
