@@ -58,6 +58,10 @@ class LaunchError(XdistError):
     exit_code = 3
 
 
+class PortError(LaunchError):
+    """The port on which the ranks were to meet is taken; another one may be tried."""
+
+
 class CheckpointError(XdistError):
     """A checkpoint that cannot be written, trusted or found."""
 

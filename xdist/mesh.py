@@ -121,28 +121,37 @@ def init_mesh(
     ulysses: int = 1,
     device: torch.device | str | None = None,
     timeout_s: float = 600,
+    join_timeout_s: float | None = None,
+    settings: str = "",
 ) -> Mesh:
     """The mesh of this job: `data` x `ring` x `ulysses` ranks.
 
     `data=None` is world / (ring x ulysses). Without torchrun's variables the world is one rank.
     An initialised process group is used, never replaced; a second call with the same degrees gives
     an equal mesh. `device=None` is this rank's CUDA card if the machine has one, else the CPU;
-    CUDA uses NCCL, the CPU gloo. `timeout_s` (seconds) bounds meeting and every later move.
+    CUDA uses NCCL, the CPU gloo. `timeout_s` (seconds) bounds every move, `join_timeout_s` meeting
+    (None: the same). `settings`, one `key = value` a line, must be equal on all ranks.
 
     Raises:
         GeometryError: the product of the degrees is not the world.
-        LaunchError: the launcher's variables contradict each other, or the ranks do not meet.
+        LaunchError: the launcher's variables contradict each other, the ranks do not meet, or one
+            of them is of another job or has other settings.
     """
     variables = read_rank()
     initialised = collectives.is_initialised()
-    rank, world = variables.rank, variables.world_size
-    if initialised:
-        rank, world = collectives.world_rank_and_size()
+    world = collectives.world_rank_and_size()[1] if initialised else variables.world_size
     sizes = _degrees(world, data, ring, ulysses)
     chosen = _device(device, variables.local_rank)
     if not initialised and world > 1:
         backend = _backend(chosen, variables)
-        collectives.initialise(backend, rank, world, timeout_s=timeout_s, device=chosen)
+        collectives.initialise(
+            backend,
+            variables,
+            settings=settings,
+            timeout_s=timeout_s,
+            join_timeout_s=timeout_s if join_timeout_s is None else join_timeout_s,
+            device=chosen,
+        )
     elif initialised:
         collectives.sign_in()
     return _build(sizes, chosen, None)

@@ -1,6 +1,7 @@
 """Which rank this process is: the only reader of the launcher's variables.
 
 RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT mean what torchrun means by them.
+XDIST_NONCE is what the launchers of xdist draw for each job.
 """
 
 from __future__ import annotations
@@ -12,11 +13,15 @@ from dataclasses import dataclass
 from xdist.errors import LaunchError
 
 _NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+NONCE = "XDIST_NONCE"
 
 
 @dataclass(frozen=True)
 class RankVariables:
-    """What the launcher said. One process started by hand is rank 0 of a world of one."""
+    """What the launcher said. One process started by hand is rank 0 of a world of one.
+
+    `agent_store`: torchrun's agent already holds the store at master_addr and master_port.
+    """
 
     rank: int = 0
     world_size: int = 1
@@ -24,6 +29,13 @@ class RankVariables:
     local_world_size: int = 1
     master_addr: str = ""
     master_port: int = 0
+    nonce: str = ""
+    agent_store: bool = False
+
+    @property
+    def on_loopback(self) -> bool:
+        """Whether the ranks meet on an address that no other host can reach."""
+        return is_loopback(self.master_addr)
 
 
 def read_rank(environ: Mapping[str, str] | None = None) -> RankVariables:
@@ -32,11 +44,8 @@ def read_rank(environ: Mapping[str, str] | None = None) -> RankVariables:
     Raises:
         LaunchError: a variable is no integer, is out of range, or is missing beside the others.
     """
-    seen = {
-        name: value
-        for name in _NAMES
-        if (value := (os.environ if environ is None else environ).get(name))
-    }
+    given = os.environ if environ is None else environ
+    seen = {name: value for name in _NAMES if (value := given.get(name))}
     if "RANK" not in seen and "WORLD_SIZE" not in seen:
         return RankVariables()
     if "RANK" not in seen or "WORLD_SIZE" not in seen:
@@ -60,7 +69,21 @@ def read_rank(environ: Mapping[str, str] | None = None) -> RankVariables:
     port = _integer("MASTER_PORT", seen)
     if not 0 < port < 65536:
         raise _contradiction(f"MASTER_PORT={port} is not a port (1 to 65535)", seen)
-    return RankVariables(rank, world, local_rank, local_world, seen["MASTER_ADDR"], port)
+    return RankVariables(
+        rank,
+        world,
+        local_rank,
+        local_world,
+        seen["MASTER_ADDR"],
+        port,
+        given.get(NONCE, ""),
+        given.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+    )
+
+
+def is_loopback(address: str) -> bool:
+    """Whether an address, as it is written, means this very host."""
+    return address in ("localhost", "::1") or address.startswith("127.")
 
 
 def _integer(name: str, seen: Mapping[str, str]) -> int:

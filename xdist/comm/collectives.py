@@ -6,6 +6,8 @@ padded, and the operations used (isend, irecv) have kept their names from torch 
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -17,11 +19,12 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from xdist.comm import faults
+from xdist.comm import faults, join, sockets
 from xdist.comm.keep import recorded, replayed
 from xdist.comm.ledger import CONTROL, record
 from xdist.comm.pending import Pending
 from xdist.errors import LaunchError, ShapeError
+from xdist.rank import RankVariables
 
 Shape = tuple[int, ...]
 
@@ -207,28 +210,76 @@ def world() -> ProcessGroup | None:
 
 
 def initialise(
-    backend: str, rank: int, world_size: int, *, timeout_s: float, device: torch.device
+    backend: str,
+    variables: RankVariables,
+    *,
+    settings: str,
+    timeout_s: float,
+    join_timeout_s: float,
+    device: torch.device,
 ) -> None:
-    """Make the default process group from torchrun's variables.
+    """Make the default process group from the launcher's variables.
+
+    `settings` is compared between the ranks. `join_timeout_s` (seconds) bounds meeting,
+    `timeout_s` every later move. Ranks that meet on the loopback interface stay on it.
 
     Raises:
-        LaunchError: the ranks did not meet within `timeout_s` seconds, or the address is bad.
+        PortError: the port is taken.
+        LaunchError: the ranks did not meet in time, are not of one job, or the address is bad.
     """
+    rank, world_size = variables.rank, variables.world_size
+    if variables.on_loopback:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
     try:
+        store = _meeting_place(variables, join_timeout_s)
+        ticket = join.Ticket(variables.nonce, settings, world_size)
+        hosts = join.join(store, rank, ticket, timeout_s=join_timeout_s)
+        if rank == 0 and len(set(hosts)) > 1:
+            print(
+                f"xdist: {len(set(hosts))} hosts; c10d is unauthenticated: use a private network",
+                file=sys.stderr,
+            )
         dist.init_process_group(
             backend,
+            store=store,
             rank=rank,
             world_size=world_size,
             timeout=timedelta(seconds=timeout_s),
             device_id=device if backend == "nccl" else None,
         )
-    except (RuntimeError, ValueError, TimeoutError) as error:
+    except (RuntimeError, ValueError, OSError) as error:
         raise LaunchError(
             f"rank {rank} of {world_size} could not meet the other ranks",
-            f"backend {backend}, waited at most {timeout_s:.0f} s: {str(error).splitlines()[0]}",
+            f"backend {backend}, waited at most {join_timeout_s:.0f} s at "
+            f"{variables.master_addr} port {variables.master_port}: {str(error).splitlines()[0]}",
             "check that every rank was started and that MASTER_ADDR and MASTER_PORT are reachable",
         ) from error
     sign_in()
+
+
+def _meeting_place(variables: RankVariables, timeout_s: float) -> dist.Store:
+    """The store where the ranks meet; rank 0 makes it, on MASTER_ADDR alone."""
+    timeout = timedelta(seconds=timeout_s)
+    if variables.agent_store:
+        # torchrun's own store, under the keys of this attempt.
+        meeting = dist.rendezvous(
+            "env://", rank=variables.rank, world_size=variables.world_size, timeout=timeout
+        )
+        store, _, _ = next(iter(meeting))
+        return store
+    address, port = variables.master_addr, variables.master_port
+    # torch would listen on every interface; a socket that is bound already stays where it is.
+    listener = sockets.listen(address, port).detach() if variables.rank == 0 else None
+    return dist.TCPStore(
+        address,
+        port,
+        variables.world_size,
+        is_master=variables.rank == 0,
+        timeout=timeout,
+        wait_for_workers=False,
+        master_listen_fd=listener,
+    )
 
 
 def sign_in() -> None:

@@ -69,6 +69,8 @@ def run(config: Config, *, build: BuildModel | None = None, on_point: OnPoint = 
             ring=config.parallel.ring,
             ulysses=config.parallel.ulysses,
             timeout_s=config.train.step_timeout_s,
+            join_timeout_s=config.launch.init_timeout_s,
+            settings=setup.settings_lines(config),
         )
         with Stop() as stop:
             # The plan knows the models of xdist; there is none for a model of the caller's.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import platform
 import socket
 from importlib.metadata import PackageNotFoundError, version
@@ -30,6 +31,16 @@ class Plan:
 def rank_of_process() -> int:
     """This process's rank, known before any process group is there."""
     return read_rank().rank
+
+
+def settings_lines(config: Config) -> str:
+    """Every setting as a line `section.key = value`, for ranks to compare."""
+    tree = config.model_dump(mode="json")
+    return "".join(
+        f"{section}.{key} = {json.dumps(value)}\n"
+        for section, values in tree.items()
+        for key, value in values.items()
+    )
 
 
 def build_model(config: Config) -> nn.Module:
