@@ -41,7 +41,8 @@ def rank_of(group: ProcessGroup | None) -> int:
 
 @dataclass(frozen=True)
 class _Buffers:
-    """What the transfers read and write; gloo has no CUDA send, so it gets host copies."""
+    """What the transfers read and write; gloo has no CUDA send, so it gets host copies. The meta
+    device has no transfers: it gets host memory that nobody touches."""
 
     sends: dict[int, Tensor]
     receives: dict[int, Tensor]
@@ -76,10 +77,10 @@ def start_pairs(
         return Pending.done({**tape.take(move), **kept})
     sent = {r: t.detach().contiguous() for r, t in sends.items() if r != me and t.numel()}
     arriving = {r: spec for r, spec in receives.items() if r != me}
-    staged = device.type == "cuda" and _backend(group) == "gloo"
+    staged = device.type == "meta" or (device.type == "cuda" and _backend(group) == "gloo")
     where = torch.device("cpu") if staged else device
     buffers = _Buffers(
-        {r: t.to(where) for r, t in sent.items()},
+        {r: _on(where, t) for r, t in sent.items()},
         {
             r: torch.empty(shape, dtype=dtype, device=where)
             for r, (shape, dtype) in arriving.items()
@@ -103,12 +104,19 @@ def start_pairs(
                 work.wait()
         got = buffers.receives
         if buffers.device is not None:
-            got = {r: t.to(buffers.device) for r, t in got.items()}
+            got = {r: _on(buffers.device, t) for r, t in got.items()}
         if place is not None:
             place.update(got)
         return {**got, **kept}
 
     return Pending(finish)
+
+
+def _on(device: torch.device, tensor: Tensor) -> Tensor:
+    """`tensor` on `device`; of the meta device, which holds no values, only the shape."""
+    if "meta" in (device.type, tensor.device.type):
+        return torch.empty_like(tensor, device=device)
+    return tensor.to(device)
 
 
 def _post(buffers: _Buffers, group: ProcessGroup) -> list[dist.Work]:
@@ -160,6 +168,8 @@ def exchange_integers(
     mine = torch.tensor(list(values), dtype=torch.int64)
     if group is None:
         return [tuple(values)]
+    if _backend(group) == "fake":
+        return [tuple(values)] * size_of(group)
     if _backend(group) != "gloo":
         mine = mine.to(device or torch.device("cuda", torch.cuda.current_device()))
     others = [r for r in range(size_of(group)) if r != rank_of(group)]
@@ -280,6 +290,32 @@ def _meeting_place(variables: RankVariables, timeout_s: float) -> dist.Store:
         wait_for_workers=False,
         master_listen_fd=listener,
     )
+
+
+@contextmanager
+def fake_world(rank: int, world_size: int) -> Iterator[None]:
+    """This process as `rank` of `world_size` ranks that do not exist, by torch's fake group.
+
+    Exchanges are posted and end at once; what is received has its shape and no meaning, and
+    `exchange_integers` answers as if every rank had sent this one's values.
+
+    Raises:
+        LaunchError: there is a process group already.
+    """
+    if is_initialised():
+        raise LaunchError(
+            "a world of ranks that do not exist cannot be made beside a real one",
+            f"this process is rank {dist.get_rank()} of {dist.get_world_size()}",
+            "run it in a process of its own, before any mesh is made",
+        )
+    # Importing it registers the backend "fake" (torch 2.11 to 2.15).
+    import torch.testing._internal.distributed.fake_pg  # noqa: F401
+
+    dist.init_process_group("fake", rank=rank, world_size=world_size, store=dist.HashStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def sign_in() -> None:
