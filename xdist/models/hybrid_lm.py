@@ -22,7 +22,7 @@ from xdist.memory.loss import TiledCrossEntropy, count_valid, sum_of_ranks
 from xdist.memory.stream import Sweep
 from xdist.memory.tiles import tiles_of
 from xdist.nn import Block, NGramEmbedding, RMSNorm, build_mixer
-from xdist.nn.stack import StreamedStack, stack_parameters
+from xdist.nn.stack import stream
 
 PRECISIONS = {
     "float32": torch.float32,
@@ -97,12 +97,12 @@ class HybridLM(nn.Module):
         return list(self.layers)  # type: ignore[arg-type]
 
     def hidden(self, tokens: Tensor, shard: Any = None, *, owned: bool = False) -> Tensor:
-        """Hidden states before the last norm, [B, n, C]; owned: as in `StreamedStack`."""
+        """Hidden states before the last norm, [B, n, C]; owned: as in `stream`."""
         exchange = exchange_of(shard, tokens)
         reach = max(self.config.conv_width - 1, self.embedding.context, 1)
         per_tile = max(self.tile_tokens // max(tokens.shape[0], 1), reach)
         sweep = Sweep(exchange, tiles_of(exchange.segments, per_tile))
-        return StreamedStack.apply(self, sweep, tokens, owned, *stack_parameters(self))
+        return stream(self, sweep, tokens, owned=owned)
 
     def forward(self, tokens: Tensor, shard: Any = None) -> Tensor:
         """Logits [B, n, vocab] in the dtype of the parameters."""

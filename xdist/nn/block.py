@@ -1,7 +1,7 @@
 """One block of a model: `h = x + mixer(norm(x)); out = h + mlp(norm(h))`.
 
-A block can be called like any module, or streamed over tiles through `begin`, which gives the
-explicit pass of its mixer. Both forms hold the same parameters and give the same numbers.
+A block can be called like any module, or streamed over tiles (nn/stack.py) through `begin`, which
+gives the explicit pass of its mixer. Both forms hold the same parameters and give the same numbers.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from xdist.nn.linear import GatedLinearAttention
 from xdist.nn.linear_pass import LinearParameters, LinearPass
 from xdist.nn.mlp import SquaredReLUMLP
 from xdist.nn.norm import RMSNorm
+from xdist.nn.stack import StreamedBlock, Streaming
 
 
 class Block(nn.Module):
-    """y = block(x, shard), [B, n, C] -> [B, n, C]."""
+    """y = block(x, shard), [B, n, C] -> [B, n, C]; with `streaming` over tiles instead."""
 
     def __init__(self, mixer: nn.Module, dim: int, hidden: int) -> None:
         super().__init__()
@@ -30,7 +31,12 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(dim)
         self.mlp = SquaredReLUMLP(dim, hidden)
 
-    def forward(self, x: Tensor, shard: Any = None) -> Tensor:
+    def forward(
+        self, x: Tensor, shard: Any = None, *, streaming: Streaming | None = None
+    ) -> Tensor:
+        if streaming is not None:
+            y: Tensor = StreamedBlock.apply(self, streaming, x, *self.stream_parameters())
+            return y
         h = x + self.mixer(self.norm(x), shard)
         return h + self.mlp(self.mlp_norm(h))
 

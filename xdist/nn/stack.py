@@ -1,4 +1,4 @@
-"""Embedding and blocks streamed over tiles as ONE autograd function: tokens -> hidden states.
+"""Embedding and blocks streamed over tiles, each as one autograd function: tokens -> hidden states.
 
 Kept for backward: the input of every block but the first ([B, n, C] each; the embedding is
 computed again), halos and states. A block's input is freed as soon as its backward is done.
@@ -6,14 +6,18 @@ computed again), halos and states. A block's input is freed as soon as its backw
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
 from xdist.memory.stream import Kept, Sweep
-from xdist.nn.block import Block
 from xdist.nn.embedding import EmbeddingPass, NGramEmbedding
+
+if TYPE_CHECKING:
+    from xdist.nn.block import Block
 
 
 class Stack(Protocol):
@@ -26,71 +30,107 @@ class Stack(Protocol):
     def blocks(self) -> list[Block]: ...
 
 
-def stack_parameters(stack: Stack) -> list[Tensor]:
-    """The parameters `StreamedStack.apply` takes after its first four arguments, in their order."""
-    found: list[Tensor] = [stack.embedding.tokens, stack.embedding.ngrams]
-    for block in stack.blocks:
-        found += block.stream_parameters()
-    return found
+@dataclass(frozen=True)
+class Streaming:
+    """How a block runs over tiles: `block(x, streaming=...)`.
+
+    dtype: of the matrix products. owned: nobody else reads the gradient of the output, so backward
+    may work in place in it. again: makes the block's input once more, which is then not kept.
+    """
+
+    sweep: Sweep
+    dtype: torch.dtype
+    owned: bool = True
+    again: Callable[[], Tensor] | None = None
 
 
-def _embed(stack: Stack, sweep: Sweep, symbols: Tensor, halo: list[Tensor]) -> Tensor:
-    like = stack.embedding.tokens
-    x = torch.empty(*symbols.shape, like.shape[1], dtype=like.dtype, device=like.device)
-    for tiles in sweep.segments:
-        for tile in tiles:
-            read = sweep.read(stack.embedding, symbols, halo, tile)
-            x[:, tile.start : tile.stop] = stack.embedding.embed(*read)
+def stream(stack: Stack, sweep: Sweep, tokens: Tensor, *, owned: bool = False) -> Tensor:
+    """Hidden states [B, n, C] of tokens int64 [B, n].
+
+    owned: the caller promises that nobody else reads the gradient of what is returned.
+    """
+    symbols = _Symbols(stack.embedding, sweep, tokens + 1)
+    table = stack.embedding
+    x: Tensor = StreamedEmbedding.apply(symbols, table.tokens, table.ngrams)
+    last = len(stack.blocks) - 1
+    for index, block in enumerate(stack.blocks):
+        again = symbols.embed if index == 0 else None
+        x = block(x, streaming=Streaming(sweep, stack.product_dtype, owned or index < last, again))
     return x
 
 
-class StreamedStack(torch.autograd.Function):
-    """hidden = StreamedStack.apply(stack, sweep, tokens, owned, *stack_parameters(stack)).
+class _Symbols:
+    """The symbols (token + 1) of a batch with those before each tile."""
 
-    tokens int64 [B, n]; hidden [B, n, C]. owned: the caller promises that nobody else reads the
-    gradient of hidden, so that backward may work in place in it.
+    def __init__(self, embedding: NGramEmbedding, sweep: Sweep, symbols: Tensor) -> None:
+        self.embedding, self.sweep, self.symbols = embedding, sweep, symbols
+        self.halo = sweep.exchange.halo(symbols, embedding.context)
+
+    def embed(self) -> Tensor:
+        """Their embedding, [B, n, C]."""
+        like = self.embedding.tokens
+        x = torch.empty(*self.symbols.shape, like.shape[1], dtype=like.dtype, device=like.device)
+        for tiles in self.sweep.segments:
+            for tile in tiles:
+                read = self.sweep.read(self.embedding, self.symbols, self.halo, tile)
+                x[:, tile.start : tile.stop] = self.embedding.embed(*read)
+        return x
+
+
+class StreamedEmbedding(torch.autograd.Function):
+    """x = StreamedEmbedding.apply(symbols, tokens table, n-gram table)."""
+
+    @staticmethod
+    def forward(ctx: Any, symbols: _Symbols, *tables: Tensor) -> Tensor:
+        ctx.symbols = symbols
+        return symbols.embed()
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor) -> tuple[Any, ...]:
+        held: _Symbols = ctx.symbols
+        tables = EmbeddingPass(held.embedding)
+        for tiles in held.sweep.segments:
+            for tile in tiles:
+                symbols, cuts = held.sweep.read(held.embedding, held.symbols, held.halo, tile)
+                tables.backward(symbols, cuts, dx[:, tile.start : tile.stop])
+        return None, tables.dtokens, tables.dngrams
+
+
+class StreamedBlock(torch.autograd.Function):
+    """y = StreamedBlock.apply(block, streaming, x, *block.stream_parameters()), [B, n, C].
+
+    The parameters are read from the block both times, so that whatever gathers them before a
+    backward pass may have let them go in between.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, stack: Stack, sweep: Sweep, tokens: Tensor, owned: bool, *parameters: Tensor
+        ctx: Any, block: Block, streaming: Streaming, x: Tensor, *parameters: Tensor
     ) -> Tensor:
-        symbols = tokens + 1
-        halo = sweep.exchange.halo(symbols, stack.embedding.context)
-        x = _embed(stack, sweep, symbols, halo)
-        keep = any(ctx.needs_input_grad)
-        kept: list[tuple[Tensor | None, Kept]] = []
-        for index, block in enumerate(stack.blocks):
-            layer: Any = block.begin(stack.product_dtype)
-            run = sweep.recurrent_forward if block.recurrent else sweep.windowed_forward
-            out, rest = run(layer, x)
-            if keep:
-                kept.append((x if index else None, rest))
-            x = out
-        ctx.stack, ctx.sweep, ctx.owned = stack, sweep, owned
-        ctx.symbols, ctx.halo, ctx.kept = symbols, halo, kept
-        return x
+        layer: Any = block.begin(streaming.dtype)
+        sweep = streaming.sweep
+        run = sweep.recurrent_forward if block.recurrent else sweep.windowed_forward
+        out, rest = run(layer, x)
+        ctx.block, ctx.streaming = block, streaming
+        ctx.kept = (None if streaming.again else x.detach(), rest)
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        stack, sweep, kept = ctx.stack, ctx.sweep, ctx.kept
+        block: Block = ctx.block
+        streaming: Streaming = ctx.streaming
+        kept: tuple[Tensor | None, Kept] | None = ctx.kept
         if kept is None:
             raise RuntimeError("backward was called twice: a streamed model keeps nothing for it")
         ctx.kept = None
-        dx = grad if ctx.owned and grad.is_contiguous() else grad.clone()
-        gradients: list[Tensor] = []
-        for block in reversed(stack.blocks):
-            x, rest = kept.pop()
-            if x is None:
-                x = _embed(stack, sweep, ctx.symbols, ctx.halo)
-            layer: Any = block.begin(stack.product_dtype)
-            back = sweep.recurrent_backward if block.recurrent else sweep.windowed_backward
-            back(layer, x, rest, dx)
-            del x
-            gradients = [*layer.gradients(), *gradients]
-        tables = EmbeddingPass(stack.embedding)
-        for tiles in sweep.segments:
-            for tile in tiles:
-                symbols, cuts = sweep.read(stack.embedding, ctx.symbols, ctx.halo, tile)
-                tables.backward(symbols, cuts, dx[:, tile.start : tile.stop])
-        return (None, None, None, None, tables.dtokens, tables.dngrams, *gradients)
+        x, rest = kept
+        del kept
+        if x is None:
+            assert streaming.again is not None
+            x = streaming.again()
+        dx = grad if streaming.owned and grad.is_contiguous() else grad.clone()
+        layer: Any = block.begin(streaming.dtype)
+        sweep = streaming.sweep
+        back = sweep.recurrent_backward if block.recurrent else sweep.windowed_backward
+        back(layer, x, rest, dx)
+        return None, None, dx, *layer.gradients()
