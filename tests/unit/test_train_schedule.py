@@ -15,6 +15,7 @@ from xdist.train.optimizer import (
     put_state,
     state_specs,
     state_tensors,
+    trained,
 )
 from xdist.train.schedule import learning_rate
 
@@ -81,26 +82,26 @@ def test_each_parameter_has_one_optimizer_and_tables_do_not_decay(name: str) -> 
     assert by_name["matrix"][1] is (Muon if name == "muon" else torch.optim.AdamW)
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("name", ["adamw", "muon", "sgd"])
 def test_the_state_goes_out_and_in_to_the_bit(name: str) -> None:
-    settings = Optimizer(name=name)
+    settings = Optimizer(name=name, momentum=0.9 if name == "sgd" else 0.0)
     one, other = Small(), Small()
     first, second = build_optimizers(one, settings), build_optimizers(other, settings)
     _step(one, first, 0)
     _step(one, first, 1)
     other.load_state_dict(one.state_dict())
-    saved = state_tensors(one, first)
-    check_same_names(state_specs(other, second), saved, "optimizer state")
+    saved = state_tensors(trained(one), first)
+    check_same_names(state_specs(trained(other), second), saved, "optimizer state")
     for key, values in saved.items():
-        put_state(other, second, key, values)
+        put_state(trained(other), second, key, values)
     _step(one, first, 2)
     _step(other, second, 2)
     for a, b in zip(one.parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b)
-    wrong = state_tensors(one, first)
+    wrong = state_tensors(trained(one), first)
     wrong.pop(sorted(wrong)[0])
     with pytest.raises(CheckpointError, match="1 missing"):
-        check_same_names(state_specs(other, second), wrong, "optimizer state")
+        check_same_names(state_specs(trained(other), second), wrong, "optimizer state")
 
 
 def test_the_first_update_is_that_of_plain_adamw() -> None:
@@ -111,6 +112,27 @@ def test_the_first_update_is_that_of_plain_adamw() -> None:
     gradient = module.matrix.grad.double()
     wanted = before * (1 - 0.01 * 0.1) - 0.01 * gradient / (gradient.abs() + 1e-6)
     assert torch.allclose(module.matrix.double(), wanted, rtol=0, atol=1e-6)
+
+
+def test_sgd_keeps_momentum_of_the_gradient_alone() -> None:
+    """Two steps by hand: the decay acts on the parameter, not through the momentum."""
+    module = Small()
+    settings = Optimizer(name="sgd", momentum=0.5, learning_rate=0.01, weight_decay=0.1)
+    (optimizer,) = build_optimizers(module, settings)
+    wanted, momentum = module.matrix.detach().clone(), torch.zeros_like(module.matrix)
+    for seed in range(2):
+        _step(module, [optimizer], seed)
+        momentum = 0.5 * momentum + module.matrix.grad
+        wanted = wanted * (1 - 0.01 * 0.1) - 0.01 * momentum
+    assert torch.allclose(module.matrix, wanted, rtol=0, atol=1e-6)
+
+
+def test_sgd_without_momentum_keeps_nothing() -> None:
+    module = Small()
+    optimizers = build_optimizers(module, Optimizer(name="sgd"))
+    _step(module, optimizers, 0)
+    assert state_tensors(trained(module), optimizers) == {}
+    assert not optimizers[0].state
 
 
 @pytest.mark.parametrize("shape", [(6, 6), (8, 3), (3, 8)])

@@ -1,4 +1,4 @@
-"""AdamW, or Muon for the matrices of layers, over replicated parameters; their state by name."""
+"""AdamW, SGD, or Muon for the matrices of layers, over named parameters; their state by name."""
 
 from __future__ import annotations
 
@@ -12,19 +12,36 @@ from xdist.checkpoint.pieces import Spec
 from xdist.config import Optimizer
 from xdist.errors import CheckpointError, ConfigError
 from xdist.train.muon import Muon
+from xdist.train.sgd import Sgd
 
-# What each optimizer keeps of a parameter, beside AdamW's count of updates.
-KEPT = {torch.optim.AdamW: ("exp_avg", "exp_avg_sq"), Muon: ("momentum",)}
+Named = Mapping[str, nn.Parameter]
 
 
-def build_optimizers(module: nn.Module, settings: Optimizer) -> list[torch.optim.Optimizer]:
+def kept_by(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
+    """The tensors an optimizer keeps of a parameter, each of its shape."""
+    if isinstance(optimizer, Sgd):
+        return ("momentum",) if optimizer.momentum else ()
+    return ("momentum",) if isinstance(optimizer, Muon) else ("exp_avg", "exp_avg_sq")
+
+
+def trained(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that learn, by name."""
+    return {name: p for name, p in module.named_parameters() if p.requires_grad}
+
+
+def build_optimizers(
+    module: nn.Module, settings: Optimizer, named: Named | None = None
+) -> list[torch.optim.Optimizer]:
     """The optimizers that together hold every trained parameter of `module` once.
 
-    AdamW is that of Loshchilov and Hutter 2019 (decoupled weight decay). With the name "muon" the
-    parameters that the model calls "hidden" go to Muon instead. Matrices decay; tables of which a
-    batch touches few rows, norm weights, biases and per-head constants do not. Moments have the
-    dtype of the parameters, which stay float32 (float64) in every precision. Each group holds
-    `rate`, its learning rate over that of the schedule.
+    AdamW is that of Loshchilov and Hutter 2019 (decoupled weight decay); SGD decays the same way.
+    With the name "muon" the parameters that the model calls "hidden" go to Muon instead. Matrices
+    decay; tables of which a batch touches few rows, norm weights, biases and per-head constants do
+    not. Moments have the dtype of the parameters, which stay float32 (float64) in every precision.
+    Each group holds `rate`, its learning rate over that of the schedule.
+
+    named: what stands for each parameter (None: the module's own), such as this rank's part of it,
+    with the same number of dims.
 
     Raises ConfigError for "muon" and a model without `parameter_roles`.
     """
@@ -37,32 +54,39 @@ def build_optimizers(module: nn.Module, settings: Optimizer) -> list[torch.optim
             "add that method to the model, or set optimizer.name=adamw",
         )
     hidden, decayed, plain = [], [], []
-    for name, parameter in _trained(module):
+    for name, parameter in (trained(module) if named is None else named).items():
         if muon and roles[name] == "hidden":
             hidden.append(parameter)
         elif parameter.ndim >= 2 and roles[name] != "table":
             decayed.append(parameter)
         else:
             plain.append(parameter)
-    found: list[torch.optim.Optimizer] = []
-    if decayed or plain:
-        groups = [
-            {"params": decayed, "weight_decay": settings.weight_decay, "rate": 1.0},
-            {"params": plain, "weight_decay": 0.0, "rate": 1.0},
-        ]
-        found.append(
-            torch.optim.AdamW(
-                [group for group in groups if group["params"]],
-                lr=settings.learning_rate,
-                betas=settings.betas,
-                eps=settings.eps,
-                fused=True,
-            )
-        )
+    groups = [
+        {"params": decayed, "weight_decay": settings.weight_decay, "rate": 1.0},
+        {"params": plain, "weight_decay": 0.0, "rate": 1.0},
+    ]
+    found = [_of_groups([group for group in groups if group["params"]], settings)]
     if hidden:
         rate = settings.muon_learning_rate / settings.learning_rate
         found.append(Muon(hidden, rate=rate, weight_decay=settings.weight_decay))
-    return found
+    return [optimizer for optimizer in found if optimizer is not None]
+
+
+def _of_groups(groups: list[dict[str, Any]], settings: Optimizer) -> torch.optim.Optimizer | None:
+    if not groups:
+        return None
+    if settings.name == "sgd":
+        return Sgd(groups, lr=settings.learning_rate, momentum=settings.momentum)
+    return torch.optim.AdamW(
+        groups, lr=settings.learning_rate, betas=settings.betas, eps=settings.eps, fused=True
+    )
+
+
+def set_rates(optimizers: list[torch.optim.Optimizer], learning_rate: float) -> None:
+    """Give every group its learning rate: that of the schedule times the group's `rate`."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * group["rate"]
 
 
 def parameter_roles(module: nn.Module) -> dict[str, str]:
@@ -79,28 +103,29 @@ def parameter_roles(module: nn.Module) -> dict[str, str]:
     }
 
 
-def state_tensors(module: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
+def state_tensors(named: Named, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
     """The state as `{"exp_avg/NAME": [shape of NAME], "momentum/NAME": ..., "updates/NAME": []}`.
 
     Names are those of the parameters, so the state survives another grouping, another number of
     ranks and another engine. Before the first update it is zeros.
     """
     tensors: dict[str, Tensor] = {}
-    for name, parameter, optimizer in _held(module, optimizers):
+    for name, parameter, optimizer in _held(named, optimizers):
         state: dict[str, Any] = optimizer.state.get(parameter, {})
-        for kept in KEPT[type(optimizer)]:
-            tensors[f"{kept}/{name}"] = state.get(kept, torch.zeros_like(parameter)).detach()
+        for kept in kept_by(optimizer):
+            found = state[kept] if kept in state else torch.zeros_like(parameter)
+            tensors[f"{kept}/{name}"] = found.detach()
         if isinstance(optimizer, torch.optim.AdamW):
             updates = state.get("step", torch.zeros((), dtype=torch.float32))
             tensors[f"updates/{name}"] = updates.detach().cpu()
     return tensors
 
 
-def state_specs(module: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Spec]:
+def state_specs(named: Named, optimizers: list[torch.optim.Optimizer]) -> dict[str, Spec]:
     """What `state_tensors` gives, by name, without making it."""
     specs: dict[str, Spec] = {}
-    for name, parameter, optimizer in _held(module, optimizers):
-        for kept in KEPT[type(optimizer)]:
+    for name, parameter, optimizer in _held(named, optimizers):
+        for kept in kept_by(optimizer):
             specs[f"{kept}/{name}"] = Spec(tuple(parameter.shape), parameter.dtype)
         if isinstance(optimizer, torch.optim.AdamW):
             specs[f"updates/{name}"] = Spec((), torch.float32)
@@ -108,13 +133,12 @@ def state_specs(module: nn.Module, optimizers: list[torch.optim.Optimizer]) -> d
 
 
 def put_state(
-    module: nn.Module, optimizers: list[torch.optim.Optimizer], name: str, values: Tensor
+    named: Named, optimizers: list[torch.optim.Optimizer], name: str, values: Tensor
 ) -> None:
     """Put back one entry of what `state_tensors` gave; `values` has its shape, on any device."""
     kept, _, of = name.partition("/")
-    held = {n: (p, optimizer) for n, p, optimizer in _held(module, optimizers)}
-    parameter, optimizer = held[of]
-    state = optimizer.state[parameter]
+    parameter = named[of]
+    state = _owners(optimizers)[id(parameter)].state[parameter]
     if kept == "updates":
         # The fused update reads it on the parameter's device.
         state["step"] = values.to(parameter.device, copy=True)
@@ -145,18 +169,19 @@ def check_same_names(
         )
 
 
-def _trained(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    return [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-
-
-def _held(
-    module: nn.Module, optimizers: list[torch.optim.Optimizer]
-) -> list[tuple[str, nn.Parameter, torch.optim.Optimizer]]:
-    """Each trained parameter with the optimizer that holds it."""
-    owner = {
+def _owners(optimizers: list[torch.optim.Optimizer]) -> dict[int, torch.optim.Optimizer]:
+    """The optimizer that holds each parameter, by the parameter's id."""
+    return {
         id(parameter): optimizer
         for optimizer in optimizers
         for group in optimizer.param_groups
         for parameter in group["params"]
     }
-    return [(name, p, owner[id(p)]) for name, p in _trained(module)]
+
+
+def _held(
+    named: Named, optimizers: list[torch.optim.Optimizer]
+) -> list[tuple[str, nn.Parameter, torch.optim.Optimizer]]:
+    """Each trained parameter with the optimizer that holds it."""
+    owner = _owners(optimizers)
+    return [(name, p, owner[id(p)]) for name, p in named.items()]

@@ -18,7 +18,14 @@ from xdist.config import Optimizer
 from xdist.mesh import Mesh
 from xdist.train.engines.protocol import Read
 from xdist.train.gradients import clip_grad_norm, gradient_norms, reduce_gradients
-from xdist.train.optimizer import build_optimizers, put_state, state_specs, state_tensors
+from xdist.train.optimizer import (
+    build_optimizers,
+    put_state,
+    set_rates,
+    state_specs,
+    state_tensors,
+    trained,
+)
 
 
 class PlainEngine:
@@ -28,6 +35,7 @@ class PlainEngine:
         self.module = module
         self._mesh = mesh
         self._clip_norm = settings.clip_norm
+        self._trained = trained(module)
         self._optimizers = build_optimizers(module, settings)
         self._parts: list[tuple[str, Tensor]] = []
 
@@ -53,9 +61,8 @@ class PlainEngine:
 
     def update(self, learning_rate: float) -> None:
         """One step of every optimizer, the same on every rank."""
+        set_rates(self._optimizers, learning_rate)
         for optimizer in self._optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate * group["rate"]
             optimizer.step()
         self.drop()
 
@@ -72,7 +79,7 @@ class PlainEngine:
         model = {
             f"model/{n}": Spec(tuple(t.shape), t.dtype) for n, t in self.module.state_dict().items()
         }
-        state = state_specs(self.module, self._optimizers)
+        state = state_specs(self._trained, self._optimizers)
         return model | {f"optimizer/{name}": spec for name, spec in state.items()}
 
     def pieces(self) -> dict[str, Piece]:
@@ -92,7 +99,7 @@ class PlainEngine:
                 model[name].copy_(values)
             else:
                 kept = name.removeprefix("optimizer/")
-                put_state(self.module, self._optimizers, kept, values)
+                put_state(self._trained, self._optimizers, kept, values)
 
     def replicated(self) -> Iterable[tuple[str, Tensor]]:
         """Everything a checkpoint holds."""
@@ -100,5 +107,5 @@ class PlainEngine:
 
     def _tensors(self) -> dict[str, Tensor]:
         model = {f"model/{n}": t.detach() for n, t in self.module.state_dict().items()}
-        state = state_tensors(self.module, self._optimizers)
+        state = state_tensors(self._trained, self._optimizers)
         return model | {f"optimizer/{name}": tensor for name, tensor in state.items()}
