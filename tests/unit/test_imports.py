@@ -47,6 +47,7 @@ ORDER = (
     ("train",),
     ("testing",),
     ("certify",),
+    ("dry_run",),
     ("xdist_launchers",),
 )
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}

@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 from xdist.plan.result import Memory, Plan, StagePlan
-from xdist.plan.step import pass_bytes, peak_memory, plan, rank_bytes, step_bytes
+from xdist.plan.step import (
+    pass_bytes,
+    peak_memory,
+    plan,
+    rank_bytes,
+    step_bytes,
+    step_memory,
+    step_moves,
+)
 
 __all__ = [
     "Memory",
@@ -14,4 +22,6 @@ __all__ = [
     "plan",
     "rank_bytes",
     "step_bytes",
+    "step_memory",
+    "step_moves",
 ]

@@ -22,6 +22,11 @@ class Memory:
     transients: int  # the largest working set of one tile, and the gradient of one activation
 
     @property
+    def tensors_bytes(self) -> int:
+        """What tensors hold in forward and backward."""
+        return self.parameters + self.gradients + self.kept + self.transients
+
+    @property
     def peak_bytes(self) -> int:
         """The sum of all parts."""
         return sum(getattr(self, part.name) for part in fields(self))

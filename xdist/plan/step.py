@@ -51,12 +51,12 @@ def rank_bytes(
     documents: the `cu_seqlens` of each micro-step on this data rank; None where documents are
     joined.
     """
-    return _sent(_step_moves(config, stage, rank, documents))
+    return _sent(step_moves(config, stage, rank, documents))
 
 
 def peak_memory(config: Config, stage: Stage) -> list[int]:
     """Predicted peak memory of each rank in one step of a stage, bytes."""
-    return [_memory(config, stage, rank).peak_bytes for rank in range(config.ranks)]
+    return [step_memory(config, stage, rank).peak_bytes for rank in range(config.ranks)]
 
 
 def pass_bytes(
@@ -123,24 +123,32 @@ def _stage(config: Config, stage: Stage) -> StagePlan:
         length=stage.length,
         batch=stage.batch,
         steps=stage.steps,
-        moves=[_step_moves(config, stage, rank) for rank in ranks],
-        memory=[_memory(config, stage, rank) for rank in ranks],
+        moves=[step_moves(config, stage, rank) for rank in ranks],
+        memory=[step_memory(config, stage, rank) for rank in ranks],
         # Forward, its recomputation in each tile, and backward, which is twice forward.
         flops=[4 * per_token * count for count in tokens],
     )
 
 
-def _step_moves(
+def step_moves(
     config: Config,
     stage: Stage,
     rank: int,
     documents: Sequence[Sequence[int] | None] | None = None,
+    *,
+    engine: bool = True,
 ) -> Moves:
+    """What world rank `rank` sends and receives in one optimizer step, by move of xdist.
+
+    documents: as in `rank_bytes`; engine: whether moves that the engine makes through xdist are
+    part of it.
+    """
     parts, ranks = config.parallel.sequence_ranks, config.ranks
     model = Streamed.of(config.model)
     layout = layout_of(config, stage.length, parts)
     reduced = reduce_bytes(STEP_NUMBERS, ranks, rank, SUM_BYTES)
-    reduced += reduce_bytes(parameter_count(config), ranks, rank, model.element_bytes)
+    if engine:
+        reduced += engine_moves(config, rank)
     total: Moves = {"reduce": reduced}
     rows = stage.batch // config.data_degree
     for cut in documents or [JOINED] * config.train.accumulation:
@@ -152,7 +160,16 @@ def _step_moves(
     return {name: moved for name, moved in total.items() if any(moved)}
 
 
-def _memory(config: Config, stage: Stage, rank: int) -> Memory:
+def engine_moves(config: Config, rank: int) -> Moved:
+    """What the engine itself sums by xdist's reduce in one step: the plain one all gradients."""
+    if config.engine.name != "plain":
+        return Moved()
+    width = Streamed.of(config.model).element_bytes
+    return reduce_bytes(parameter_count(config), config.ranks, rank, width)
+
+
+def step_memory(config: Config, stage: Stage, rank: int) -> Memory:
+    """Predicted memory of world rank `rank` in one step of a stage, part by part."""
     rows = stage.batch // config.data_degree
     return memory_of(config, parameter_count(config), rows, _share(config, stage, rank))
 
