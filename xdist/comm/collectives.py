@@ -23,6 +23,7 @@ from xdist.comm import faults, join, sockets
 from xdist.comm.keep import recorded, replayed
 from xdist.comm.ledger import CONTROL, record
 from xdist.comm.pending import Pending
+from xdist.comm.recorder import RECORDER
 from xdist.errors import LaunchError, ShapeError
 from xdist.rank import RankVariables
 
@@ -87,8 +88,15 @@ def start_pairs(
         },
         device if staged else None,
     )
+    noted, send_tags, receive_tags = RECORDER.begin(
+        move,
+        group,
+        lambda: dist.get_process_group_ranks(group),
+        {r: (tuple(t.shape), str(t.dtype)) for r, t in buffers.sends.items()},
+        {r: (tuple(t.shape), str(t.dtype)) for r, t in buffers.receives.items() if t.numel()},
+    )
     with _naming_lost_peers(move, group):
-        works = _post(buffers, group)
+        works = _post(buffers, group, send_tags, receive_tags)
     record(
         move,
         sum(t.nbytes for t in buffers.sends.values()),
@@ -99,9 +107,11 @@ def start_pairs(
     place = tape.reserve(move) if tape is not None and move != CONTROL else None
 
     def finish() -> dict[int, Tensor]:
+        RECORDER.wait(noted)
         with _naming_lost_peers(move, group):
             for work in works:
                 work.wait()
+        RECORDER.end(noted)
         got = buffers.receives
         if buffers.device is not None:
             got = {r: _on(buffers.device, t) for r, t in got.items()}
@@ -119,18 +129,25 @@ def _on(device: torch.device, tensor: Tensor) -> Tensor:
     return tensor.to(device)
 
 
-def _post(buffers: _Buffers, group: ProcessGroup) -> list[dist.Work]:
+def _post(
+    buffers: _Buffers,
+    group: ProcessGroup,
+    send_tags: Mapping[int, int],
+    receive_tags: Mapping[int, int],
+) -> list[dist.Work]:
+    # By their tags, messages of calls that differ do not meet (gloo; NCCL has none): a rank then
+    # waits, and is told, where it would go on with half a message.
     # Nearest rank first, so that no rank is everybody's first target. Receives go first: gloo
     # then writes arriving bytes straight into their buffer.
     size, me = size_of(group), rank_of(group)
     order = [(me + step) % size for step in range(1, size)]
     transfers = [
-        dist.P2POp(dist.irecv, buffers.receives[r], group=group, group_peer=r)
+        dist.P2POp(dist.irecv, buffers.receives[r], group=group, group_peer=r, tag=receive_tags[r])
         for r in reversed(order)
         if r in buffers.receives and buffers.receives[r].numel()
     ]
     transfers += [
-        dist.P2POp(dist.isend, buffers.sends[r], group=group, group_peer=r)
+        dist.P2POp(dist.isend, buffers.sends[r], group=group, group_peer=r, tag=send_tags[r])
         for r in order
         if r in buffers.sends
     ]
@@ -151,6 +168,7 @@ def _naming_lost_peers(move: str, group: ProcessGroup) -> Iterator[None]:
             dist.get_world_size(),
             dist.get_process_group_ranks(group),
             _store_host(store),
+            RECORDER.moves(),
         )
         raise faults.peer_lost(error, move, scene) from error
 

@@ -1,12 +1,14 @@
 """From a broken connection to PeerLost with a name: which rank was lost, on which host.
 
-At start every rank signs host and process into the store. After an error each survivor writes that
-it saw one. The lost rank is one whose process is gone from this host, else one that left its group
-on purpose, else one of the group that wrote nothing. Knows only a key-value store, no torch.
+At start every rank signs host and process into the store. After an error each survivor writes its
+last moves there; where they contradict each other, no rank is lost: their calls differ. The lost
+rank is one whose process is gone from this host, else one that left its group on purpose, else one
+of the group that wrote nothing. Knows only a key-value store, no torch.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import socket
@@ -16,11 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from xdist.errors import PeerLost
+from xdist.comm.recorder import Move, mismatch, move_from
+from xdist.errors import DesyncError, PeerLost
 
 # How long a rank that is alive gets to write that it saw the error too.
 ANSWER_S = 2.0
 _POLL_S = 0.05
+_TOLD_MOVES = 16  # of a rank, to the others
 _BROKEN = re.compile(
     r"closed by peer|connection (was )?(reset|refused|closed)|broken pipe|timed? ?out|socket"
     r"|(read|write) error|aborted|nccl|remote (process|worker)|peer .* (failed|lost)",
@@ -45,6 +49,7 @@ class Scene:
     world_size: int
     group: Sequence[int]
     store_host: str
+    moves: Sequence[Move] = ()
 
 
 def is_broken_connection(error: BaseException) -> bool:
@@ -63,16 +68,27 @@ def sign_out(store: Store, rank: int) -> None:
     store.set(f"xdist/left/{rank}", "1")
 
 
-def peer_lost(error: BaseException, move: str, scene: Scene) -> PeerLost:
-    """The PeerLost to raise for torch's `error` in `move`; takes up to about 2 s to find a name."""
+def peer_lost(error: BaseException, move: str, scene: Scene) -> PeerLost | DesyncError:
+    """What to raise for torch's `error` in `move`; takes up to about 2 s to find a name.
+
+    PeerLost, or DesyncError where every rank is there and they do not make the same moves.
+    """
     started = time.monotonic()
     try:
         rank, how = _find(scene, started)
+        differ = _contradiction(scene) if rank is None else ""
+        if differ:
+            return DesyncError(
+                "the ranks do not make the same moves: " + differ,
+                f"seen by rank {scene.me} of {scene.world_size} after {_first_line(error)}",
+                "look for a move that only some ranks make, or make with other shapes (a condition "
+                "on a rank's own data?)",
+            )
         host = _signature(scene.store, rank)[0] if rank is not None else ""
     except (RuntimeError, OSError):
         # Rank 0 holds the store; a store nobody can reach says that rank 0 is gone.
         rank, how, host = 0, "the store it holds is gone", scene.store_host
-    detail = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    detail = _first_line(error)
     who = "a rank" if rank is None else f"rank {rank} on {host or 'an unknown host'}"
     return PeerLost(
         f"{who} was lost during {move}: {how}",
@@ -86,9 +102,26 @@ def peer_lost(error: BaseException, move: str, scene: Scene) -> PeerLost:
     )
 
 
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def _contradiction(scene: Scene) -> str:
+    """How the last moves of the group's ranks contradict each other, "" where they do not."""
+    told = {}
+    for rank in scene.group:
+        if not scene.store.check([f"xdist/fault/{rank}"]):
+            continue
+        moves = json.loads(scene.store.get(f"xdist/fault/{rank}"))
+        told[rank] = [move_from(fields) for fields in moves]
+    return mismatch(told)
+
+
 def _find(scene: Scene, started: float) -> tuple[int | None, str]:
     store = scene.store
-    store.set(f"xdist/fault/{scene.me}", "1")
+    last = [move.fields() for move in scene.moves[-_TOLD_MOVES:]]
+    store.set(f"xdist/fault/{scene.me}", json.dumps(last))
     others = [rank for rank in range(scene.world_size) if rank != scene.me]
     found: tuple[int | None, str] | None = None
     while found is None:
