@@ -222,7 +222,7 @@ def launch_local(
     """Start every rank on this host and watch over them."""
 
     def body() -> int:
-        from xdist_launchers import local
+        from xdist_launchers import environment, local
         from xdist_launchers.job import local_job
 
         settings = _with_ranks(overrides, ranks)
@@ -234,6 +234,7 @@ def launch_local(
         if render:
             print(local.script(job), end="")
             return 0
+        environment.check_launcher("xdist launch local")
         return local.run(job)
 
     _guarded(body)

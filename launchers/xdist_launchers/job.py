@@ -101,7 +101,9 @@ def run_rank(path: str, overrides: Sequence[str], record: pathlib.Path | None) -
     rank, directory = 0, None
     try:
         from xdist.rank import read_rank
+        from xdist_launchers import environment
 
+        environment.check()
         here = read_rank()
         rank = here.rank
         config = load(path, overrides)

@@ -23,7 +23,15 @@ from xdist_launchers.doctor import memory_bytes
 from xdist_launchers.failure import Failure, read_failure
 from xdist_launchers.job import Job
 from xdist_launchers.processes import Child, adopt_orphans, children, kill_orphans, rss_bytes, stop
-from xdist_launchers.rank_env import LOOPBACK, common_env, free_port, rank_env, rendezvous_env
+from xdist_launchers.rank_env import (
+    LOOPBACK,
+    PORT_TRIES,
+    common_env,
+    free_port,
+    new_nonce,
+    rank_env,
+    rendezvous_env,
+)
 from xdist_launchers.run_state import Progress, replace_status, running_since
 
 PEER_GRACE_S = 3.0  # for the others to notice by themselves, and to say what they were doing
@@ -91,7 +99,7 @@ def run(job: Job) -> int:
     mine = children()
     adopt_orphans()
     with _Signals().caught() as signals:
-        restarts = 0
+        restarts, ports = 0, 1
         while True:
             progress = Progress(job.directory)
             watch = _attempt(job, signals, mine)
@@ -105,6 +113,10 @@ def run(job: Job) -> int:
             if not failed and len(watch.ended_at) == job.ranks:
                 return 0
             failure, trace = _first(job, watch, failed) if failed else (_absent(job, watch), "")
+            if ports < PORT_TRIES and (taken := port_taken(job)):
+                ports += 1
+                print(f"{taken}; trying another port ({ports} of {PORT_TRIES})", file=sys.stderr)
+                continue
             if failure.exit_code == 7 and restarts < job.max_restarts and progress.made():
                 restarts += 1
                 print(f"{failure.what}; restart {restarts} of {job.max_restarts}", file=sys.stderr)
@@ -114,16 +126,22 @@ def run(job: Job) -> int:
             return failure.exit_code
 
 
+def port_taken(job: Job) -> str:
+    """What rank 0 said when another process had taken its port since it was chosen; else ""."""
+    said = read_failure(job.error_file(0))
+    return said.what if said is not None and said.kind == "PortError" else ""
+
+
 def _attempt(job: Job, signals: _Signals, mine: set[int]) -> _Watch:
     """Start all ranks and return when all have ended; those that must be are ended."""
     (job.directory / "logs").mkdir(parents=True, exist_ok=True)
-    port = free_port()
+    meeting = rendezvous_env(LOOPBACK, free_port(), new_nonce())
     watch = _Watch([])
     try:
         for rank in range(job.ranks):
             job.error_file(rank).unlink(missing_ok=True)
             job.started_file(rank).unlink(missing_ok=True)
-            env = os.environ | _env(job, rank, port)
+            env = os.environ | _env(job, rank) | meeting
             command = [*job.command, str(job.error_file(rank))]
             if rank == 0:
                 watch.ranks.append(Child(command, env, None))
@@ -185,9 +203,9 @@ def _absent(job: Job, watch: _Watch) -> Failure:
     return Failure(rank, host, 3, "LaunchError", what, why, do, "", time.time())
 
 
-def _env(job: Job, rank: int, port: int) -> dict[str, str]:
+def _env(job: Job, rank: int) -> dict[str, str]:
     common = common_env(world_size=job.ranks, local_world_size=job.ranks, threads=job.threads)
-    return common | rendezvous_env(LOOPBACK, port) | rank_env(rank, rank)
+    return common | rank_env(rank, rank)
 
 
 def _first(job: Job, watch: _Watch, failed: list[int]) -> tuple[Failure, str]:
