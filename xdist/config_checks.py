@@ -269,7 +269,11 @@ def problems(config: Config) -> list[Problem]:
     shape = geometry(config)
     # The batch arithmetic needs degrees that multiply up.
     found = shape + ([] if shape else batches(config))
-    return found + model_shape(config) + strategies(config) + combinations(config)
+    # It builds on this module.
+    from xdist.config_deepspeed import engine_problems
+
+    found += model_shape(config) + strategies(config) + combinations(config)
+    return found + engine_problems(config)
 
 
 def world_problem(config: Config, world: int) -> Problem | None:
