@@ -198,9 +198,15 @@ def train(
     config: ConfigFile,
     overrides: Overrides = None,
     error_file: Annotated[pathlib.Path | None, typer.Option(hidden=True)] = None,
+    mpi: Annotated[
+        bool, typer.Option("--mpi", help="mpirun started this rank: ask MPI where to meet")
+    ] = False,
 ) -> None:
     """Train as one rank: alone, or started by a launcher."""
-    from xdist_launchers.job import run_rank
+    if mpi:
+        from xdist_launchers.mpi import run_rank
+    else:
+        from xdist_launchers.job import run_rank
 
     code = run_rank(config, overrides or [], error_file)
     if code:
@@ -236,6 +242,84 @@ def launch_local(
             return 0
         environment.check_launcher("xdist launch local")
         return local.run(job)
+
+    _guarded(body)
+
+
+@launch_app.command("mpi")
+def launch_mpi(
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="TOML file of the run")] = "",
+    overrides: Overrides = None,
+    ranks: Ranks = None,
+    render: Annotated[
+        bool, typer.Option("--print", help="print the mpirun command as a script; start nothing")
+    ] = False,
+) -> None:
+    """Start the ranks by mpirun, on one host or several."""
+
+    def body() -> int:
+        from xdist_launchers import environment, mpi, mpi_watch
+
+        settings = _with_ranks(overrides, ranks)
+        path = config
+        if "=" in config and not pathlib.Path(config).exists():
+            path, settings = "", [config, *settings]
+        job = mpi.mpi_job(path, settings, render=render)
+        if render:
+            print(mpi.script(job), end="")
+            return 0
+        environment.check_launcher("xdist launch mpi")
+        return mpi_watch.run(job)
+
+    _guarded(body)
+
+
+@launch_app.command("ray")
+def launch_ray(
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="TOML file of the run")] = "",
+    overrides: Overrides = None,
+    ranks: Ranks = None,
+    render: Annotated[
+        bool, typer.Option("--print", help="print what would be started; start nothing")
+    ] = False,
+    insecure: Annotated[
+        bool,
+        typer.Option("--insecure-ray", help="use a cluster although RAY_AUTH_MODE is not token"),
+    ] = False,
+) -> None:
+    """Start the ranks as Ray actors: on the cluster at ray.address, or on a private one."""
+
+    def body() -> int:
+        from xdist_launchers import environment, ray_driver, ray_script
+
+        settings = _with_ranks(overrides, ranks)
+        path = config
+        if "=" in config and not pathlib.Path(config).exists():
+            path, settings = "", [config, *settings]
+        resolved, job = ray_driver.ray_job(path, settings, render=render)
+        if render:
+            print(ray_script.script(resolved, job), end="")
+            return 0
+        environment.check_launcher("xdist launch ray")
+        return ray_driver.run(resolved, job, insecure=insecure)
+
+    _guarded(body)
+
+
+@launch_app.command("slurm")
+def launch_slurm(
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="TOML file of the run")] = "",
+    overrides: Overrides = None,
+    render: Annotated[
+        bool, typer.Option("--print", help="print the batch script and submit nothing")
+    ] = False,
+) -> None:
+    """Submit a job of Slurm, one task a rank; it saves before its time limit and is requeued."""
+
+    def body() -> None:
+        from xdist_launchers.slurm import launch
+
+        print(launch(config, overrides or [], render_only=render), end="")
 
     _guarded(body)
 
