@@ -6,10 +6,11 @@ segments and the one byte after each of them: labels are the next token by globa
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
@@ -235,6 +236,7 @@ class Loader:
         )
         self._stop = threading.Event()
         self._ready: queue.Queue[Batch | BaseException | None] = queue.Queue(max(prefetch, 1))
+        self._held: list[Batch | BaseException | None] = []  # at most one: what `next` gives
         self._thread: threading.Thread | None = None
         if prefetch:
             self._thread = threading.Thread(target=self._read_ahead, name="xdist-data", daemon=True)
@@ -252,17 +254,29 @@ class Loader:
     def __next__(self) -> Batch:
         if self._stop.is_set():
             raise StopIteration
-        began = time.monotonic()
-        try:
-            item = next(self._batches, None) if self._thread is None else self._ready.get()
-        finally:
-            self.waited_s += time.monotonic() - began
+        if not self.wait(lambda: False):
+            raise StopIteration
+        item = self._held.pop()
         if isinstance(item, Batch):
             return item
         self.close()
         if item is None:
             raise StopIteration
         raise item
+
+    def wait(self, give_up: Callable[[], bool]) -> bool:
+        """Wait until `next` need not wait; False when `give_up()` was true or the loader closed."""
+        began = time.monotonic()
+        while not self._held and not self._stop.is_set():
+            if self._thread is None:
+                self._held.append(next(self._batches, None))
+                break
+            with contextlib.suppress(queue.Empty):
+                self._held.append(self._ready.get(timeout=_POLL_S))
+            if not self._held and give_up():
+                break
+        self.waited_s += time.monotonic() - began
+        return bool(self._held)
 
     def close(self) -> None:
         """Stop reading ahead and wait for the thread. May be called twice."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import groupby
 from typing import Any
 
@@ -40,10 +40,16 @@ class Evaluation:
 
 
 def evaluate(
-    config: Config, mesh: Mesh, engine: Engine, store: TextStore, shards: Shards
-) -> Evaluation:
+    config: Config,
+    mesh: Mesh,
+    engine: Engine,
+    store: TextStore,
+    shards: Shards,
+    on_window: Callable[[], bool] = lambda: False,
+) -> Evaluation | None:
     """Evaluate the first `evaluate.tokens` of the held-out split in sequences of
     `evaluate.length`; the last one may be shorter. Sequences go to data ranks in turn.
+    `on_window` is called before each; where it is true on any rank, all return None.
 
     Raises DataError, the same on all ranks, when a chunk cannot be read on any.
     """
@@ -54,6 +60,7 @@ def evaluate(
     module.eval()
     with torch.no_grad():
         for request, filled in _requests(config, mesh, split.length):
+            stop = on_window()
             batch = together(
                 mesh,
                 lambda request=request: read_batch(  # type: ignore[misc]
@@ -63,8 +70,12 @@ def evaluate(
             # A data rank without a window of its own takes part in every move, with no label.
             if mesh.data_rank >= filled:
                 batch = batch.without([0])
-            count = torch.tensor([int((batch.labels >= 0).sum())], dtype=torch.float64)
-            valid = int(start_reduce(count, mesh.parameter_group).wait())
+            mine = [int((batch.labels >= 0).sum()), stop]
+            sums = start_reduce(torch.tensor(mine, dtype=torch.float64), mesh.parameter_group)
+            valid, stopping = map(int, sums.wait().tolist())
+            if stopping:
+                module.train(was_training)
+                return None
             loss = engine.loss(
                 batch.tokens.to(mesh.device),
                 batch.labels.to(mesh.device),

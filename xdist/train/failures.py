@@ -30,7 +30,8 @@ def record_failure(error: BaseException, record: Record, step: int) -> None:
     if getattr(error, "agreed", False) and record.rank != 0:
         return
     if isinstance(error, PeerLost):
-        if read_json(record.directory / STATUS).get("state") == "failed":
+        # Nor what one said that was told twice to stop, and left.
+        if read_json(record.directory / STATUS).get("state") in ("failed", "preempted"):
             return
         reason, code = str(error), error.exit_code
     elif isinstance(error, XdistError):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ class StepBatch:
     first_sample: int  # cursor of the step's first sample
     samples: int  # samples of the step, over all ranks
     error: DataError | None = None  # why this rank could not read its slices
+    given_up: bool = False  # this rank was asked to stop before its slices were read
 
     @property
     def valid_tokens(self) -> int:
@@ -71,15 +72,20 @@ class Feed:
             prefetch=config.data.prefetch,
         )
 
-    def next_step(self) -> StepBatch:
-        """The batches of the next optimizer step. A slice that cannot be read is no exception
-        here but `error`, because the other ranks have to hear of it first."""
+    def next_step(self, give_up: Callable[[], bool] = lambda: False) -> StepBatch:
+        """The batches of the next optimizer step; none once `give_up()` is true while they are
+        waited for. A slice that cannot be read is no exception here but `error`, because the
+        other ranks have to hear of it first."""
         stage = self._config.train.curriculum[stage_of(self._config, self._step)]
         first = samples_before(self._config, self._step)
         step = StepBatch([], first, stage.batch * self._config.train.accumulation)
         self._step += 1
         try:
-            step.micro = [next(self._loader) for _ in range(self._config.train.accumulation)]
+            for _ in range(self._config.train.accumulation):
+                if not self._loader.wait(give_up):
+                    step.micro, step.given_up = [], True
+                    break
+                step.micro.append(next(self._loader))
         except DataError as error:
             step.error = error
         return step

@@ -26,27 +26,35 @@ from xdist.errors import DataError, NumericsError
 from xdist.memory.allocator import keep_small_blocks
 from xdist.mesh import Mesh, init_mesh
 from xdist.train import setup
-from xdist.train.agree import share_json_rows, together
+from xdist.train.agree import share_json, share_json_rows, together
+from xdist.train.desync import check_equal
 from xdist.train.engines.build import build_engine
 from xdist.train.engines.protocol import Engine
 from xdist.train.evaluate import Evaluation, evaluate
 from xdist.train.failures import dump_diagnosis, record_failure
 from xdist.train.feed import Feed, Shards, StepBatch, tokens_of
+from xdist.train.guard import PREEMPTED, Guard, OnAbort, print_error
 from xdist.train.metrics import PeakMemory, StepMetrics, gather_numbers
 from xdist.train.progress import Progress, open_progress
 from xdist.train.record import Record
 from xdist.train.resume import resume, save_state, stage_of
 from xdist.train.schedule import learning_rate
-from xdist.train.stop import Stop
 from xdist.train.summary import finish_run
 from xdist.train.tensorboard import Board, open_board
 
-PREEMPTED = 75
+# Larger than any number of ranks.
+WITHOUT_DATA = 2.0**32
 
 BuildModel = Callable[[Config], nn.Module]
 
 
-def run(config: Config, *, build: BuildModel | None = None, on_point: OnPoint = ignore) -> int:
+def run(
+    config: Config,
+    *,
+    build: BuildModel | None = None,
+    on_point: OnPoint = ignore,
+    on_abort: OnAbort = print_error,
+) -> int:
     """Train as this rank of the run that `config` describes; the exit code is returned.
 
     Each rank of a run calls it, with torchrun's variables in its environment (none: one rank).
@@ -55,6 +63,9 @@ def run(config: Config, *, build: BuildModel | None = None, on_point: OnPoint = 
     `xdist.cross_entropy`: the global mean, whose backward is that of this rank's own terms.
     `on_point` is told of the named points of each step and save, for tests that cut a run there.
 
+    A rank that hangs ends the process of every rank, from the watchdog's thread, with exit code 7
+    (8: the ranks make different moves): `on_abort` gets the error before that.
+
     Returns 0 when the curriculum is done, 75 when a signal stopped it after saving. Raises an
     XdistError, whose `exit_code` the process should end with, after status.json was written.
     """
@@ -62,26 +73,32 @@ def run(config: Config, *, build: BuildModel | None = None, on_point: OnPoint = 
     # Tiles reuse their memory instead of asking the system for fresh pages; no effect elsewhere.
     keep_small_blocks()
     record = Record(config.run_directory, setup.rank_of_process())
+    guard = Guard(config, record, on_abort)
     loop: Loop | None = None
     try:
         mesh = init_mesh(
             data=config.parallel.data,
             ring=config.parallel.ring,
             ulysses=config.parallel.ulysses,
-            timeout_s=config.train.step_timeout_s,
+            timeout_s=guard.move_timeout_s,
             join_timeout_s=config.launch.init_timeout_s,
             settings=setup.settings_lines(config),
         )
-        with Stop() as stop:
-            # The plan knows the models of xdist; there is none for a model of the caller's.
-            plan = setup.planned if build is None else setup.no_plan
-            parts = Parts(build or setup.build_model, plan, on_point, stop)
-            loop = Loop(config, mesh, record, parts)
-            return loop.run()
-    except BaseException as error:
-        record_failure(error, record, loop.position.step if loop else 0)
-        raise
+        guard.open(mesh)
+        # The plan knows the models of xdist; there is none for a model of the caller's.
+        guard.planned = build is None
+        plan = setup.planned if guard.planned else setup.no_plan
+        parts = Parts(build or setup.build_model, plan, on_point, guard)
+        loop = Loop(config, mesh, record, parts)
+        return loop.run()
+    except BaseException as caught:
+        error = guard.understood(caught, loop.engine if loop else None)
+        record_failure(error, record, guard.step)
+        if error is caught:
+            raise
+        raise error from caught
     finally:
+        guard.close()
         if loop is not None:
             loop.close()
         record.close()
@@ -94,7 +111,7 @@ class Parts:
     build: BuildModel
     plan: Callable[[Config, int], setup.Plan]
     on_point: OnPoint
-    stop: Stop
+    guard: Guard
 
 
 class Loop:
@@ -102,12 +119,14 @@ class Loop:
 
     def __init__(self, config: Config, mesh: Mesh, record: Record, parts: Parts) -> None:
         self.config, self.mesh, self.record = config, mesh, record
-        self._stop, self._on_point = parts.stop, parts.on_point
+        self.guard, self._on_point = parts.guard, parts.on_point
         self.store = together(mesh, lambda: TextStore(config.data.store))
         torch.manual_seed(config.run.seed)
         module = parts.build(config).to(mesh.device)
         self.engine: Engine = build_engine(config, module, mesh)
         self.position, notes = resume(record, config, mesh, self.engine, self.store.identity)
+        self.guard.resumed(self.position.step)
+        notes += self.guard.notes
         self.shards = Shards(mesh)
         self.bad = BadSamples(config.data.max_bad)
         self.bad.count = self.position.bad_samples
@@ -136,52 +155,85 @@ class Loop:
         """All steps that are left, then the final save, evaluation and report."""
         self.record.status("running", self.position.step)
         total, every = self.config.train.total_steps, self.config.checkpoint.every_steps
-        saved = self.position.step
+        saved = before = self.position.step
+        if self._evaluation_is_missing() and self.evaluate() is None:
+            return self._preempted()
         while self.position.step < total:
             stopping = self.step()
             done = self.position.step
+            self.guard.step = done
             self.record_step_done()
             # Before the save: a checkpoint means that everything up to it is on record.
-            evaluations = self.config.evaluate.every_steps
-            if evaluations and done % evaluations == 0 and done < total:
-                self.evaluate()
-            if stopping or done == total or (every and done % every == 0):
+            if done > before and self._evaluates_after(done):
+                stopping = self.evaluate() is None or stopping
+            if (stopping or done == total or (every and done % every == 0)) and saved != done:
                 self.save()
                 saved = done
             if stopping:
-                self.record.status("preempted", done, exit_code=PREEMPTED, reason=self._stop.reason)
-                self.progress.say(f"stopped after step {done}: {self._stop.reason}")
-                return PREEMPTED
+                return self._preempted()
+            before = done
         if not self.record.last_checkpoint or saved != total:
             self.save()
         final = self.evaluate()
+        if final is None:
+            return self._preempted()
         finish_run(self.record, self.progress, self.store, self.config.data.held_out, final)
         self.record.status("finished", total, exit_code=0)
         self._on_point("train.finished")
         return 0
 
+    def _evaluates_after(self, step: int) -> bool:
+        every = self.config.evaluate.every_steps
+        return bool(every) and 0 < step < self.config.train.total_steps and step % every == 0
+
+    def _evaluation_is_missing(self) -> bool:
+        """Whether a signal cut the evaluation short that belongs before the next step."""
+        step = self.position.step
+        if not self._evaluates_after(step):
+            return False
+        return bool(share_json(not self.record.has_evaluation(step), self.mesh))
+
+    def _preempted(self) -> int:
+        step, reason = self.position.step, self.guard.stop.reason
+        self.record.status("preempted", step, exit_code=PREEMPTED, reason=reason)
+        self.progress.say(f"stopped after step {step}: {reason}")
+        return PREEMPTED
+
     def step(self) -> bool:
-        """One optimizer step; whether the run was asked to stop after it."""
+        """One optimizer step; whether the run was asked to stop after it.
+
+        A rank that is asked to stop while it waits for data ends the step before it began.
+        """
         began = time.perf_counter()
         self.memory.start()
-        self._on_point("train.step")
         number = self.position.step
+        self.guard.span("step", number + 1)
+        self.guard.enter("data")
+        self._on_point("train.step")
         index = stage_of(self.config, number)
         stage = self.config.train.curriculum[index]
         rate = learning_rate(self.config.optimizer, number, self.config.train.total_steps)
-        batch = self.feed.next_step()
+        batch = self.feed.next_step(lambda: self.guard.asked)
+        self.guard.enter("agreement")
         with ledger() as counted:
             sums = self._count(batch)
+        if sums[3] >= WITHOUT_DATA:
+            self.guard.asked_elsewhere()
+            return True
         batch, valid, stopping = self._agree_on(batch, sums)
         with ledger() as moved:
             loss = self._backward(batch, valid)
             self._on_point("train.backward")
+            self.guard.enter("reduce")
             norm = self.engine.finish()
+        self.guard.enter("update")
         self._on_point("train.reduced")
         skipped = self._update(batch, loss, norm, rate)
         self._on_point("train.updated")
         self.position.step += 1
         self.position.sample_cursor += batch.samples
+        self.guard.enter("record")
+        self._check_equal(self.config.train.check_every_steps)
         elapsed = time.perf_counter() - began
         peaks, sent = gather_numbers(
             [self.memory.peak_bytes(), counted.sent_bytes + moved.sent_bytes], self.mesh
@@ -216,8 +268,10 @@ class Loop:
 
     def _count(self, batch: StepBatch) -> Tensor:
         """Over all ranks: valid tokens, rows that could not be read, ranks that cannot go on,
-        ranks that were asked to stop; float64 [4], one reduce."""
-        mine = [batch.valid_tokens, batch.bad_rows, int(batch.error is not None), self._stop.asked]
+        ranks that were asked to stop (WITHOUT_DATA: before they had any); float64 [4], one
+        reduce."""
+        stop = WITHOUT_DATA if batch.given_up else int(self.guard.asked)
+        mine = [batch.valid_tokens, batch.bad_rows, int(batch.error is not None), stop]
         return self._sum(torch.tensor(mine, dtype=torch.float64))
 
     def _agree_on(self, batch: StepBatch, sums: Tensor) -> tuple[StepBatch, int, bool]:
@@ -232,8 +286,8 @@ class Loop:
             batch = batch.without(flags)
             count = torch.tensor([batch.valid_tokens], dtype=torch.float64)
             valid = float(self._sum(count))
-        if stop and not self._stop.asked:
-            self._stop.reason = "another rank was asked to stop"
+        if stop:
+            self.guard.asked_elsewhere()
         return batch, int(valid), bool(stop)
 
     def _count_bad(self, batch: StepBatch, flags: Tensor) -> None:
@@ -253,12 +307,14 @@ class Loop:
         total = 0.0
         device = self.mesh.device
         for micro in batch.micro:
+            self.guard.enter("forward")
             loss = self.engine.loss(
                 micro.tokens.to(device),
                 micro.labels.to(device),
                 self.shards.of(micro),
                 valid_tokens=valid,
             )
+            self.guard.enter("backward")
             self.engine.backward(loss)
             total += float(loss.detach())
         return total
@@ -298,19 +354,34 @@ class Loop:
 
     def save(self) -> None:
         """Write a checkpoint; every rank returns when it is safe on disk, or has failed to be."""
+        self.guard.span("save after step", self.position.step)
+        self.guard.enter("save")
+        self._check_equal(1)
         outcome = save_state(
             self.saver, self.config, self.mesh, self.engine, self.position, self.store.identity
         )
         if outcome.ok:
             self.record.last_checkpoint = str(outcome.path)
+            self.guard.saved(self.position.step)
         else:
             self.progress.say(outcome.text)
         self.record_step_done()
 
-    def evaluate(self) -> Evaluation:
-        """Evaluate now and write a line with `eval`."""
+    def _check_equal(self, every: int) -> None:
+        """Every so many steps, compare what must be equal on all ranks (desync.py)."""
+        step = self.position.step
+        if every and step % every == 0:
+            check_equal(self.engine.replicated(), self.mesh, when=f"after step {step}")
+
+    def evaluate(self) -> Evaluation | None:
+        """Evaluate now and write a line with `eval`; None when a signal cut it short."""
         began = time.perf_counter()
-        result = evaluate(self.config, self.mesh, self.engine, self.store, self.shards)
+        result = evaluate(
+            self.config, self.mesh, self.engine, self.store, self.shards, self._next_window
+        )
+        if result is None:
+            self.guard.asked_elsewhere()
+            return None
         elapsed = time.perf_counter() - began
         step = self.position.step
         self.record.metrics({"step": step, "eval": {**result.line(), "seconds": elapsed}})
@@ -321,6 +392,12 @@ class Loop:
             f"{result.bits_per_token:.3f} bits, {result.tokens:,} tokens in {elapsed:.1f} s"
         )
         return result
+
+    def _next_window(self) -> bool:
+        """An evaluation goes on with its next sequence; whether it should not."""
+        self.guard.span("evaluation after step", self.position.step)
+        self.guard.enter("evaluation")
+        return self.guard.asked
 
     def close(self) -> None:
         """End the reading thread, the display and the board."""

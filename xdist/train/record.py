@@ -70,6 +70,11 @@ class Record:
             self._metrics.write(json.dumps(_finite(line), allow_nan=False) + "\n")
             self._metrics.flush()
 
+    def has_evaluation(self, step: int) -> bool:
+        """Whether metrics.jsonl holds the evaluation after `step`."""
+        lines = reversed(read_metrics(self.directory))
+        return any(line["step"] == step and "eval" in line for line in lines)
+
     def status(
         self, state: str, step: int, *, exit_code: int | None = None, reason: str = "", **where: Any
     ) -> None:
