@@ -289,6 +289,9 @@ class Launch(Section):
     )
 
 
+_Names = Annotated[str, Field(pattern=r"^[A-Za-z0-9._,-]*$")]
+
+
 class Slurm(Section):
     """`xdist launch slurm`: the job it renders. One task a rank."""
 
@@ -298,21 +301,29 @@ class Slurm(Section):
         120, "seconds before the time limit at which the run saves, to be requeued"
     )
     requeue: bool = setting(True, "requeue the job after a save at the time limit, and resume")
-    partition: str = setting("", 'partition; "" is the cluster\'s default')
-    account: str = setting("", 'account; "" is the user\'s default')
-    gpus_per_task: Amount = setting(1, "cards of each rank; 0 trains on the CPU")
+    partition: _Names = setting("", 'partition; "" is the cluster\'s default')
+    account: _Names = setting("", 'account; "" is the user\'s default')
+    gpus_per_task: Annotated[int, Field(ge=0, le=1)] = setting(
+        0, "cards of each rank, 1 or 0; 0 trains on the CPU"
+    )
     cpus_per_task: Count = setting(1, "CPU cores of each rank")
-    memory: str = setting("", 'memory of a node as Slurm writes it, e.g. "64G"; "" is the default')
-    interface: str = setting(
+    memory: Annotated[str, Field(pattern=r"^([0-9]+[KMGT]?)?$")] = setting(
+        "", 'memory of a node as Slurm writes it, e.g. "64G"; "" is the default'
+    )
+    interface: Annotated[str, Field(pattern=r"^[A-Za-z0-9._@-]{0,15}$")] = setting(
         "", 'network interface of the rendezvous, e.g. "ib0"; "" is that of the first node\'s name'
     )
-    modules: tuple[str, ...] = setting((), "environment modules to load, in order")
-    container: str = setting(
-        "", 'command put before each rank, e.g. "apptainer exec --nv image.sif"; "" for none'
+    modules: tuple[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/+-]*$")], ...] = setting(
+        (), "environment modules to load, in order"
     )
-    options: tuple[str, ...] = setting(
-        (), 'further sbatch options, one an item, e.g. ["--qos=long", "--exclusive"]'
+    container: Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]*$")] = setting(
+        "",
+        'command put before each rank, e.g. "apptainer exec --nv image.sif"; its words are '
+        'separated as a shell does, and nothing in them is expanded; "" for none',
     )
+    options: tuple[
+        Annotated[str, Field(pattern=r"^--[a-z][a-z0-9-]*(=[^'\\\x00-\x1f\x7f]+)?$")], ...
+    ] = setting((), 'further sbatch options, one an item, e.g. ["--qos=long", "--exclusive"]')
 
 
 class Ray(Section):

@@ -310,6 +310,7 @@ def launch_ray(
 def launch_slurm(
     config: Annotated[str, typer.Argument(metavar="CONFIG", help="TOML file of the run")] = "",
     overrides: Overrides = None,
+    ranks: Ranks = None,
     render: Annotated[
         bool, typer.Option("--print", help="print the batch script and submit nothing")
     ] = False,
@@ -319,7 +320,7 @@ def launch_slurm(
     def body() -> None:
         from xdist_launchers.slurm import launch
 
-        print(launch(config, overrides or [], render_only=render), end="")
+        print(launch(config, _with_ranks(overrides, ranks), render_only=render), end="")
 
     _guarded(body)
 
