@@ -54,7 +54,13 @@ LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 # Pure integers build on each other in this order: a mask asks about documents of a layout.
 WITHIN = {("mask", "documents"), ("mask", "layout"), ("documents", "layout")}
 
-C10D = {"xdist/comm/collectives.py"}
+C10D = {
+    "xdist/comm/collectives.py",
+    # The backend's own collectives, which engines make through xdist.
+    "xdist/comm/flat.py",
+    # Only fully_shard's API: it moves through comm/flat.py.
+    "xdist/train/engines/fsdp_units.py",
+}
 RANK_VARIABLES = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
 OPTIONAL = {
     "deepspeed",

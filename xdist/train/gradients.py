@@ -12,6 +12,7 @@ buffer of that size. What must divide what: nothing.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -93,6 +94,12 @@ def clip_grad_norm(module: nn.Module, max_norm: float, mesh: Mesh) -> Tensor:
         for gradient in gradients:
             gradient.mul_(factor.to(gradient.dtype))
     return norm
+
+
+def clip_factor(norm: float, max_norm: float) -> float:
+    """What `clip_grad_norm` multiplies gradients of this global norm with; 1 for one not finite."""
+    factor = max_norm / (norm + 1e-6)
+    return min(factor, 1.0) if math.isfinite(norm) else 1.0
 
 
 def gradient_norms(gradients: Iterable[Tensor]) -> list[Tensor]:

@@ -14,10 +14,18 @@ from xdist.train.engines.protocol import Engine
 def build_engine(config: Config, module: nn.Module, mesh: Mesh) -> Engine:
     """The engine of `config.engine`, which takes over the parameters of `module`.
 
-    Every rank calls it with the same values in `module`, on `mesh.device`.
+    Every rank calls it with the same values in `module`, on `mesh.device`. On one rank there is
+    nothing to partition: fsdp is the plain engine there.
+
+    Raises ConfigError for a model that the engine cannot hold.
     """
-    if config.engine.name == "plain":
+    chosen = config.engine
+    if chosen.name == "plain" or (chosen.name == "fsdp" and mesh.parameter_group is None):
         return PlainEngine(module, config.optimizer, mesh)
+    if chosen.name == "fsdp":
+        from xdist.train.engines.fsdp import FsdpEngine
+
+        return FsdpEngine(module, config.optimizer, mesh, reshard=chosen.reshard)
     raise ConfigError(
-        f'engine.name = "{config.engine.name}" is not there yet', "only plain is", "use plain"
+        f'engine.name = "{chosen.name}" is not there yet', "only plain and fsdp are", "use plain"
     )

@@ -1,0 +1,60 @@
+"""Gather and reduce-scatter of flat buffers in even shares: the moves of partitioned parameters.
+
+Engines whose library exchanges parameters and gradients itself hand it these, so that their bytes
+stand in the ledger like any other move and a lost peer is named. They are the backend's own
+collectives: the shares of a partitioned parameter are even, because the library pads them.
+
+Sharded before and after: a buffer of P shares, whole or one each. Moves, per rank: gather sends
+its share to P - 1 ranks; reduce-scatter sends each other rank its share. Saved for backward:
+nothing. Must divide: the whole buffer by P.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from xdist.comm.collectives import _naming_lost_peers, size_of
+from xdist.comm.ledger import record
+
+# The names before torch 2.13, and since.
+_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def gather_flat(whole: Tensor, own: Tensor, group: ProcessGroup, *, move: str) -> None:
+    """Fill `whole` [P n] with every rank's `own` [n], in rank order.
+
+    On CUDA with NCCL it is enqueued on the current stream. Raises PeerLost.
+    """
+    others = size_of(group) - 1
+    with _naming_lost_peers(move, group):
+        if _staged(own, group):
+            host = torch.empty(whole.shape, dtype=whole.dtype)
+            _gather(host, own.cpu(), group=group)
+            whole.copy_(host)
+        else:
+            _gather(whole, own, group=group)
+    record(move, own.nbytes * others, own.nbytes * others)
+
+
+def reduce_scatter_flat(own: Tensor, whole: Tensor, group: ProcessGroup, *, move: str) -> None:
+    """Fill `own` [n] with this rank's share of the sum over ranks of `whole` [P n].
+
+    The sum is taken in the dtype given. As for `gather_flat` otherwise.
+    """
+    with _naming_lost_peers(move, group):
+        if _staged(whole, group):
+            host = torch.empty(own.shape, dtype=own.dtype)
+            _reduce_scatter(host, whole.cpu(), op=dist.ReduceOp.SUM, group=group)
+            own.copy_(host)
+        else:
+            _reduce_scatter(own, whole, op=dist.ReduceOp.SUM, group=group)
+    record(move, whole.nbytes - own.nbytes, whole.nbytes - own.nbytes)
+
+
+def _staged(tensor: Tensor, group: ProcessGroup) -> bool:
+    """Whether the backend cannot take the tensor where it is."""
+    return tensor.device.type == "cuda" and str(dist.get_backend(group)) == "gloo"
