@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import lzma
 import os
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from zarr.codecs import ZstdCodec
 
 from xdist.data.identity import FORMAT, VERSION, fingerprint
+from xdist.data.parts import Each, write_parts
 from xdist.data.sources import Source, Sources, collect, split_held_out
 from xdist.data.store import TextStore
 from xdist.errors import ConfigError, DataError
@@ -72,6 +74,7 @@ def prepare_text(
     chunk_bytes: int = 1 << 18,
     existing: Literal["error", "keep", "replace"] = "error",
     on_progress: Progress | None = None,
+    each: Each | None = None,
 ) -> Prepared:
     """Write the files as one token store: splits `train` and, unless the fraction is 0, `held_out`.
 
@@ -85,6 +88,9 @@ def prepare_text(
         existing: what to do with a store that is there: refuse, keep it when it holds the same
             names, sizes and settings (else refuse), or replace it.
         on_progress: called with (bytes done, bytes in all).
+        each: writes the tokens in parts through this: `each(function, tuples of arguments)` calls
+            the function for every tuple, anywhere, and gives the results in order. The store is
+            the same. None writes all here.
 
     Raises:
         ConfigError: a fraction, chunk size or vocabulary outside its range.
@@ -112,7 +118,8 @@ def prepare_text(
     beside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         beside.chmod(0o750)
-        _write(beside, splits, size, reader, chunk_bytes, _Meter(on_progress, sources.total_bytes))
+        meter = _Meter(on_progress, sources.total_bytes)
+        _write(beside, splits, size, reader, chunk_bytes, meter, each)
         _replace(beside, target)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
@@ -155,6 +162,7 @@ def _write(
     reader: _Reader,
     chunk_bytes: int,
     meter: _Meter,
+    each: Each | None,
 ) -> None:
     dtype = np.dtype(np.min_scalar_type(vocabulary_size - 1))
     group = zarr.open_group(folder, mode="w", zarr_format=3)
@@ -167,7 +175,7 @@ def _write(
     }
     for name, files in splits.items():
         facts["splits"][name] = _write_split(
-            group, name, files, dtype, vocabulary_size, reader, chunk_bytes, meter
+            folder, group, name, files, dtype, vocabulary_size, reader, chunk_bytes, meter, each
         )
     figures = {}
     if vocabulary_size == BYTE_VOCABULARY and reader is _bytes_of and "held_out" in splits:
@@ -183,6 +191,7 @@ def _write(
 
 
 def _write_split(
+    folder: Path,
     group: zarr.Group,
     name: str,
     files: Sequence[Source],
@@ -191,12 +200,44 @@ def _write_split(
     reader: _Reader,
     chunk_bytes: int,
     meter: _Meter,
+    each: Each | None,
 ) -> dict[str, Any]:
     """Write one split; returns its facts (counts and hashes)."""
     lengths = [_length_of(source, reader) for source in files]
     table = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     chunk_length = max(1, chunk_bytes // dtype.itemsize)
     tokens = _array(group, f"{name}/tokens", int(table[-1]), dtype, chunk_length)
+    if each is None:
+        hashed = _write_tokens(
+            tokens, files, lengths, dtype, vocabulary_size, reader, chunk_length, meter
+        )
+    else:
+        read = functools.partial(_slice, reader, vocabulary_size)
+        hashed = write_parts(folder, f"{name}/tokens", files, table, read, each, meter.add)
+    _array(group, f"{name}/documents", table.size, table.dtype, 1 << 15)[:] = table
+    raw = b"".join(source.name.encode("utf-8", "surrogateescape") + b"\0" for source in files)
+    names = np.frombuffer(raw, dtype=np.uint8)
+    _array(group, f"{name}/names", names.size, names.dtype, 1 << 18)[:] = names
+    return {
+        "tokens": int(table[-1]),
+        "documents": len(files),
+        "tokens_sha256": hashed,
+        "documents_sha256": hashlib.sha256(table.tobytes()).hexdigest(),
+        "names_sha256": hashlib.sha256(raw).hexdigest(),
+    }
+
+
+def _write_tokens(
+    tokens: zarr.Array,
+    files: Sequence[Source],
+    lengths: Sequence[int],
+    dtype: np.dtype[Any],
+    vocabulary_size: int,
+    reader: _Reader,
+    chunk_length: int,
+    meter: _Meter,
+) -> str:
+    """Fill `tokens` from the files, one after another; their sha256, hex."""
     digest = hashlib.sha256()
     at, pending, held = 0, [], 0
     for source, length in zip(files, lengths, strict=True):
@@ -215,17 +256,22 @@ def _write_split(
             at, pending, held = at + whole, [joined[whole:]], held - whole
     if held:
         tokens[at : at + held] = np.concatenate(pending)
-    _array(group, f"{name}/documents", table.size, table.dtype, 1 << 15)[:] = table
-    raw = b"".join(source.name.encode("utf-8", "surrogateescape") + b"\0" for source in files)
-    names = np.frombuffer(raw, dtype=np.uint8)
-    _array(group, f"{name}/names", names.size, names.dtype, 1 << 18)[:] = names
-    return {
-        "tokens": int(table[-1]),
-        "documents": len(files),
-        "tokens_sha256": digest.hexdigest(),
-        "documents_sha256": hashlib.sha256(table.tobytes()).hexdigest(),
-        "names_sha256": hashlib.sha256(raw).hexdigest(),
-    }
+    return digest.hexdigest()
+
+
+def _slice(
+    reader: _Reader, vocabulary_size: int, source: Source, length: int, start: int, stop: int
+) -> NDArray[Any]:
+    """Elements `[start, stop)` of a file that had `length` of them, checked."""
+    if reader is _ids_of:
+        found = np.asarray(_load_ids(source)[start:stop])
+    else:
+        found = np.fromfile(source.path, dtype=np.uint8, count=stop - start, offset=start)
+    now = source.path.stat().st_size if reader is _bytes_of else _length_of(source, reader)
+    if now != length or found.size != stop - start:
+        raise DataError(f"{source.path} changed while it was read", f"{now}, it had {length}")
+    _check_ids(found, source, vocabulary_size)
+    return found
 
 
 def _array(
