@@ -310,6 +310,29 @@ def _meeting_place(variables: RankVariables, timeout_s: float) -> dist.Store:
     )
 
 
+def lone_group(device: torch.device) -> ProcessGroup:
+    """A default process group of this process alone, for libraries that want one at any size.
+
+    Everything of xdist goes on as without one. It stays on the loopback interface.
+
+    Raises:
+        LaunchError: there is a process group of several ranks.
+    """
+    if not is_initialised():
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    if dist.get_world_size() != 1:
+        raise LaunchError(
+            "a group of one rank was asked for beside one of several",
+            f"this process is rank {dist.get_rank()} of {dist.get_world_size()}",
+            "give the mesh of all ranks",
+        )
+    group = dist.group.WORLD
+    assert group is not None
+    return group
+
+
 @contextmanager
 def fake_world(rank: int, world_size: int) -> Iterator[None]:
     """This process as `rank` of `world_size` ranks that do not exist, by torch's fake group.
