@@ -134,7 +134,7 @@ def test_another_model_is_refused(folder: pathlib.Path) -> None:
 def _break(folder: pathlib.Path, name: str, step: int) -> None:
     """Flip one bit of the model's tensors in a checkpoint."""
     directory = config_of(folder, name).run_directory / "checkpoints" / f"step-{step:08}"
-    file = next(directory.glob("model-*.safetensors"))
+    file = next(directory.glob("*-model-*.safetensors"))
     data = bytearray(file.read_bytes())
     data[-5] ^= 4
     file.write_bytes(data)
@@ -149,7 +149,9 @@ def test_failure_7_a_damaged_checkpoint_is_passed_over_loudly(
     capsys.readouterr()
     assert run(config_of(folder, "damaged")) == 0
     out = capsys.readouterr().out
-    assert "step-00000004 rejected: model-00001.safetensors sha256 mismatch (want " in out
+    assert (
+        "step-00000004 rejected: rank-00000-model-00001.safetensors sha256 mismatch (want " in out
+    )
     assert "using step-00000002: 2 steps are lost and will be repeated" in out
     assert losses(config_of(folder, "damaged")) == losses(config_of(folder, "whole"))
     assert _steps(folder, "damaged") == [1, 2, 3, 4, 5, 6]

@@ -126,7 +126,9 @@ def _grow(path: Path) -> None:
     path.write_bytes(path.read_bytes() + b"x")
 
 
-@pytest.mark.parametrize("name", ["model-00001.safetensors", "state.json", "manifest.json"])
+@pytest.mark.parametrize(
+    "name", ["rank-00000-model-00001.safetensors", "state.json", "manifest.json"]
+)
 @pytest.mark.parametrize("damage", [_truncate, _grow, Path.unlink])
 def test_damage_falls_back_and_says_so(tmp_path: Path, name: str, damage) -> None:
     _save(tmp_path, 100)
@@ -143,7 +145,7 @@ def test_damage_falls_back_and_says_so(tmp_path: Path, name: str, damage) -> Non
 def test_a_flipped_bit_names_file_and_both_hashes(tmp_path: Path) -> None:
     """Failure 7: "want .., got ..", the older one used; strict stops; none whole stops."""
     _save(tmp_path, 1100)
-    path = _save(tmp_path, 1200) / "model-00001.safetensors"
+    path = _save(tmp_path, 1200) / "rank-00000-model-00001.safetensors"
     good = path.read_bytes()
     rng = np.random.default_rng(0)
     for place in [0, 7, 8, len(good) - 1, *rng.integers(0, len(good), 30).tolist()]:
@@ -185,7 +187,10 @@ def test_every_byte_of_a_manifest_is_sealed(tmp_path: Path) -> None:
 def test_swapped_files_and_foreign_folders(tmp_path: Path) -> None:
     _save(tmp_path, 1)
     path = _save(tmp_path, 2)
-    model, optimizer = path / "model-00001.safetensors", path / "optimizer-00001.safetensors"
+    model, optimizer = (
+        path / "rank-00000-model-00001.safetensors",
+        path / "rank-00000-optimizer-00001.safetensors",
+    )
     a, b = model.read_bytes(), optimizer.read_bytes()
     model.write_bytes(b)
     optimizer.write_bytes(a)
@@ -195,7 +200,7 @@ def test_swapped_files_and_foreign_folders(tmp_path: Path) -> None:
     model.write_bytes(a)
     optimizer.write_bytes(b)
     # Left-over files that the manifest does not list are not read.
-    (path / "model-00002.safetensors").write_bytes(a)
+    (path / "rank-00000-model-00002.safetensors").write_bytes(a)
     (path / "old.pt").write_bytes(b"pickle")
     _assert_is(tmp_path, 2)
     # A folder renamed to another step, other names, a file: no checkpoints.

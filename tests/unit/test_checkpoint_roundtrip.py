@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
 import os
@@ -20,8 +21,12 @@ import xdist.checkpoint.write as writing
 import xdist.data
 from xdist.checkpoint.manifest import FileEntry, parse, render
 from xdist.checkpoint.read import load, load_latest
-from xdist.checkpoint.write import Saver, save
+from xdist.checkpoint.pieces import Piece, Spec
+from xdist.checkpoint.write import save
+from xdist.config import Checkpoint
 from xdist.errors import CheckpointError, NumericsError
+from xdist.mesh import Mesh
+from xdist.train.saving import Outcome, Saving
 
 STATE = {"cursor": 12, "text": "é", "pi": 3.141592653589793, "tiny": 5e-324, "list": [1, None]}
 
@@ -48,6 +53,23 @@ def tensors(seed: int = 0) -> dict[str, torch.Tensor]:
     }
 
 
+class Held:
+    """An engine's side of a save: whole tensors on one rank."""
+
+    def __init__(self, values: dict[str, torch.Tensor]) -> None:
+        self.values = values
+
+    def specs(self) -> dict[str, Spec]:
+        return {n: Spec(tuple(t.shape), t.dtype) for n, t in self.values.items()}
+
+    def pieces(self) -> dict[str, Piece]:
+        return {n: Piece(tuple(t.shape), 0, t.reshape(-1)) for n, t in self.values.items()}
+
+
+def saving(directory: Path, **settings: object) -> Saving:
+    return Saving(directory, Checkpoint(**settings), Mesh.one_rank())
+
+
 def assert_same(found: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> None:
     assert found.keys() == want.keys()
     for name, tensor in want.items():
@@ -67,11 +89,11 @@ def test_round_trip_is_bit_exact(tmp_path: Path, max_file_bytes: int) -> None:
     assert (found.rejected, found.lost_steps) == ((), 0)
     assert_same(found.tensors, tensors())
     files = {file.name for file in path.iterdir()}
-    assert {"manifest.json", "state.json", "model-00001.safetensors"} <= files
-    assert ("model-00002.safetensors" in files) == (max_file_bytes == 300)
+    assert {"manifest.json", "state.json", "rank-00000-model-00001.safetensors"} <= files
+    assert ("rank-00000-model-00002.safetensors" in files) == (max_file_bytes == 300)
     # A view is written as itself, not with the storage it lies in.
     assert sum(file.stat().st_size for file in path.iterdir()) < 12_000
-    assert all(stat.S_IMODE(file.stat().st_mode) == 0o640 for file in path.iterdir())
+    assert all(stat.S_IMODE(file.stat().st_mode) == 0o600 for file in path.iterdir())
 
 
 def test_equal_content_gives_equal_files(tmp_path: Path) -> None:
@@ -117,8 +139,8 @@ def test_values_that_are_not_finite_are_refused(tmp_path: Path) -> None:
             save(tmp_path, 2, bad, {})
         assert caught.value.exit_code == 6
         assert "1 of 561 elements" in caught.value.why
-    outcome = Saver(tmp_path).save(2, bad, {})
-    assert outcome.fatal
+        with pytest.raises(NumericsError, match="model/weight"):
+            saving(tmp_path).save(2, Held(bad), {})
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
 
 
@@ -146,9 +168,10 @@ def _limit_in_child(tmp_path: Path) -> tuple[int, str]:
         try:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
-            outcome = Saver(tmp_path).save(2, tensors(), {})
+            outcome = saving(tmp_path).save(2, Held(tensors()), {})
+            assert outcome is not None
             os.write(write, outcome.text.encode())
-            code = 0 if not outcome.ok and not outcome.fatal else 2
+            code = 2 if outcome.ok else 0
         finally:
             os._exit(code)
     os.close(write)
@@ -173,24 +196,29 @@ def test_a_disk_that_refuses_leaves_the_last_checkpoint(tmp_path: Path) -> None:
 def test_a_full_disk_names_bytes_and_two_failures_stop(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    saver = Saver(tmp_path, keep=2)
-    assert saver.save(1, tensors(), {}).ok
+    saves = saving(tmp_path, keep=2)
+
+    def outcome(step: int) -> Outcome:
+        found = saves.save(step, Held(tensors()), {})
+        assert found is not None
+        return found
+
+    assert outcome(1).ok
     usage = os.statvfs(tmp_path)
     full = type("Usage", (), {"free": 4096, "total": usage.f_blocks, "used": 0})
+    needed = sum(t.numel() * t.element_size() for t in tensors().values())
     with monkeypatch.context() as patch:
         patch.setattr(writing.shutil, "disk_usage", lambda path: full)
-        first = saver.save(2, tensors(), {})
+        first = outcome(2)
         assert not first.ok
-        assert not first.fatal
-        assert isinstance(first.error, CheckpointError)
-        assert first.error.exit_code == 4
-        needed = sum(t.numel() * t.element_size() for t in tensors().values())
         assert f"needed {needed + 2} bytes, free 4096" in first.text
-        assert saver.save(3, tensors(), {}).fatal, "the second in a row"
-    assert saver.save(4, tensors(), {}).ok
+        with pytest.raises(CheckpointError, match="no checkpoint could be written") as caught:
+            outcome(3)
+        assert caught.value.exit_code == 4, "the second in a row"
+    assert outcome(4).ok
     with monkeypatch.context() as patch:
         patch.setattr(writing.shutil, "disk_usage", lambda path: full)
-        assert not saver.save(5, tensors(), {}).fatal, "the count starts again"
+        assert not outcome(5).ok, "the count starts again"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000004"]
 
 
@@ -217,7 +245,7 @@ def _rewrite(path: Path, name: str, data: bytes) -> None:
     for file in path.iterdir():
         if file.name != "manifest.json":
             content = file.read_bytes()
-            listed[file.name] = FileEntry(len(content), writing.hashlib.sha256(content).hexdigest())
+            listed[file.name] = FileEntry(len(content), hashlib.sha256(content).hexdigest())
     (path / "manifest.json").write_bytes(render(int(path.name[5:]), listed))
 
 
@@ -244,7 +272,7 @@ def _one(
         (_one(shape=-1), "shape"),
         (_one(begin=1, body=b"12"), "gap"),
         (_one(body=b"12"), "describes"),
-        (_one(name="model/weight"), "a second time"),
+        (_one(name="model/weight@0"), "a second time"),
         (b"\x80\x04\x95\x00cposix\nsystem\n.", "announces"),
     ],
 )
@@ -278,11 +306,13 @@ def test_pickles_links_and_paths_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="another step"):
         parse(render(2, state), 1)
 
-    victim = path / "model-00001.safetensors"
+    victim = path / "rank-00000-model-00001.safetensors"
     outside = tmp_path / "outside"
     victim.rename(outside)
     victim.symlink_to(outside)
-    with pytest.raises(CheckpointError, match=r"model-00001\.safetensors cannot be opened"):
+    with pytest.raises(
+        CheckpointError, match=r"rank-00000-model-00001\.safetensors cannot be opened"
+    ):
         load(path)
     victim.unlink()
     os.mkfifo(victim)

@@ -6,13 +6,16 @@ import importlib
 from typing import Any
 
 _HOME = {
+    "Piece": "xdist.checkpoint.pieces",
+    "Spec": "xdist.checkpoint.pieces",
     "save": "xdist.checkpoint.write",
-    "Saver": "xdist.checkpoint.write",
-    "Outcome": "xdist.checkpoint.write",
     "clean_stale": "xdist.checkpoint.folders",
+    "Checkpoint": "xdist.checkpoint.read",
     "Loaded": "xdist.checkpoint.read",
     "load": "xdist.checkpoint.read",
     "load_latest": "xdist.checkpoint.read",
+    "open_checkpoint": "xdist.checkpoint.read",
+    "open_latest": "xdist.checkpoint.read",
     "SAVE_POINTS": "xdist.checkpoint.points",
     "Cut": "xdist.checkpoint.points",
 }

@@ -29,6 +29,10 @@ class Spec:
         """Elements of the whole tensor (1 for a scalar)."""
         return math.prod(self.shape)
 
+    def zeros(self) -> torch.Tensor:
+        """A tensor of this shape and dtype, on the CPU."""
+        return torch.zeros(self.shape, dtype=self.dtype)
+
 
 @dataclass(frozen=True)
 class Piece:

@@ -1,52 +1,74 @@
 """Reading checkpoints: the newest one that is whole. Nothing of it is trusted before it is hashed,
-and nothing is ever unpickled."""
+nothing is ever unpickled, and tensors are read one at a time."""
 
 from __future__ import annotations
 
 import json
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
 
+from xdist.checkpoint import manifest as manifests
 from xdist.checkpoint.folders import steps_in
 from xdist.checkpoint.manifest import (
-    DTYPES,
     MANIFEST,
     MAX_JSON_BYTES,
+    MAX_MANIFEST_BYTES,
     STATE,
+    Manifest,
+    Run,
     parse,
     read_entry,
     read_file,
 )
+from xdist.checkpoint.pieces import Spec
+from xdist.checkpoint.tensor_file import TensorFile, check_file
 from xdist.errors import CheckpointError
-
-_MAX_HEADER_BYTES = 100_000_000
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """A checkpoint that was read whole.
+class Checkpoint:
+    """A checkpoint that was found whole: every file hashed, every element there once.
 
     Attributes:
         step: optimizer steps done.
-        tensors: on the CPU, by the names they were saved under.
         state: the JSON that was saved.
         path: its folder.
+        total_bytes: of all files it lists.
         rejected: newer checkpoints that were passed over, a line each.
         lost_steps: steps between the newest rejected one and this.
     """
 
     step: int
-    tensors: dict[str, torch.Tensor]
     state: dict[str, Any]
     path: Path
+    total_bytes: int
     rejected: tuple[str, ...] = ()
     lost_steps: int = 0
+    _tensors: dict[str, manifests.Tensor] = field(default_factory=dict, repr=False)
+    _keys: dict[str, str] = field(default_factory=dict, repr=False)
+    _files: dict[str, TensorFile] = field(default_factory=dict, repr=False)
+
+    @property
+    def specs(self) -> dict[str, Spec]:
+        """Shape and dtype of every tensor, by name."""
+        return {name: tensor.spec for name, tensor in self._tensors.items()}
+
+    def read(self, name: str) -> torch.Tensor:
+        """One whole tensor, on the CPU, in memory of its own; nothing else is held.
+
+        Raises:
+            CheckpointError: a file is no longer the one that was hashed.
+        """
+        spec, runs = self._tensors[name]
+        flat = torch.empty(spec.count, dtype=spec.dtype)
+        for run in runs:
+            file = self._files[run.file]
+            entry = file.entries[self._keys.get(name, f"{name}@{run.start}")]
+            file.read_into(entry, flat[run.start : run.stop])
+        return flat.view(spec.shape)
 
     def lines(self) -> list[str]:
         """What to tell the user about the choice: each rejected checkpoint, and the loss."""
@@ -58,11 +80,19 @@ class Loaded:
         ]
 
 
-def load(path: str | Path, *, max_bytes: int | None = None) -> Loaded:
-    """Read one checkpoint folder.
+@dataclass(frozen=True)
+class Loaded(Checkpoint):
+    """A checkpoint with all of its tensors, on the CPU, by the names they were saved under."""
+
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
+
+
+def open_checkpoint(path: str | Path, *, max_bytes: int | None = None) -> Checkpoint:
+    """Check one checkpoint folder whole, without making a tensor of it.
 
     Only files that the manifest lists are opened: plain names, regular files, no links, size and
-    sha256 as promised, safetensors headers with allowed dtypes whose shapes fill the file exactly.
+    sha256 as promised, safetensors headers with allowed dtypes whose shapes fill the file exactly,
+    and the runs of every tensor in the files that the manifest names, each element once.
 
     Args:
         path: `.../step-NNNNNNNN`.
@@ -72,47 +102,58 @@ def load(path: str | Path, *, max_bytes: int | None = None) -> Loaded:
         CheckpointError: naming the file, and for a hash "want .., got ..".
     """
     path = Path(path)
-    step = int(path.name.rpartition("-")[2])
-    if path.is_symlink() or not path.is_dir():
-        raise CheckpointError(f"{path} is not a folder")
-    manifest = parse(read_file(path, MANIFEST, MAX_JSON_BYTES), step)
+    number = path.name.rpartition("-")[2]
+    if path.is_symlink() or not path.is_dir() or not number.isdecimal():
+        raise CheckpointError(f"{path} is not a folder of a checkpoint, step-NNNNNNNN")
+    manifest = parse(read_file(path, MANIFEST, MAX_MANIFEST_BYTES), int(number))
     if max_bytes is not None and manifest.total_bytes > max_bytes:
         raise CheckpointError(
             f"{path.name} is larger than this model can need",
             f"{manifest.total_bytes} bytes, at most {max_bytes} expected",
         )
-    tensors: dict[str, torch.Tensor] = {}
     state: dict[str, Any] = {}
+    files: dict[str, TensorFile] = {}
     for name, entry in manifest.files.items():
-        if name.endswith(".json") and entry.bytes > MAX_JSON_BYTES:
+        if name.endswith(".safetensors"):
+            files[name] = check_file(path / name, entry)
+            continue
+        if entry.bytes > MAX_JSON_BYTES:
             raise CheckpointError(f"{name} is too large", f"{entry.bytes} bytes")
         data = read_entry(path, name, entry)
         if name == STATE:
             state = _state(data)
-        elif name.endswith(".safetensors"):
-            found = _tensors(name, data)
-            twice = sorted(tensors.keys() & found.keys())
-            if twice:
-                raise CheckpointError(f"{name} holds {twice[0]} a second time")
-            tensors |= found
-    return Loaded(step, tensors, state, path)
+    if manifest.tensors is None:
+        tensors, keys = _whole_tensors(files)
+    else:
+        tensors, keys = manifest.tensors, {}
+        _check_runs(manifest, files)
+    return Checkpoint(
+        manifest.step,
+        state,
+        path,
+        manifest.total_bytes,
+        _tensors=tensors,
+        _keys=keys,
+        _files=files,
+    )
 
 
-def load_latest(
+def open_latest(
     directory: str | Path,
     *,
     resume: Literal["auto", "strict", "never"] = "auto",
     max_bytes: int | None = None,
-) -> Loaded | None:
-    """The newest checkpoint in `directory` that is whole, by step number; None for a fresh start.
+) -> Checkpoint | None:
+    """The newest whole checkpoint of a run, None when there are none. Order is by step alone.
 
-    Reads only, so that all ranks may call it. Rejected ones are listed in the result: log them.
+    Call `clean_stale` before, on one rank; let one rank read and share what it read, so that all
+    ranks start from the same one.
 
     Args:
         directory: the run's `checkpoints/`; absent or empty means a fresh start.
         resume: "auto" passes over broken checkpoints, "strict" raises at the first, "never" starts
             afresh and refuses a directory that holds checkpoints (they would be mixed up).
-        max_bytes: as in `load`.
+        max_bytes: as in `open_checkpoint`.
 
     Raises:
         CheckpointError: none is whole though some are there, or `resume` forbids going on.
@@ -128,10 +169,9 @@ def load_latest(
     rejected: list[str] = []
     for step, path in candidates.items():
         try:
-            found = load(path, max_bytes=max_bytes)
+            found = open_checkpoint(path, max_bytes=max_bytes)
         except CheckpointError as error:
-            reason = f"{error.what} ({error.why})" if error.why else error.what
-            rejected.append(f"{path.name} rejected: {reason}")
+            rejected.append(f"{path.name} rejected: {reason(error)}")
             if resume == "strict":
                 raise CheckpointError(
                     rejected[0],
@@ -140,7 +180,7 @@ def load_latest(
                 ) from error
             continue
         lost = next(iter(candidates)) - step
-        return Loaded(step, found.tensors, found.state, path, tuple(rejected), lost)
+        return with_notes(found, rejected, lost)
     if rejected:
         raise CheckpointError(
             f"{directory} holds checkpoints, and none of them is whole",
@@ -150,51 +190,78 @@ def load_latest(
     return None
 
 
+def load(path: str | Path, *, max_bytes: int | None = None) -> Loaded:
+    """`open_checkpoint`, with all tensors in memory at once."""
+    return _loaded(open_checkpoint(path, max_bytes=max_bytes))
+
+
+def load_latest(
+    directory: str | Path,
+    *,
+    resume: Literal["auto", "strict", "never"] = "auto",
+    max_bytes: int | None = None,
+) -> Loaded | None:
+    """`open_latest`, with all tensors in memory at once."""
+    found = open_latest(directory, resume=resume, max_bytes=max_bytes)
+    return None if found is None else _loaded(found)
+
+
+def with_notes(found: Checkpoint, rejected: list[str], lost_steps: int) -> Checkpoint:
+    """The same checkpoint, with lines for the user."""
+    fields = {**found.__dict__, "rejected": tuple(rejected), "lost_steps": lost_steps}
+    return Checkpoint(**fields)
+
+
+def reason(error: CheckpointError) -> str:
+    """What and why of an error, on one line."""
+    return f"{error.what} ({error.why})" if error.why else error.what
+
+
+def _loaded(found: Checkpoint) -> Loaded:
+    tensors = {name: found.read(name) for name in found.specs}
+    return Loaded(**found.__dict__, tensors=tensors)
+
+
+def _check_runs(manifest: Manifest, files: dict[str, TensorFile]) -> None:
+    """The files hold exactly the runs that the manifest lists (each element once is checked)."""
+    assert manifest.tensors is not None
+    listed = {name: set(file.entries) for name, file in files.items()}
+    for name, (spec, runs) in manifest.tensors.items():
+        for run in runs:
+            file, key = files.get(run.file), f"{name}@{run.start}"
+            entry = file.entries.get(key) if file else None
+            if entry is None or (entry.dtype, entry.shape) != (spec.dtype, (run.length,)):
+                raise CheckpointError(
+                    f"{run.file} does not hold {key} as {MANIFEST} lists it",
+                    f"want {spec.dtype} {(run.length,)}, "
+                    f"got {entry and (entry.dtype, entry.shape)}",
+                )
+            listed[run.file].discard(key)
+    for name, left in listed.items():
+        if left:
+            raise CheckpointError(f"{name} holds {min(left)}, which {MANIFEST} does not list")
+
+
+def _whole_tensors(
+    files: dict[str, TensorFile],
+) -> tuple[dict[str, manifests.Tensor], dict[str, str]]:
+    """Version 1: every file holds whole tensors under their own names."""
+    found: dict[str, manifests.Tensor] = {}
+    for name, file in files.items():
+        for key, entry in file.entries.items():
+            if key in found:
+                raise CheckpointError(f"{name} holds tensors of other files a second time", key)
+            spec = Spec(entry.shape, entry.dtype)
+            runs = (Run(0, spec.count, name),) if spec.count else ()
+            found[key] = manifests.Tensor(spec, runs)
+    return found, {key: key for key in found}
+
+
 def _state(data: bytes) -> dict[str, Any]:
     try:
         state = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{STATE} is not JSON", str(error)) from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{STATE} does not hold an object")
     return state
-
-
-def _tensors(name: str, data: bytes) -> dict[str, torch.Tensor]:
-    _check_header(name, data)
-    try:
-        return load_tensors(data)
-    except SafetensorError as error:
-        raise CheckpointError(f"{name} is not a safetensors file", str(error)) from error
-
-
-def _check_header(name: str, data: bytes) -> None:
-    """Hold the header against the file before any tensor is made of it."""
-    size = int.from_bytes(data[:8], "little")
-    if size > min(len(data) - 8, _MAX_HEADER_BYTES):
-        raise CheckpointError(f"{name} announces a header of {size} bytes")
-    try:
-        header = json.loads(data[8 : 8 + size])
-        header.pop("__metadata__", None)
-        spans = []
-        for key, entry in header.items():
-            begin, end = entry["data_offsets"]
-            dtype = DTYPES.get(entry["dtype"])
-            if dtype is None:
-                raise CheckpointError(f"{name} holds {key} of dtype {entry['dtype']!r}")
-            if any(type(n) is not int or n < 0 for n in (begin, end, *entry["shape"])):
-                raise CheckpointError(f"{name} holds {key} of shape {entry['shape']}")
-            if math.prod(entry["shape"]) * dtype.itemsize != end - begin:
-                raise CheckpointError(f"{name} holds {key}, whose shape does not fill its bytes")
-            spans.append((begin, end))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{name} has no safetensors header", repr(error)) from error
-    at = 0
-    for begin, end in sorted(spans):
-        if begin != at:
-            raise CheckpointError(f"{name} has a gap or an overlap at byte {at}")
-        at = end
-    if 8 + size + at != len(data):
-        raise CheckpointError(
-            f"{name} holds {len(data)} bytes, its header describes {8 + size + at}"
-        )

@@ -1,33 +1,51 @@
 """Writing a checkpoint: beside, flushed, checksummed, renamed; a crash at any instant leaves the
-last good one."""
+last good one.
+
+Three parts, so that many ranks can write one checkpoint: `start_folder` on one rank, `write_part`
+on every rank, `publish` on the first rank with what all parts returned. `save` makes the three of
+them for whole tensors on one rank.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
+from xdist.checkpoint import manifest as manifests
 from xdist.checkpoint.folders import flush_folder, folder_name, steps_in
-from xdist.checkpoint.manifest import DTYPES, MANIFEST, STATE, FileEntry, render
+from xdist.checkpoint.manifest import (
+    DTYPES,
+    MANIFEST,
+    MAX_MANIFEST_BYTES,
+    STATE,
+    FileEntry,
+    Run,
+    check_cover,
+    render,
+)
+from xdist.checkpoint.pieces import Piece, Spec
 from xdist.checkpoint.points import OnPoint, ignore
+from xdist.checkpoint.tensor_file import write_tensors
 from xdist.errors import CheckpointError, NumericsError
 
 MAX_FILE_BYTES = 1 << 30
 _GROUP = "tensors"
-_HASH_BLOCK_BYTES = 1 << 22
 # Headers, JSON and the file system's own blocks, beside the tensors.
 _SLACK_BYTES = 1 << 20
+
+
+class Part(NamedTuple):
+    """What one rank wrote: its files, and its runs by tensor. JSON as it is."""
+
+    files: dict[str, list[Any]]  # name: [bytes, sha256]
+    runs: dict[str, list[Any]]  # tensor: [start, length, file]
 
 
 def save(
@@ -40,7 +58,7 @@ def save(
     on_point: OnPoint = ignore,
     max_file_bytes: int = MAX_FILE_BYTES,
 ) -> Path:
-    """Write the checkpoint of `step` and delete older ones beyond the newest `keep`.
+    """Write whole tensors as the checkpoint of `step`; delete older ones beyond the newest `keep`.
 
     Call on one rank. Everything goes into a folder beside, each file and the folder are flushed to
     the disk, the manifest comes last, then the folder is renamed to `step-NNNNNNNN`. An existing
@@ -60,31 +78,120 @@ def save(
         CheckpointError: the disk is full or cannot be written, with bytes needed and free, or the
             state is not JSON; the earlier checkpoints are as they were.
     """
-    if keep < 1 or step < 0:
-        raise CheckpointError("a checkpoint needs keep >= 1 and step >= 0", f"{keep} and {step}")
-    _check_dtypes(tensors)
-    require_finite(tensors)
-    directory = Path(directory)
-    state_bytes = _json(state)
-    needed = sum(t.numel() * t.element_size() for t in tensors.values()) + len(state_bytes)
-    on_point("save.begin")
-    beside: Path | None = None
+    specs = {name: Spec(tuple(t.shape), t.dtype) for name, t in tensors.items()}
+    pieces = {name: Piece(tuple(t.shape), 0, t.reshape(-1)) for name, t in tensors.items()}
+    require_finite(pieces)
+    folder = start_folder(directory, step, specs, state, keep=keep, on_point=on_point)
     try:
-        directory.mkdir(parents=True, exist_ok=True, mode=0o750)
-        free = shutil.disk_usage(directory).free
-        if free < needed + _SLACK_BYTES:
-            raise _no_room(directory, needed, free, "the disk is too full")
-        beside = Path(tempfile.mkdtemp(prefix=f".tmp-{folder_name(step)}-", dir=directory))
-        _fill(beside, step, _in_files(tensors, max_file_bytes), state_bytes, on_point)
-        path = _publish(beside, directory / folder_name(step), on_point)
-    except (OSError, SafetensorError) as error:
-        raise _no_room(directory, needed, _free(directory), str(error)) from error
+        part = write_part(folder, 0, pieces, on_point=on_point, max_file_bytes=max_file_bytes)
+        return publish(folder, step, specs, [part], state, keep=keep, on_point=on_point)
     finally:
         # Also when interrupted; a kill leaves it to `clean_stale`.
-        if beside is not None:
-            shutil.rmtree(beside, ignore_errors=True)
+        abandon(folder)
+
+
+def start_folder(
+    directory: str | Path,
+    step: int,
+    specs: Mapping[str, Spec],
+    state: Mapping[str, Any],
+    *,
+    keep: int = 2,
+    on_point: OnPoint = ignore,
+) -> Path:
+    """The new folder beside into which every rank writes its part. On the first rank.
+
+    Raises:
+        CheckpointError: no room for the whole tensors, or the state is not JSON.
+    """
+    if keep < 1 or step < 0:
+        raise CheckpointError("a checkpoint needs keep >= 1 and step >= 0", f"{keep} and {step}")
+    _check_specs(specs)
+    needed = _needed(specs) + len(_json(state))
+    on_point("save.begin")
+    directory = Path(directory)
     try:
-        _prune(directory, step, keep, on_point)
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        free = shutil.disk_usage(directory).free
+        if free < needed + _SLACK_BYTES:
+            raise _no_room(directory, needed, "the disk is too full", free)
+        # mkdtemp gives it the mode 0700.
+        folder = Path(tempfile.mkdtemp(prefix=f".tmp-{folder_name(step)}-", dir=directory))
+    except OSError as error:
+        raise _no_room(directory, needed, str(error)) from error
+    on_point("save.folder_made")
+    return folder
+
+
+def write_part(
+    folder: Path,
+    rank: int,
+    pieces: Mapping[str, Piece],
+    *,
+    on_point: OnPoint = ignore,
+    max_file_bytes: int = MAX_FILE_BYTES,
+) -> Part:
+    """Write and flush what one rank holds: `rank-00002-model-00001.safetensors` and so on.
+
+    The tensors in a file are 1-D, named NAME@START. Nothing is exchanged: ranks do this at once.
+
+    Raises:
+        NumericsError: a piece holds NaN or infinity; nothing was written.
+        CheckpointError: a file cannot be written.
+    """
+    require_finite(pieces)
+    held = {name: piece for name, piece in pieces.items() if piece.values.numel()}
+    files: dict[str, list[Any]] = {}
+    runs: dict[str, list[Any]] = {}
+    try:
+        for file, names in _in_files(held, rank, max_file_bytes).items():
+            entry = write_tensors(
+                folder / file, {f"{name}@{held[name].start}": held[name].values for name in names}
+            )
+            on_point("save.tensors_written")
+            _flush(folder / file)
+            files[file] = list(entry)
+            for name in names:
+                runs[name] = [held[name].start, held[name].values.numel(), file]
+    except OSError as error:
+        needed = sum(piece.values.nbytes for piece in held.values())
+        raise _no_room(folder.parent, needed, str(error)) from error
+    on_point("save.tensors_flushed")
+    return Part(files, runs)
+
+
+def publish(
+    folder: Path,
+    step: int,
+    specs: Mapping[str, Spec],
+    parts: Iterable[Part],
+    state: Mapping[str, Any],
+    *,
+    keep: int = 2,
+    on_point: OnPoint = ignore,
+) -> Path:
+    """Make the folder a checkpoint: state, manifest, rename; then delete old ones. On one rank.
+
+    Raises:
+        CheckpointError: an element of a tensor is in no part or in two, a file is not there as its
+            rank wrote it, or something cannot be written.
+    """
+    parts = list(parts)
+    tensors = _tensors(specs, parts)
+    entries = {file: FileEntry(*values) for part in parts for file, values in part.files.items()}
+    try:
+        for file, entry in entries.items():
+            _check_visible(folder, file, entry)
+        entries[STATE] = _write_json(folder / STATE, _json(state), on_point, "save.state_written")
+        on_point("save.before_manifest")
+        _write_manifest(folder, render(step, entries, tensors), on_point)
+        flush_folder(folder)
+        on_point("save.folder_flushed")
+        path = _rename(folder, folder.parent / folder_name(step), on_point)
+    except OSError as error:
+        raise _no_room(folder.parent, _needed(specs), str(error)) from error
+    try:
+        _prune(path.parent, step, keep, on_point)
     except OSError as error:
         raise CheckpointError(
             f"{path.name} was saved, but older checkpoints could not be deleted", str(error)
@@ -93,93 +200,70 @@ def save(
     return path
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """How a save ended, the same question for every rank: agree on `ok` and `fatal`.
-
-    `fatal` when the run must stop: values that are not finite, or the second failure in a row.
-    `text` is the line to log when it failed, `error` what was raised.
-    """
-
-    ok: bool
-    fatal: bool = False
-    path: Path | None = None
-    text: str = ""
-    error: CheckpointError | NumericsError | None = None
+def abandon(folder: Path) -> None:
+    """Remove a folder that did not become a checkpoint; no error when it did."""
+    shutil.rmtree(folder, ignore_errors=True)
 
 
-class Saver:
-    """Saves of one run: one failed save is a warning, two in a row end the run."""
-
-    def __init__(self, directory: str | Path, *, keep: int = 2, on_point: OnPoint = ignore) -> None:
-        self.directory = Path(directory)
-        self.keep = keep
-        self.on_point = on_point
-        self.failures = 0
-
-    def save(
-        self, step: int, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]
-    ) -> Outcome:
-        """As `save`, but a failure is returned: all ranks have to hear of it before one raises."""
-        try:
-            path = save(
-                self.directory, step, tensors, state, keep=self.keep, on_point=self.on_point
-            )
-        except (CheckpointError, NumericsError) as error:
-            self.failures += 1
-            fatal = isinstance(error, NumericsError) or self.failures > 1
-            return Outcome(False, fatal, None, f"step {step} was not saved: {error}", error)
-        self.failures = 0
-        return Outcome(True, path=path)
-
-
-def require_finite(tensors: Mapping[str, torch.Tensor]) -> None:
+def require_finite(pieces: Mapping[str, Piece]) -> None:
     """Raise NumericsError naming the first tensor that holds NaN or infinity, and how many."""
-    for name, tensor in tensors.items():
-        if not tensor.is_floating_point() or torch.isfinite(tensor).all():
+    for name, piece in pieces.items():
+        values = piece.values
+        if not values.is_floating_point() or torch.isfinite(values).all():
             continue
-        count = int((~torch.isfinite(tensor)).sum())
+        count = int((~torch.isfinite(values)).sum())
         raise NumericsError(
             f"the checkpoint would hold values that are not finite: {name}",
-            f"{count} of {tensor.numel()} elements are NaN or infinite",
+            f"{count} of {values.numel()} elements are NaN or infinite",
             "the last checkpoint stays as it is; lower the learning rate or look for the step "
             "that made them",
         )
 
 
-def _fill(
-    folder: Path,
-    step: int,
-    files: dict[str, dict[str, torch.Tensor]],
-    state_bytes: bytes,
-    on_point: OnPoint,
-) -> None:
-    """Write and flush everything of a checkpoint into `folder`, the manifest last."""
-    folder.chmod(0o750)
-    on_point("save.folder_made")
-    entries: dict[str, FileEntry] = {}
-    for name, group in files.items():
-        save_file({key: _whole(tensor) for key, tensor in group.items()}, folder / name)
-        on_point("save.tensors_written")
-        entries[name] = _seal_file(folder / name)
-    on_point("save.tensors_flushed")
-    (folder / STATE).write_bytes(state_bytes)
-    on_point("save.state_written")
-    entries[STATE] = _seal_file(folder / STATE)
-    on_point("save.before_manifest")
-    data = render(step, entries)
-    with (folder / MANIFEST).open("wb") as file:
+def _tensors(specs: Mapping[str, Spec], parts: list[Part]) -> dict[str, manifests.Tensor]:
+    """Runs by tensor, each element of each exactly once."""
+    runs: dict[str, list[Run]] = {name: [] for name in specs}
+    for part in parts:
+        for name, run in part.runs.items():
+            if name not in runs:
+                raise CheckpointError(f"{name} is in no specification of this checkpoint")
+            runs[name].append(Run(*run))
+    found = {}
+    for name, spec in specs.items():
+        ordered = tuple(sorted(runs[name]))
+        check_cover(name, spec, ordered)
+        found[name] = manifests.Tensor(spec, ordered)
+    return found
+
+
+def _check_visible(folder: Path, file: str, entry: FileEntry) -> None:
+    """A file that another rank wrote must be seen here, whole."""
+    path = folder / file
+    size = path.stat().st_size if path.exists() else None
+    if size != entry.bytes:
+        raise CheckpointError(
+            f"{file} was written by its rank, and is not whole on the first rank",
+            f"want {entry.bytes} bytes in {folder}, got {'no file' if size is None else size}",
+            "run.directory must be on a file system that all hosts share",
+        )
+
+
+def _write_manifest(folder: Path, data: bytes, on_point: OnPoint) -> None:
+    if len(data) > MAX_MANIFEST_BYTES:
+        raise CheckpointError(
+            f"{MANIFEST} would be too large to be read",
+            f"{len(data)} bytes, at most {MAX_MANIFEST_BYTES}",
+        )
+    with _new_file(folder / MANIFEST) as file:
         file.write(data[: len(data) // 2])
         file.flush()
         on_point("save.manifest_half_written")
         file.write(data[len(data) // 2 :])
     on_point("save.manifest_written")
-    _seal_file(folder / MANIFEST)
-    flush_folder(folder)
-    on_point("save.folder_flushed")
+    _flush(folder / MANIFEST)
 
 
-def _publish(beside: Path, path: Path, on_point: OnPoint) -> Path:
+def _rename(beside: Path, path: Path, on_point: OnPoint) -> Path:
     """Give the finished folder its name; one of the same name makes room and goes afterwards."""
     old: Path | None = None
     if path.exists():
@@ -214,51 +298,56 @@ def _prune(directory: Path, step: int, keep: int, on_point: OnPoint) -> None:
         on_point("save.pruned")
 
 
-def _in_files(
-    tensors: Mapping[str, torch.Tensor], max_file_bytes: int
-) -> dict[str, dict[str, torch.Tensor]]:
-    """File name -> tensors, in sorted order, so that equal content gives equal files."""
-    files: dict[str, dict[str, torch.Tensor]] = {}
+def _in_files(pieces: Mapping[str, Piece], rank: int, max_file_bytes: int) -> dict[str, list[str]]:
+    """File name -> names, in sorted order, so that equal content gives equal files."""
+    files: dict[str, list[str]] = {}
     filled: dict[str, tuple[int, int]] = {}
-    for name in sorted(tensors):
+    for name in sorted(pieces):
         group = name.split("/", 1)[0] if "/" in name else _GROUP
         if not group.replace("_", "").isalnum() or not group.isascii():
             raise CheckpointError(f"tensor {name!r} cannot name a file", f"the group is {group!r}")
-        size = tensors[name].numel() * tensors[name].element_size()
+        size = pieces[name].values.nbytes
         number, held = filled.get(group, (1, 0))
         if held and held + size > max_file_bytes:
             number, held = number + 1, 0
         filled[group] = (number, held + size)
-        files.setdefault(f"{group}-{number:05}.safetensors", {})[name] = tensors[name]
+        files.setdefault(f"rank-{rank:05}-{group}-{number:05}.safetensors", []).append(name)
     return files
 
 
-def _check_dtypes(tensors: Mapping[str, torch.Tensor]) -> None:
+def _check_specs(specs: Mapping[str, Spec]) -> None:
     """Refuse to write what `load` would refuse to read."""
-    for name, tensor in tensors.items():
-        if tensor.dtype not in DTYPES.values():
+    for name, spec in specs.items():
+        if spec.dtype not in DTYPES.values():
             raise CheckpointError(
                 f"tensor {name} cannot be saved",
-                f"dtype {tensor.dtype}, allowed: {', '.join(DTYPES)}",
+                f"dtype {spec.dtype}, allowed: {', '.join(DTYPES)}",
             )
 
 
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor on the CPU, contiguous, in a storage of exactly its own elements."""
-    moved = tensor.detach().to("cpu").contiguous()
-    # A view would write its whole storage, and two names of one storage are refused.
-    return moved.clone()
+def _needed(specs: Mapping[str, Spec]) -> int:
+    return sum(spec.count * spec.dtype.itemsize for spec in specs.values())
 
 
-def _seal_file(path: Path) -> FileEntry:
-    """Flush a file to the disk; its size and sha256 as they are read back."""
-    path.chmod(0o640)
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-        while block := file.read(_HASH_BLOCK_BYTES):
-            digest.update(block)
-        return FileEntry(file.tell(), digest.hexdigest())
+def _new_file(path: Path) -> Any:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+    return os.fdopen(os.open(path, flags, 0o600), "wb")
+
+
+def _write_json(path: Path, data: bytes, on_point: OnPoint, point: str) -> FileEntry:
+    with _new_file(path) as file:
+        file.write(data)
+    on_point(point)
+    _flush(path)
+    return manifests.entry_of(data)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _json(state: Mapping[str, Any]) -> bytes:
@@ -268,13 +357,12 @@ def _json(state: Mapping[str, Any]) -> bytes:
         raise CheckpointError("the state of a checkpoint must be JSON", str(error)) from error
 
 
-def _free(directory: Path) -> int:
-    with contextlib.suppress(OSError):
-        return shutil.disk_usage(directory).free
-    return 0
-
-
-def _no_room(directory: Path, needed: int, free: int, reason: str) -> CheckpointError:
+def _no_room(directory: Path, needed: int, reason: str, free: int | None = None) -> CheckpointError:
+    if free is None:
+        try:
+            free = shutil.disk_usage(directory).free
+        except OSError:
+            free = 0
     return CheckpointError(
         f"no checkpoint could be written to {directory}",
         f"{reason}; needed {needed} bytes, free {free}",

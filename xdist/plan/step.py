@@ -1,8 +1,8 @@
 """A whole config, stage by stage and rank by rank: bytes, memory, FLOPs.
 
 One step makes the passes of its micro-steps (cost/model.py), and for each the sum of the losses;
-then one reduce of four float64 (valid tokens, bad rows, failures, stop) and one of all gradients
-over data x sequence. Clipping sends nothing.
+then one reduce of five float64 (valid tokens, bad rows, failures, stop, saved parts) and one of
+all gradients over data x sequence. Clipping sends nothing.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from xdist.models.hybrid_lm import HybridConfig, flops_per_token
 from xdist.plan.memory import memory_of
 from xdist.plan.result import Memory, Moves, Plan, StagePlan
 
-STEP_NUMBERS = 4
+STEP_NUMBERS = 5
 # A state crosses every border of segments where documents are joined: the most that can move.
 JOINED = None
 

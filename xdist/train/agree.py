@@ -21,6 +21,9 @@ from xdist.comm.gather import start_gather
 from xdist.mesh import Mesh
 
 T = TypeVar("T")
+Shape = tuple[int, ...]
+# What `share_tensor` sends at once.
+SHARED_BLOCK_BYTES = 64 << 20
 
 
 def together(mesh: Mesh, function: Callable[[], T]) -> T:
@@ -42,9 +45,9 @@ def together(mesh: Mesh, function: Callable[[], T]) -> T:
     message = b"" if error is None else _encode(error, mesh)
     sizes = gather_rows(torch.tensor([len(message)]), mesh)[:, 0].tolist()
     if any(sizes):
-        whole = _gather_uneven(torch.tensor(list(message), dtype=torch.uint8), sizes, mesh)
+        whole = _gather_uneven(_as_tensor(message), sizes, mesh)
         first = next(size for size in sizes if size)
-        raise _decode(bytes(whole[:first].tolist())) from error
+        raise _decode(_as_bytes(whole[:first])) from error
     return value  # type: ignore[return-value]
 
 
@@ -64,30 +67,56 @@ def share_json(value: object, mesh: Mesh) -> object:
     text = json.dumps(value).encode() if mesh.world_rank == 0 else b""
     size = int(gather_rows(torch.tensor([len(text)]), mesh)[0, 0])
     sizes = [size] + [0] * (mesh.world_size - 1)
-    whole = _gather_uneven(torch.tensor(list(text), dtype=torch.uint8), sizes, mesh)
-    return json.loads(bytes(whole.tolist()))
+    whole = _gather_uneven(_as_tensor(text), sizes, mesh)
+    return json.loads(_as_bytes(whole))
 
 
 def share_json_rows(value: object, mesh: Mesh) -> list[Any]:
     """Every rank's JSON value, in rank order."""
     text = json.dumps(value).encode()
     sizes = gather_rows(torch.tensor([len(text)]), mesh)[:, 0].tolist()
-    whole = bytes(_gather_uneven(torch.tensor(list(text), dtype=torch.uint8), sizes, mesh).tolist())
+    whole = _as_bytes(_gather_uneven(_as_tensor(text), sizes, mesh))
     ends = list(itertools.accumulate(sizes))
     return [json.loads(whole[end - size : end]) for size, end in zip(sizes, ends, strict=True)]
 
 
-def share_tensor(tensor: Tensor, mesh: Mesh) -> Tensor:
-    """Rank 0's `tensor` on every rank; all ranks give one of the same shape and dtype."""
+def share_tensor(tensor: Tensor | None, shape: Shape, dtype: torch.dtype, mesh: Mesh) -> Tensor:
+    """Rank 0's `tensor` of this shape and dtype on every rank, on the CPU, bit for bit.
+
+    Other ranks' `tensor` is not looked at. It travels in blocks, so that no rank holds more than
+    the tensor and one block.
+    """
     if mesh.parameter_group is None:
+        assert tensor is not None
         return tensor
-    return start_broadcast(tensor, mesh.parameter_group, root=0).wait()
+    root = mesh.world_rank == 0 and tensor is not None
+    whole = tensor.contiguous() if root and tensor is not None else torch.empty(shape, dtype=dtype)
+    # Bytes: every transport sends them, and no value is looked at on the way.
+    flat = whole.view(-1).view(torch.uint8)
+    for block in flat.split(SHARED_BLOCK_BYTES):
+        if not block.numel():
+            continue
+        # Of the other ranks' tensor only the shape matters: it needs no memory.
+        like = block if root else torch.zeros((), dtype=torch.uint8).expand(block.shape)
+        got = start_broadcast(like.to(mesh.device), mesh.parameter_group, root=0).wait()
+        if not root:
+            block.copy_(got)
+    return whole
 
 
 def _gather_uneven(x: Tensor, sizes: list[int], mesh: Mesh) -> Tensor:
     if mesh.parameter_group is None:
         return x
     return start_gather(x, mesh.parameter_group, dim=0, sizes=sizes).wait().cpu()
+
+
+def _as_tensor(text: bytes) -> Tensor:
+    # Of an empty buffer torch makes no tensor.
+    return torch.frombuffer(bytearray(text or b"\0"), dtype=torch.uint8)[: len(text)]
+
+
+def _as_bytes(values: Tensor) -> bytes:
+    return values.numpy().tobytes()
 
 
 def _encode(error: errors.XdistError, mesh: Mesh) -> bytes:

@@ -15,7 +15,7 @@ from xdist.errors import DataError
 from xdist.layout import Layout
 from xdist.mesh import Mesh
 from xdist.shard import SequenceShard
-from xdist.train.resume import Position, samples_before, stage_of
+from xdist.train.resume import Position, stage_of
 
 
 @dataclasses.dataclass
@@ -62,10 +62,11 @@ class Feed:
     def __init__(self, config: Config, mesh: Mesh, store: TextStore, position: Position) -> None:
         self._config = config
         self._split = store.split("train")
-        self._step = position.step
+        self._step, self._cursor = position.step, position.sample_cursor
         self._loader = Loader(
             self._split,
-            self._requests(mesh, position.step),
+            # A copy: the loop goes on with its own while a thread reads ahead.
+            self._requests(mesh, dataclasses.replace(position)),
             place_of(mesh),
             documents=config.data.documents,
             on_bad=config.data.on_bad,
@@ -77,9 +78,9 @@ class Feed:
         waited for. A slice that cannot be read is no exception here but `error`, because the
         other ranks have to hear of it first."""
         stage = self._config.train.curriculum[stage_of(self._config, self._step)]
-        first = samples_before(self._config, self._step)
-        step = StepBatch([], first, stage.batch * self._config.train.accumulation)
+        step = StepBatch([], self._cursor, stage.batch * self._config.train.accumulation)
         self._step += 1
+        self._cursor += step.samples
         try:
             for _ in range(self._config.train.accumulation):
                 if not self._loader.wait(give_up):
@@ -94,23 +95,25 @@ class Feed:
         """End the reading thread."""
         self._loader.close()
 
-    def _requests(self, mesh: Mesh, start_step: int) -> Iterator[Request]:
-        config, first_step = self._config, 0
-        for stage in config.train.curriculum:
+    def _requests(self, mesh: Mesh, position: Position) -> Iterator[Request]:
+        config, begins, cursor = self._config, 0, position.sample_cursor
+        for index, stage in enumerate(config.train.curriculum):
             # Epochs are counted from the stage's own first sample.
-            first = samples_before(config, first_step)
+            going_on = index == stage_of(config, position.step)
+            first = position.stage_first if going_on else cursor
             layout = layout_of(config, stage.length, mesh)
-            for step in range(max(first_step, start_step), first_step + stage.steps):
-                for micro in range(config.train.accumulation):
+            for _ in range(max(begins, position.step), begins + stage.steps):
+                for _ in range(config.train.accumulation):
                     yield Request.draw(
                         config.run.seed,
-                        samples_before(config, step) + micro * stage.batch,
+                        cursor,
                         stage.batch,
                         layout,
                         self._split.length,
                         first=first,
                     )
-            first_step += stage.steps
+                    cursor += stage.batch
+            begins += stage.steps
 
 
 class Shards:

@@ -15,14 +15,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from xdist.checkpoint import Saver
 from xdist.checkpoint.points import OnPoint, ignore
 from xdist.comm.ledger import ledger
 from xdist.comm.reduce import start_reduce
 from xdist.config import Config
 from xdist.data import TextStore
 from xdist.data.loader import BadSamples
-from xdist.errors import DataError, NumericsError
+from xdist.errors import CheckpointError, DataError, NumericsError
 from xdist.memory.allocator import keep_small_blocks
 from xdist.mesh import Mesh, init_mesh
 from xdist.train import setup
@@ -37,7 +36,8 @@ from xdist.train.guard import PREEMPTED, Guard, OnAbort, print_error
 from xdist.train.metrics import PeakMemory, StepMetrics, gather_numbers
 from xdist.train.progress import Progress, open_progress
 from xdist.train.record import Record
-from xdist.train.resume import resume, save_state, stage_of
+from xdist.train.resume import resume, stage_of, state_of
+from xdist.train.saving import Outcome, Saving
 from xdist.train.schedule import learning_rate
 from xdist.train.summary import finish_run
 from xdist.train.tensorboard import Board, open_board
@@ -148,14 +148,16 @@ class Loop:
         self.progress: Progress = open_progress(config, record.rank, self.position.step)
         for note in notes:
             self.progress.say(note)
-        self.saver = Saver(record.checkpoints, keep=config.checkpoint.keep, on_point=self._on_point)
+        self.saving = Saving(record.checkpoints, config.checkpoint, mesh, self._on_point)
+        self._saved = self.position.step if record.last_checkpoint else -1
+        self._due, self._not_saved = False, ""
         self._losses: list[float] = []
 
     def run(self) -> int:
         """All steps that are left, then the final save, evaluation and report."""
         self.record.status("running", self.position.step)
         total, every = self.config.train.total_steps, self.config.checkpoint.every_steps
-        saved = before = self.position.step
+        before = self.position.step
         if self._evaluation_is_missing() and self.evaluate() is None:
             return self._preempted()
         while self.position.step < total:
@@ -166,18 +168,18 @@ class Loop:
             # Before the save: a checkpoint means that everything up to it is on record.
             if done > before and self._evaluates_after(done):
                 stopping = self.evaluate() is None or stopping
-            if (stopping or done == total or (every and done % every == 0)) and saved != done:
-                self.save()
-                saved = done
             if stopping:
                 return self._preempted()
+            if done < total and (self._due or (every and done > before and done % every == 0)):
+                self.save()
             before = done
-        if not self.record.last_checkpoint or saved != total:
-            self.save()
+        not_saved = self._save_last()
         final = self.evaluate()
         if final is None:
             return self._preempted()
         finish_run(self.record, self.progress, self.store, self.config.data.held_out, final)
+        if not_saved is not None:
+            raise not_saved
         self.record.status("finished", total, exit_code=0)
         self._on_point("train.finished")
         return 0
@@ -194,6 +196,9 @@ class Loop:
         return bool(share_json(not self.record.has_evaluation(step), self.mesh))
 
     def _preempted(self) -> int:
+        not_saved = self._save_last()
+        if not_saved is not None:
+            raise not_saved
         step, reason = self.position.step, self.guard.stop.reason
         self.record.status("preempted", step, exit_code=PREEMPTED, reason=reason)
         self.progress.say(f"stopped after step {step}: {reason}")
@@ -230,8 +235,7 @@ class Loop:
         self._on_point("train.reduced")
         skipped = self._update(batch, loss, norm, rate)
         self._on_point("train.updated")
-        self.position.step += 1
-        self.position.sample_cursor += batch.samples
+        self.position.made_step(self.config, batch.samples)
         self.guard.enter("record")
         self._check_equal(self.config.train.check_every_steps)
         elapsed = time.perf_counter() - began
@@ -268,16 +272,18 @@ class Loop:
 
     def _count(self, batch: StepBatch) -> Tensor:
         """Over all ranks: valid tokens, rows that could not be read, ranks that cannot go on,
-        ranks that were asked to stop (WITHOUT_DATA: before they had any); float64 [4], one
-        reduce."""
+        ranks that were asked to stop (WITHOUT_DATA: before they had any), ranks that have done
+        their part of the save in flight; float64 [5], one reduce."""
         stop = WITHOUT_DATA if batch.given_up else int(self.guard.asked)
-        mine = [batch.valid_tokens, batch.bad_rows, int(batch.error is not None), stop]
-        return self._sum(torch.tensor(mine, dtype=torch.float64))
+        mine = [batch.valid_tokens, batch.bad_rows, batch.error is not None, stop]
+        return self._sum(torch.tensor([*mine, self.saving.waiting], dtype=torch.float64))
 
     def _agree_on(self, batch: StepBatch, sums: Tensor) -> tuple[StepBatch, int, bool]:
         """The batch without samples that any rank could not read, its valid tokens over all
         ranks, and whether any rank was asked to stop."""
-        valid, bad, failed, stop = sums.tolist()
+        valid, bad, failed, stop, written = sums.tolist()
+        if written == self.mesh.world_size:
+            self._note(self.saving.advance())
         if failed:
             together(self.mesh, lambda: _raise(batch.error))
         if bad:
@@ -353,17 +359,57 @@ class Loop:
         raise error
 
     def save(self) -> None:
-        """Write a checkpoint; every rank returns when it is safe on disk, or has failed to be."""
-        self.guard.span("save after step", self.position.step)
+        """Write a checkpoint, or begin to: see `Saving.save`. While one is still being written in
+        the background, the next one waits for the first step boundary after it."""
+        step = self.position.step
+        if self.saving.in_flight is not None:
+            if not self._due:
+                self.progress.say(
+                    f"the save due after step {step} waits: that of step "
+                    f"{self.saving.in_flight} is still being written"
+                )
+            self._due = True
+            return
+        self._due = False
+        self.guard.span("save after step", step)
         self.guard.enter("save")
         self._check_equal(1)
-        outcome = save_state(
-            self.saver, self.config, self.mesh, self.engine, self.position, self.store.identity
+        state = state_of(self.config, self.mesh, self.position, self.store.identity)
+        self._note(self.saving.save(step, self.engine, state))
+
+    def _save_last(self) -> CheckpointError | None:
+        """Have the state of now on the disk before the run ends; the error when it is not."""
+        step = self.position.step
+        if self.saving.in_flight is not None:
+            self.guard.span("save after step", step)
+            self.guard.enter("save")
+            self._note(self.saving.finish())
+        if self._saved == step:
+            return None
+        self.save()
+        outcome = self.saving.finish()
+        self._note(outcome)
+        if self._saved == step:
+            return None
+        error = CheckpointError(
+            f"the run ends at step {step}, and its last checkpoint could not be saved",
+            self._not_saved.replace("\n", "; "),
+            f"the newest checkpoint is {self.record.last_checkpoint or 'none at all'}; mend the "
+            "cause and start again: training resumes from there",
         )
+        error.agreed = True  # type: ignore[attr-defined]
+        return error
+
+    def _note(self, outcome: Outcome | None) -> None:
+        """Put on record how a save ended, once it has."""
+        if outcome is None:
+            return
         if outcome.ok:
+            self._saved = outcome.step
             self.record.last_checkpoint = str(outcome.path)
-            self.guard.saved(self.position.step)
+            self.guard.saved(outcome.step)
         else:
+            self._not_saved = outcome.text
             self.progress.say(outcome.text)
         self.record_step_done()
 
@@ -400,7 +446,8 @@ class Loop:
         return self.guard.asked
 
     def close(self) -> None:
-        """End the reading thread, the display and the board."""
+        """End the reading thread, the thread that saves, the display and the board."""
+        self.saving.close()
         self.feed.close()
         self.progress.close()
         if self.board is not None:

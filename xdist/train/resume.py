@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import pathlib
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
-import torch
 from torch import Tensor
 
-from xdist.checkpoint import Loaded, Outcome, Saver, clean_stale, load_latest
+from xdist.checkpoint import Checkpoint, Spec, clean_stale, open_latest
 from xdist.checkpoint.manifest import MAX_JSON_BYTES
 from xdist.config import Config
 from xdist.data import require_same_data
 from xdist.errors import ConfigError
 from xdist.mesh import Mesh
 from xdist.train.agree import share_json, share_tensor, together
-from xdist.train.engines.protocol import Engine
+from xdist.train.engines.protocol import Engine, Read
 from xdist.train.optimizer import check_same_names
 from xdist.train.record import Record
+
+# In the state of a checkpoint that holds parameters alone: `xdist checkpoint import` writes it.
+IMPORTED = "imported"
 
 
 @dataclasses.dataclass
@@ -29,6 +30,15 @@ class Position:
     sample_cursor: int = 0  # samples used up, over all ranks
     skipped_in_row: int = 0  # steps left out for values that were not finite, just now
     bad_samples: int = 0  # samples dropped for damaged data, in the whole run
+    stage_first: int = 0  # the cursor from which the stage of `step` counts its epochs
+
+    def made_step(self, config: Config, samples: int) -> None:
+        """One more step, of so many samples."""
+        stage = stage_of(config, self.step)
+        self.step += 1
+        self.sample_cursor += samples
+        if stage_of(config, self.step) != stage:
+            self.stage_first = self.sample_cursor
 
 
 def stage_of(config: Config, step: int) -> int:
@@ -51,42 +61,18 @@ def samples_before(config: Config, step: int) -> int:
     return samples
 
 
-def save_state(
-    saver: Saver,
-    config: Config,
-    mesh: Mesh,
-    engine: Engine,
-    position: Position,
-    identity: dict[str, Any],
-) -> Outcome:
-    """Write a checkpoint from rank 0; every rank returns, with the same outcome, when it is done.
-
-    One failed save is an outcome that is not `ok`: the run goes on. Raises, the same on all ranks,
-    NumericsError when a tensor is not finite and CheckpointError when two saves in a row failed.
-    """
-    state = {
+def state_of(
+    config: Config, mesh: Mesh, position: Position, identity: dict[str, Any]
+) -> dict[str, Any]:
+    """What a checkpoint says besides its tensors: JSON."""
+    return {
         **dataclasses.asdict(position),
         "stage": stage_of(config, position.step),
         "degrees": degrees(mesh),
-        "global_batch": _global_batch(config, position.step),
+        "global_batch": global_batch(config, position.step),
         "config": config.model_dump(mode="json"),
         "data": identity,
     }
-    outcome: Outcome | None = None
-
-    def write() -> None:
-        nonlocal outcome
-        if mesh.world_rank == 0:
-            held = {n: p.values.view(p.shape) for n, p in engine.pieces().items()}
-            outcome = saver.save(position.step, held, state)
-            if outcome.fatal and outcome.error is not None:
-                raise outcome.error
-
-    together(mesh, write)
-    told = outcome and {"ok": outcome.ok, "path": str(outcome.path or ""), "text": outcome.text}
-    values = cast("dict[str, Any]", share_json(told, mesh))
-    path = pathlib.Path(values["path"]) if values["path"] else None
-    return Outcome(values["ok"], path=path, text=values["text"])
 
 
 def resume(
@@ -94,29 +80,40 @@ def resume(
 ) -> tuple[Position, list[str]]:
     """Take up the newest good checkpoint; return where the run is, and lines that say so.
 
-    Rank 0 reads and checks, the others receive: all ranks start from the same bytes. Raises
+    Rank 0 hashes every file, then reads tensor by tensor and shares each: all ranks start from the
+    same bytes, and no rank holds more than one whole tensor besides its engine's own. Raises
     CheckpointError (4), DataError (5, another data set), ConfigError (2, another data order).
     """
-    loaded = together(mesh, lambda: _read(record, config, engine, identity, mesh))
-    head = loaded and {"state": loaded.state, "path": str(loaded.path), "lines": loaded.lines()}
+    found = together(mesh, lambda: _find(record, config, engine, identity, mesh))
+    head = found and {"state": found.state, "path": str(found.path), "lines": found.lines()}
     head = cast("dict[str, Any] | None", share_json(head, mesh))
     if head is None:
         return Position(), ["fresh start: no checkpoint in " + str(record.checkpoints)]
-    specs = engine.specs()
-
-    def read(name: str) -> Tensor:
-        spec = specs[name]
-        mine = loaded.tensors[name] if loaded else torch.empty(spec.shape, dtype=spec.dtype)
-        return share_tensor(mine.to(mesh.device), mesh).cpu()
-
-    engine.load(read)
+    engine.load(_reader(found, engine.specs(), mesh))
     record.last_checkpoint = head["path"]
     state = head["state"]
-    fields = [field.name for field in dataclasses.fields(Position)]
-    return Position(**{name: state[name] for name in fields}), [
-        *head["lines"],
-        told(state, config, mesh),
-    ]
+    if IMPORTED in state:
+        return Position(), [*head["lines"], f"starting from parameters of {state[IMPORTED]}"]
+    return position_of(state, config), [*head["lines"], told(state, config, mesh)]
+
+
+def _reader(found: Checkpoint | None, specs: dict[str, Spec], mesh: Mesh) -> Read:
+    """`read(name)` of `engine.load`, a collective call: rank 0's tensor on every rank."""
+
+    def mine(name: str) -> Tensor | None:
+        if found is None:
+            return None
+        spec = specs[name]
+        if name not in found.specs:
+            # Parameters alone were imported: the optimizer starts with its first state.
+            return spec.zeros()
+        return found.read(name).to(spec.dtype)
+
+    def read(name: str) -> Tensor:
+        held = together(mesh, lambda: mine(name))
+        return share_tensor(held, specs[name].shape, specs[name].dtype, mesh)
+
+    return read
 
 
 def told(state: dict[str, Any], config: Config, mesh: Mesh) -> str:
@@ -126,11 +123,13 @@ def told(state: dict[str, Any], config: Config, mesh: Mesh) -> str:
     def change(name: str) -> str:
         return f"{old[name]}->{new[name]}" if old[name] != new[name] else f"{new[name]}"
 
+    before, now = state["global_batch"], global_batch(config, state["step"])
+    batch = f"unchanged {now}" if before == now else f"{before}->{now}, allowed by the config"
     sequence_old, sequence_new = old["ring"] * old["ulysses"], new["ring"] * new["ulysses"]
     sequence = f"{sequence_old}->{sequence_new}" if sequence_old != sequence_new else sequence_new
     return (
         f"resumed {change('ranks')} ranks, sequence ranks {sequence}, data {change('data')}, "
-        f"global batch unchanged {state['global_batch']}, step {state['step']}, "
+        f"global batch {batch}, step {state['step']}, "
         f"data cursor {state['sample_cursor']} samples, no random state to restore"
     )
 
@@ -145,32 +144,41 @@ def degrees(mesh: Mesh) -> dict[str, int]:
     }
 
 
-def _read(
+def _find(
     record: Record, config: Config, engine: Engine, identity: dict[str, Any], mesh: Mesh
-) -> Loaded | None:
+) -> Checkpoint | None:
+    wanted = engine.specs()
     if mesh.world_rank != 0:
         return None
     clean_stale(record.checkpoints)
-    wanted = engine.specs()
     held = sum(spec.count * spec.dtype.itemsize for spec in wanted.values())
-    loaded = load_latest(
+    found = open_latest(
         record.checkpoints,
         resume=config.checkpoint.resume,
         # Twice, so that a model of another dtype is told as such, and room for state and headers.
         max_bytes=2 * held + MAX_JSON_BYTES,
     )
-    if loaded is None:
+    if found is None:
         return None
-    check_same_names(wanted, loaded.tensors, "state")
-    _check_order(loaded.state, config)
+    if IMPORTED in found.state:
+        parameters = {name: spec for name, spec in wanted.items() if name.startswith("model/")}
+        # Weights of another precision are taken over in this run's.
+        given = {name: Spec(s.shape, wanted.get(name, s).dtype) for name, s in found.specs.items()}
+        check_same_names(parameters, given, "parameters")
+        return found
+    check_same_names(wanted, found.specs, "state")
+    check_order(found.state, config)
     changed = require_same_data(
-        loaded.state["data"], identity, allow_change=config.data.allow_fingerprint_change
+        found.state["data"], identity, allow_change=config.data.allow_fingerprint_change
     )
-    return dataclasses.replace(loaded, rejected=(*loaded.rejected, *changed))
+    return dataclasses.replace(found, rejected=(*found.rejected, *changed))
 
 
-def _check_order(state: dict[str, Any], config: Config) -> None:
-    """The samples used so far must be those this config would have used."""
+def check_order(state: dict[str, Any], config: Config) -> None:
+    """The samples used so far must be those this config would have used.
+
+    With checkpoint.allow_batch_change only the seed must be the same, and a step be left.
+    """
     seed = state["config"]["run"]["seed"]
     if seed != config.run.seed:
         raise ConfigError(
@@ -185,17 +193,84 @@ def _check_order(state: dict[str, Any], config: Config) -> None:
             f"it has {step} steps, train.curriculum has {config.train.total_steps}",
             "lengthen the curriculum, or start in another run directory",
         )
-    batch, expected = _global_batch(config, step), samples_before(config, step)
-    if batch != state["global_batch"] or expected != cursor:
-        raise ConfigError(
-            "the global batch changed since the checkpoint",
-            f"at step {step} it was {state['global_batch']} samples with {cursor} used so far, "
-            f"now it is {batch} with {expected}",
-            "keep batch x accumulation of each stage (accumulation may trade against batch), "
-            "or start in another run directory",
-        )
+    if config.checkpoint.allow_batch_change or _same_order(state, config):
+        return
+    raise ConfigError(
+        "the global batch changed since the checkpoint",
+        f"at step {step} it was {state['global_batch']} samples with {cursor} used so far, "
+        f"now it is {global_batch(config, step)} with {samples_before(config, step)}",
+        "keep batch x accumulation of each stage (accumulation may trade against batch), "
+        "or start in another run directory; checkpoint.allow_batch_change=true goes on from the "
+        "next unused sample",
+    )
 
 
-def _global_batch(config: Config, step: int) -> int:
+def position_of(state: dict[str, Any], config: Config) -> Position:
+    """Where a run with `config` goes on: after the step and the samples of the checkpoint.
+
+    A stage that goes on counts its epochs from where it began, whatever the batch was until then.
+    """
+    fields = [field.name for field in dataclasses.fields(Position)]
+    position = Position(**{name: state[name] for name in fields if name in state})
+    index = stage_of(config, position.step)
+    begins = sum(stage.steps for stage in config.train.curriculum[:index])
+    old = _stages(state["config"]["train"])
+    old_index, old_begins = _place(old, position.step)
+    if _same_order(state, config) and _shift(state) == 0:
+        position.stage_first = samples_before(config, begins)
+    elif position.step == begins or old[old_index].length != config.train.curriculum[index].length:
+        position.stage_first = position.sample_cursor
+    elif "stage_first" not in state:
+        position.stage_first = _samples(old, old_begins)
+    return position
+
+
+class _Stage(NamedTuple):
+    """A stage of the curriculum as a checkpoint's config spells it."""
+
+    length: int
+    samples: int  # of one step
+    steps: int
+
+
+def _stages(train: dict[str, Any]) -> list[_Stage]:
+    each = train["accumulation"]
+    return [_Stage(s["length"], s["batch"] * each, s["steps"]) for s in train["curriculum"]]
+
+
+def _samples(stages: list[_Stage], step: int) -> int:
+    """Samples that the stages use up before `step`."""
+    used = 0
+    for stage in stages:
+        made = min(step, stage.steps)
+        used, step = used + made * stage.samples, step - made
+    return used
+
+
+def _place(stages: list[_Stage], step: int) -> tuple[int, int]:
+    """The index of the stage that `step` belongs to, and its first step."""
+    begins = 0
+    for index, stage in enumerate(stages):
+        if step < begins + stage.steps or index == len(stages) - 1:
+            return index, begins
+        begins += stage.steps
+    raise AssertionError("a curriculum has a stage")
+
+
+def _shift(state: dict[str, Any]) -> int:
+    """Samples used beyond those of the checkpoint's own curriculum: 0 until a change of batch."""
+    used: int = state["sample_cursor"]
+    return used - _samples(_stages(state["config"]["train"]), state["step"])
+
+
+def _same_order(state: dict[str, Any], config: Config) -> bool:
+    """Whether `config` would have used the samples that the checkpoint's run used."""
+    step, cursor = state["step"], state["sample_cursor"]
+    same_batch = global_batch(config, step) == state["global_batch"]
+    return same_batch and samples_before(config, step) + _shift(state) == cursor
+
+
+def global_batch(config: Config, step: int) -> int:
+    """Samples of optimizer step `step`, over all ranks."""
     stage = config.train.curriculum[stage_of(config, step)]
     return stage.batch * config.train.accumulation
