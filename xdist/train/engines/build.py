@@ -5,7 +5,6 @@ from __future__ import annotations
 from torch import nn
 
 from xdist.config import Config
-from xdist.errors import ConfigError
 from xdist.mesh import Mesh
 from xdist.train.engines.plain import PlainEngine
 from xdist.train.engines.protocol import Engine
@@ -17,7 +16,8 @@ def build_engine(config: Config, module: nn.Module, mesh: Mesh) -> Engine:
     Every rank calls it with the same values in `module`, on `mesh.device`. On one rank there is
     nothing to partition: fsdp is the plain engine there.
 
-    Raises ConfigError for a model that the engine cannot hold.
+    Raises ConfigError for a model that the engine cannot hold, and LaunchError when the library
+    that it needs is absent.
     """
     chosen = config.engine
     if chosen.name == "plain" or (chosen.name == "fsdp" and mesh.parameter_group is None):
@@ -26,6 +26,6 @@ def build_engine(config: Config, module: nn.Module, mesh: Mesh) -> Engine:
         from xdist.train.engines.fsdp import FsdpEngine
 
         return FsdpEngine(module, config.optimizer, mesh, reshard=chosen.reshard)
-    raise ConfigError(
-        f'engine.name = "{chosen.name}" is not there yet', "only plain and fsdp are", "use plain"
-    )
+    from xdist.train.engines.deepspeed import DeepSpeedEngine
+
+    return DeepSpeedEngine(module, config, mesh)
