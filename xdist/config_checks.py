@@ -269,11 +269,12 @@ def problems(config: Config) -> list[Problem]:
     shape = geometry(config)
     # The batch arithmetic needs degrees that multiply up.
     found = shape + ([] if shape else batches(config))
-    # It builds on this module.
+    # They build on this module.
     from xdist.config_deepspeed import engine_problems
+    from xdist.config_ray import ray_problems
 
     found += model_shape(config) + strategies(config) + combinations(config)
-    return found + engine_problems(config)
+    return found + engine_problems(config) + ray_problems(config)
 
 
 def world_problem(config: Config, world: int) -> Problem | None:
