@@ -52,7 +52,9 @@ def error_file(directory: pathlib.Path, rank: int) -> pathlib.Path:
     return directory / "logs" / f"rank-{rank}.error.json"
 
 
-def local_job(path: str, overrides: Sequence[str], *, render: bool = False) -> Job:
+def local_job(
+    path: str, overrides: Sequence[str], *, render: bool = False, launcher: str = "local"
+) -> Job:
     """Read and check the config before anything is started; raises ConfigError.
 
     `path` may be "" when the job is only rendered: the settings are the defaults then.
@@ -63,7 +65,7 @@ def local_job(path: str, overrides: Sequence[str], *, render: bool = False) -> J
         raise ConfigError(
             "no config was given",
             "only --print can do without one",
-            "xdist launch local CONFIG --ranks N",
+            f"xdist launch {launcher} CONFIG --ranks N",
         )
     config = load(path, overrides) if path else override(Config(), overrides)
     if not render:
@@ -79,7 +81,7 @@ def local_job(path: str, overrides: Sequence[str], *, render: bool = False) -> J
         directory=config.run_directory,
         max_restarts=config.launch.max_restarts,
         init_timeout_s=config.launch.init_timeout_s,
-        again=shlex.join(["xdist", "launch", "local", *words, "--ranks", str(ranks)]),
+        again=shlex.join(["xdist", "launch", launcher, *words, "--ranks", str(ranks)]),
     )
 
 

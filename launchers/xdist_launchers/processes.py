@@ -58,18 +58,28 @@ def _tied_to(parent: int) -> Callable[[], None]:
     return tie
 
 
+def die_with_parent() -> None:
+    """Ask the kernel to kill this process when its parent dies."""
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
 class Child:
     """A process in a session of its own, killed by the kernel when this process dies."""
 
     def __init__(
-        self, command: Sequence[str], env: Mapping[str, str], output: IO[bytes] | None
+        self,
+        command: Sequence[str],
+        env: Mapping[str, str],
+        output: IO[bytes] | None,
+        errors: IO[bytes] | None = None,
     ) -> None:
+        """`output` gets both streams (None: those of this process), or `errors` the second."""
         self._process = subprocess.Popen(
             command,
             env=dict(env),
             stdin=subprocess.DEVNULL,
             stdout=output,
-            stderr=subprocess.STDOUT if output is not None else None,
+            stderr=errors or (subprocess.STDOUT if output is not None else None),
             start_new_session=True,
             preexec_fn=_tied_to(os.getpid()),  # noqa: PLW1509 - launchers have one thread
         )

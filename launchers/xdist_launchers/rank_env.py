@@ -12,10 +12,10 @@ LOOPBACK = "127.0.0.1"
 PORT_TRIES = 3  # ports that a launcher tries before it gives up
 
 
-def free_port() -> int:
-    """A TCP port that is free on the loopback interface now."""
+def free_port(address: str = LOOPBACK) -> int:
+    """A TCP port that is free now on the interface with this IPv4 address."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.bind((LOOPBACK, 0))
+        probe.bind((address, 0))
         return int(probe.getsockname()[1])
 
 
