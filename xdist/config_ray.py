@@ -1,4 +1,4 @@
-"""Checks of the [ray] section: addresses that name a cluster, settings that would have no effect."""
+"""Checks of [ray]: an address that names a cluster, settings that would have no effect."""
 
 from __future__ import annotations
 
