@@ -12,6 +12,8 @@ from typing import Annotated, Any
 
 import typer
 
+from xdist_launchers.checkpoint_cli import checkpoint_app
+
 _PLAIN: dict[str, Any] = {
     "no_args_is_help": True,
     "add_completion": False,
@@ -22,6 +24,7 @@ app = typer.Typer(**_PLAIN, help="Train on sequences too long for one device.")
 launch_app = typer.Typer(**_PLAIN, help="Start the ranks of a run.")
 prepare_app = typer.Typer(**_PLAIN, help="Make a data store.")
 app.add_typer(launch_app, name="launch")
+app.add_typer(checkpoint_app, name="checkpoint")
 app.add_typer(prepare_app, name="prepare")
 
 ConfigFile = Annotated[str, typer.Argument(metavar="CONFIG", help="TOML file of the run")]

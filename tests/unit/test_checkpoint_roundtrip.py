@@ -20,8 +20,8 @@ import xdist.checkpoint
 import xdist.checkpoint.write as writing
 import xdist.data
 from xdist.checkpoint.manifest import FileEntry, parse, render
-from xdist.checkpoint.read import load, load_latest
 from xdist.checkpoint.pieces import Piece, Spec
+from xdist.checkpoint.read import load, load_latest
 from xdist.checkpoint.write import save
 from xdist.config import Checkpoint
 from xdist.errors import CheckpointError, NumericsError

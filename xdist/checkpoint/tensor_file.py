@@ -18,13 +18,14 @@ import math
 import os
 import stat
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from xdist.checkpoint.manifest import DTYPES, FileEntry, once
+from xdist.checkpoint.pieces import Spec
 from xdist.errors import CheckpointError
 
 MAX_HEADER_BYTES = 100_000_000
@@ -68,21 +69,34 @@ class TensorFile(NamedTuple):
             raise CheckpointError(f"{self.path.name} holds truth values other than 0 and 1")
 
 
-def write_tensors(
-    path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> FileEntry:
+    """`write_file` of tensors that are there; of any device and strides."""
+    specs = {name: Spec(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    return write_file(path, specs, tensors.__getitem__)
+
+
+def write_file(
+    path: Path,
+    specs: Mapping[str, Spec],
+    read: Callable[[str], torch.Tensor],
+    metadata: Mapping[str, str] | None = None,
 ) -> FileEntry:
     """Write a new file of mode 0600, not flushed; its size and the sha256 of what was written.
 
-    Tensors of any device and strides; the largest elements come first, so that all are aligned.
+    `read(name)` is called once for each tensor when its turn comes; the largest elements come
+    first, so that all are aligned.
+
+    Raises:
+        CheckpointError: a dtype that is not allowed.
     """
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    order = sorted(specs, key=lambda name: (-specs[name].dtype.itemsize, name))
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     at = 0
     for name in order:
-        tensor = tensors[name]
-        end = at + tensor.numel() * tensor.element_size()
-        shape = list(tensor.shape)
-        header[name] = {"dtype": dtype_name(tensor), "shape": shape, "data_offsets": [at, end]}
+        spec = specs[name]
+        end = at + spec.count * spec.dtype.itemsize
+        dtype, shape = _dtype_name(name, spec.dtype), list(spec.shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, end]}
         at = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -94,7 +108,7 @@ def write_tensors(
         _write_all(descriptor, memoryview(head))
         for name in order:
             # On the CPU and contiguous already, this copies nothing.
-            view = _bytes_of(tensors[name].detach().cpu().contiguous().view(-1))
+            view = _bytes_of(read(name).detach().cpu().contiguous().view(-1))
             for start in range(0, len(view), _BLOCK_BYTES):
                 block = view[start : start + _BLOCK_BYTES]
                 digest.update(block)
@@ -134,13 +148,12 @@ def check_file(path: Path, entry: FileEntry) -> TensorFile:
         return TensorFile(path, entries, _identity(file.fileno()))
 
 
-def dtype_name(tensor: torch.Tensor) -> str:
-    """safetensors' name of a tensor's dtype. Raises CheckpointError for one not allowed."""
-    if tensor.dtype not in _NAMES:
+def _dtype_name(name: str, dtype: torch.dtype) -> str:
+    if dtype not in _NAMES:
         raise CheckpointError(
-            "a tensor cannot be saved", f"dtype {tensor.dtype}, allowed: {', '.join(DTYPES)}"
+            f"tensor {name} cannot be saved", f"dtype {dtype}, allowed: {', '.join(DTYPES)}"
         )
-    return _NAMES[tensor.dtype]
+    return _NAMES[dtype]
 
 
 def _entries(name: str, text: bytes, body: int, file_bytes: int) -> dict[str, Entry]:
