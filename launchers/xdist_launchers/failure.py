@@ -84,6 +84,19 @@ def write_failure(failure: Failure, path: str | os.PathLike[str]) -> None:
     beside.replace(target)
 
 
+def inform_torchrun(failure: Failure) -> None:
+    """Leave the message where torchrun looks for it, so that its summary says why.
+
+    Its form is that of torch.distributed.elastic's error files. Without torchrun nothing is done.
+    """
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not path:
+        return
+    extra = {"py_callstack": failure.traceback, "timestamp": str(int(failure.time_s))}
+    said = {"message": {"message": failure.message(), "extraInfo": extra}}
+    pathlib.Path(path).write_text(json.dumps(said), encoding="utf-8")
+
+
 def read_failure(path: str | os.PathLike[str]) -> Failure | None:
     """The record at `path`, None when that rank left none."""
     try:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from xdist.config import Config, load, override
 from xdist.config_checks import Problem, raise_problems, store_problem, world_problem
-from xdist_launchers.failure import failure_of, tell, write_failure
+from xdist_launchers.failure import failure_of, inform_torchrun, tell, write_failure
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +126,7 @@ def run_rank(path: str, overrides: Sequence[str], record: pathlib.Path | None) -
         return run(config)
     except (Exception, KeyboardInterrupt) as error:
         failure = failure_of(error, rank)
+        inform_torchrun(failure)
         if record is not None:
             write_failure(failure, record)
             return failure.exit_code

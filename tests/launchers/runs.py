@@ -38,6 +38,12 @@ class Small:
             *more,
         ]
 
+    def damage(self) -> None:
+        """Take away what the ranks will read: DataError, exit code 5."""
+        for chunk in (self.folder / "store.zarr").rglob("c/*"):
+            if chunk.is_file():
+                chunk.unlink()
+
     def run(self, name: str = "run") -> pathlib.Path:
         """The folder of a run."""
         return self.folder / "runs" / name
