@@ -55,8 +55,8 @@ def test_bytes_of_data_ranks_are_their_gradients_and_sums() -> None:
     config = _config(data=2)
     count = parameter_count(config)
     expected = reduce_bytes(count, 2, 0, 4).sent_bytes
-    # Four numbers of the step, and the loss of each of the two micro-steps; float64.
-    expected += reduce_bytes(4, 2, 0, 8).sent_bytes + 2 * reduce_bytes(1, 2, 0, 8).sent_bytes
+    # Five numbers of the step, and the loss of each of the two micro-steps; float64.
+    expected += reduce_bytes(5, 2, 0, 8).sent_bytes + 2 * reduce_bytes(1, 2, 0, 8).sent_bytes
     assert step_bytes(config, config.train.curriculum[0])[0] == expected
 
 

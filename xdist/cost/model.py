@@ -33,6 +33,7 @@ class Streamed:
     window: int
     ngram_reach: int
     element_bytes: int = 4
+    vocab_size: int = 256
 
     @classmethod
     def of(cls, model: Any) -> Streamed:
@@ -41,6 +42,7 @@ class Streamed:
         return cls(
             tuple(kinds), model.dim, model.head_dim, model.conv_width, model.window or 0,
             max(model.ngram_orders, default=1) - 1, 8 if model.dtype == "float64" else 4,
+            model.vocab_size,
         )  # fmt: skip
 
     def reach(self, kind: str) -> int:
@@ -76,15 +78,23 @@ def loss_bytes(ranks: int, rank: int, *, counted: bool) -> Moved:
     return one + one if counted else one
 
 
-# A tile's working set in units of tile tokens x C x element: measured (docs/plan.md).
-TILE_UNITS = 120
+# A tile's working set in units of tile tokens x C x element, counted by `xdist.dry_run` on tensors
+# without values: a linear block's in backward, with D channels a head; an attention block's.
+LINEAR_UNITS = 22
+HEAD_DIMS_A_UNIT = 12
+ATTENTION_UNITS = 11
+WINDOW_A_UNIT = 256
+# The loss works on tiles of its own: logits, their logarithms, the gradient and a copy.
+LOSS_TILE_TOKENS = 2048
+LOSS_COPIES = 4
 
 
 class Activations(NamedTuple):
-    """Bytes of activations at the peak of a step: kept from forward to backward, and in flight."""
+    """Bytes of activations at the peak of a step: kept from forward to backward, in flight."""
 
     kept_bytes: int
     transient_bytes: int
+    tile_bytes: int  # of the transient ones, the working set of one tile
 
 
 def activation_bytes(
@@ -101,10 +111,20 @@ def activation_bytes(
     at_top = blocks + (crosses and model.kinds[-1] == "linear")
     below = [kind for kind in model.kinds[:-1] if kind == "linear"]
     at_next = blocks - 1 + (1 if crosses else 0) if below else 0
-    tile = TILE_UNITS * min(tile_tokens, rows * tokens) * model.dim * model.element_bytes
+    tile = max(
+        _units(model) * min(tile_tokens, rows * tokens) * model.dim,
+        LOSS_COPIES * min(LOSS_TILE_TOKENS, tokens) * model.vocab_size,
+    )
+    tile *= model.element_bytes
     linear = sum(kind == "linear" for kind in model.kinds)
     tiles = -(-rows * tokens // max(tile_tokens, 1))
     states = linear * tiles * rows * model.dim * model.head_dim * model.element_bytes
     integers = 3 * rows * tokens * TOKEN_BYTES
     kept = (blocks - 1) * stream
-    return Activations(kept + states + integers, max(at_top, at_next) * stream - kept + tile)
+    return Activations(kept + states + integers, max(at_top, at_next) * stream - kept + tile, tile)
+
+
+def _units(model: Streamed) -> int:
+    if "linear" in model.kinds:
+        return LINEAR_UNITS + model.head_dim // HEAD_DIMS_A_UNIT
+    return ATTENTION_UNITS + model.window // WINDOW_A_UNIT

@@ -1,24 +1,42 @@
 """Predicted peak memory of one rank, part by part.
 
-Activations are those of `cost.model.activation_bytes`. The peak of a step is inside backward; the
-optimizer's update comes after the activations are gone.
+Activations are those of `cost.model.activation_bytes`, what engines hold that of `cost.engine`. A
+step's peak is either inside backward, with activations and an engine's gathered parameters, or
+when gradients are summed or parameters updated; activations are gone by then.
+
+Blocks below 32 MiB come from a heap that is not given back (`xdist.memory.allocator`): a stage
+with streams of smaller blocks leaves its heap to the next ones.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 from xdist.config import Config
+from xdist.cost.engine import EngineBytes
 from xdist.cost.model import TOKEN_BYTES, Streamed, activation_bytes
 from xdist.plan.result import Memory
 
-# Resident memory of a training process before its first step, the model left out: Python, torch
-# 2.13 (CPU build) and zarr. Measured on Linux; with another build of torch it is another number.
-PROCESS_BYTES = 275 * 2**20
+# Resident memory of a training process in its steps, tensors left out: Python, torch 2.13 (CPU
+# build), zarr, gloo. Measured on Linux with two ranks (docs/plan.md); with another build of torch
+# it is another number, and on a card it stands for the host's side.
+PROCESS_BYTES = 390 * 2**20
+HEAP_BLOCK_BYTES = 32 * 2**20
 
 
-def memory_of(config: Config, parameters: int, rows: int, tokens: int) -> Memory:
-    """The parts for `rows` sequences of which this rank holds `tokens` tokens each."""
+@dataclass(frozen=True)
+class Work:
+    """What one stage needs on one rank beside parameters, gradients and state, bytes."""
+
+    kept: int
+    transients: int
+    heap: int  # of kept and transients, what lies in the heap
+
+
+def work_of(config: Config, rows: int, tokens: int) -> Work:
+    """One stage whose micro-step has `rows` sequences, of which this rank holds `tokens` each."""
     model = Streamed.of(config.model)
-    several = config.ranks > 1
     segments = config.parallel.sequence_ranks * (2 if config.parallel.layout == "zigzag" else 1)
     found = activation_bytes(
         model,
@@ -27,14 +45,32 @@ def memory_of(config: Config, parameters: int, rows: int, tokens: int) -> Memory
         tile_tokens=config.train.tile_tokens,
         crosses=segments > 1 and "linear" in model.kinds,
     )
-    weights = parameters * model.element_bytes
     # Tokens and labels of the batches that are read ahead.
-    ahead = config.data.prefetch * 2 * rows * tokens * TOKEN_BYTES
+    kept = found.kept_bytes + config.data.prefetch * 2 * rows * tokens * TOKEN_BYTES
+    stream = rows * tokens * model.dim * model.element_bytes
+    all_small = stream < HEAP_BLOCK_BYTES
+    heap = kept + found.transient_bytes if all_small else found.tile_bytes
+    return Work(kept, found.transient_bytes, heap)
+
+
+def memory_of(held: EngineBytes, works: Sequence[Work]) -> Memory:
+    """The parts in the last of `works`, the stages up to now."""
+    now = works[-1]
+    active = held.beside + now.kept + now.transients
+    small = held.at_update // 3 < HEAP_BLOCK_BYTES
+    heap = max(work.heap for work in works)
+    if small:
+        heap = max(heap, held.at_update)
+    in_heap = max(now.heap, held.at_update if small else 0)
     return Memory(
         process=PROCESS_BYTES,
-        parameters=weights,
-        gradients=weights * (2 if several else 1),
-        optimizer=2 * weights,
-        kept=found.kept_bytes + ahead,
-        transients=found.transient_bytes,
+        parameters=held.parameters,
+        gradients=held.gradients,
+        optimizer=held.optimizer,
+        engine=held.beside,
+        kept=now.kept,
+        transients=now.transients,
+        update=max(0, held.at_update - active),
+        retained=heap - in_heap,
+        offloaded=held.offloaded,
     )

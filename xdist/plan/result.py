@@ -12,19 +12,23 @@ Moves = dict[str, Moved]
 
 @dataclass(frozen=True)
 class Memory:
-    """Predicted peak resident memory of one rank, in bytes, by what holds it."""
+    """Predicted peak memory of one rank, in bytes, by what holds it; the peak is their sum."""
 
-    process: int  # interpreter, torch and its thread pools, before any tensor
+    process: int  # interpreter, torch and what its libraries keep, before any tensor of ours
     parameters: int
-    gradients: int  # with the buffer of their sum over ranks
+    gradients: int
     optimizer: int
+    engine: int  # whole parameters and buffers that an engine holds beside activations
     kept: int  # activations kept from forward to backward
     transients: int  # the largest working set of one tile, and the gradient of one activation
+    update: int  # what summing gradients or updating needs beyond kept, transients and engine
+    retained: int  # heap of earlier, shorter stages that the process does not give back
+    offloaded: int  # host memory; on a card no part of its own peak
 
     @property
     def tensors_bytes(self) -> int:
         """What tensors hold in forward and backward."""
-        return self.parameters + self.gradients + self.kept + self.transients
+        return self.parameters + self.gradients + self.engine + self.kept + self.transients
 
     @property
     def peak_bytes(self) -> int:
@@ -42,6 +46,8 @@ class StagePlan:
     moves: list[Moves]
     memory: list[Memory]
     flops: list[int]
+    # What the engine's own library exchanges in one step, outside the ledger; None: not known.
+    library: list[Moved | None]
 
     @property
     def sent_bytes(self) -> list[int]:
@@ -92,11 +98,16 @@ class Plan:
                 for name in names
             ]
         ) or ["  nothing crosses ranks"]
+        if any(one is None or any(one) for one in last.library):
+            said = ["not known" if one is None else _pair(one) for one in last.library]
+            lines += _aligned([["  engine traffic", *said]])
+            lines.append("  (engine traffic is DeepSpeed's own; the ledger does not count it)")
         lines.append("its memory, rank by rank:")
         lines += _aligned(
             [
                 [f"  {part.name}", *(_size(getattr(m, part.name)) for m in last.memory)]
                 for part in fields(Memory)
+                if any(getattr(m, part.name) for m in last.memory)
             ]
         )
         return "\n".join(lines)

@@ -13,6 +13,8 @@ from functools import lru_cache
 import torch
 
 from xdist.config import Config, Stage
+from xdist.cost.engine import Units, engine_moves, held_bytes
+from xdist.cost.fsdp import Held
 from xdist.cost.model import SUM_BYTES, Streamed, loss_bytes
 from xdist.cost.model import pass_bytes as moves_of_pass
 from xdist.cost.moves import Moved, reduce_bytes
@@ -20,7 +22,7 @@ from xdist.documents import Documents
 from xdist.layout import Layout
 from xdist.models import build
 from xdist.models.hybrid_lm import HybridConfig, flops_per_token
-from xdist.plan.memory import memory_of
+from xdist.plan.memory import memory_of, work_of
 from xdist.plan.result import Memory, Moves, Plan, StagePlan
 
 STEP_NUMBERS = 5
@@ -95,15 +97,32 @@ def layout_of(config: Config, length: int, parts: int) -> Layout:
 
 def parameter_count(config: Config) -> int:
     """Trained parameters of the config's model."""
-    return _count(HybridConfig.of(config.model))
+    return units_of(config).elements
+
+
+def units_of(config: Config) -> Units:
+    """The parameters of the config's model, by what fsdp gathers together."""
+    return _units(HybridConfig.of(config.model))
 
 
 @lru_cache(maxsize=8)
-def _count(sizes: HybridConfig) -> int:
+def _units(sizes: HybridConfig) -> Units:
     # On the meta device nothing is allocated.
     with torch.device("meta"):
         model = build(sizes)
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+    blocks = [tuple(block.parameters()) for block in model.blocks]
+    inside = {id(p) for block in blocks for p in block}
+    rest = tuple(p for p in model.parameters() if id(p) not in inside)
+    roles = model.parameter_roles()
+    return Units(
+        tuple(_held(block) for block in blocks),
+        _held(rest),
+        sum(p.numel() for name, p in model.named_parameters() if roles[name] == "hidden"),
+    )
+
+
+def _held(unit: Sequence[torch.nn.Parameter]) -> tuple[Held, ...]:
+    return tuple(Held(tuple(p.shape), p.requires_grad, p.element_size()) for p in unit)
 
 
 def _cuts(documents: Sequence[int] | None, length: int) -> tuple[int, ...]:
@@ -127,6 +146,7 @@ def _stage(config: Config, stage: Stage) -> StagePlan:
         memory=[step_memory(config, stage, rank) for rank in ranks],
         # Forward, its recomputation in each tile, and backward, which is twice forward.
         flops=[4 * per_token * count for count in tokens],
+        library=[library_moves(config, rank) for rank in ranks],
     )
 
 
@@ -146,32 +166,46 @@ def step_moves(
     parts, ranks = config.parallel.sequence_ranks, config.ranks
     model = Streamed.of(config.model)
     layout = layout_of(config, stage.length, parts)
-    reduced = reduce_bytes(STEP_NUMBERS, ranks, rank, SUM_BYTES)
+    total: Moves = {"reduce": reduce_bytes(STEP_NUMBERS, ranks, rank, SUM_BYTES)}
     if engine:
-        reduced += engine_moves(config, rank)
-    total: Moves = {"reduce": reduced}
+        times = config.train.accumulation
+        _add(total, engine_moves(config.engine, units_of(config), ranks, rank, times))
     rows = stage.batch // config.data_degree
     for cut in documents or [JOINED] * config.train.accumulation:
         cuts = _cuts(cut, stage.length)
         moves = moves_of_pass(model, layout, cuts, rank % parts, rows)
         moves["reduce"] = loss_bytes(ranks, rank, counted=False)
-        for name, moved in moves.items():
-            total[name] = total.get(name, Moved()) + moved
+        _add(total, moves)
     return {name: moved for name, moved in total.items() if any(moved)}
 
 
-def engine_moves(config: Config, rank: int) -> Moved:
-    """What the engine itself sums by xdist's reduce in one step: the plain one all gradients."""
-    if config.engine.name != "plain":
+def _add(total: Moves, more: Moves) -> None:
+    for name, moved in more.items():
+        total[name] = total.get(name, Moved()) + moved
+
+
+def library_moves(config: Config, rank: int) -> Moved | None:
+    """What the engine's library itself exchanges in one step, beside the ledger; none for plain
+    and fsdp, whose exchanges are moves of xdist; None where it is not known."""
+    if config.engine.name != "deepspeed" or config.ranks == 1:
         return Moved()
-    width = Streamed.of(config.model).element_bytes
-    return reduce_bytes(parameter_count(config), config.ranks, rank, width)
+    return None
 
 
 def step_memory(config: Config, stage: Stage, rank: int) -> Memory:
-    """Predicted memory of world rank `rank` in one step of a stage, part by part."""
-    rows = stage.batch // config.data_degree
-    return memory_of(config, parameter_count(config), rows, _share(config, stage, rank))
+    """Predicted memory of world rank `rank` in one step of a stage, part by part.
+
+    Earlier stages of the curriculum count for what they leave behind.
+    """
+    stages = config.train.curriculum
+    upto = stages[: stages.index(stage)] if stage in stages else ()
+    works = [
+        work_of(config, one.batch // config.data_degree, _share(config, one, rank))
+        for one in [*upto, stage]
+    ]
+    return memory_of(
+        held_bytes(config.engine, config.optimizer, units_of(config), config.ranks), works
+    )
 
 
 def _share(config: Config, stage: Stage, rank: int) -> int:
