@@ -78,7 +78,14 @@ def show(config: ConfigFile, overrides: Overrides = None, ranks: Ranks = None) -
 
 
 @app.command()
-def plan(config: ConfigFile, overrides: Overrides = None, ranks: Ranks = None) -> None:
+def plan(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    ranks: Ranks = None,
+    rehearse: Annotated[
+        bool, typer.Option("--dry-run", help="also run a step of every stage without values")
+    ] = False,
+) -> None:
     """Predict bytes across ranks and peak memory. Starts nothing."""
 
     def body() -> None:
@@ -88,7 +95,11 @@ def plan(config: ConfigFile, overrides: Overrides = None, ranks: Ranks = None) -
 
         from xdist.plan import plan
 
-        print(plan(settings).table())
+        print(plan(settings).table(), flush=True)
+        if rehearse:
+            from xdist.dry_run import dry_run
+
+            print(dry_run(settings).table())
 
     _guarded(body)
 
