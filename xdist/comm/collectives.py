@@ -95,7 +95,7 @@ def start_pairs(
         {r: (tuple(t.shape), str(t.dtype)) for r, t in buffers.sends.items()},
         {r: (tuple(t.shape), str(t.dtype)) for r, t in buffers.receives.items() if t.numel()},
     )
-    with _naming_lost_peers(move, group):
+    with naming_lost_peers(move, group):
         works = _post(buffers, group, send_tags, receive_tags)
     record(
         move,
@@ -108,7 +108,7 @@ def start_pairs(
 
     def finish() -> dict[int, Tensor]:
         RECORDER.wait(noted)
-        with _naming_lost_peers(move, group):
+        with naming_lost_peers(move, group):
             for work in works:
                 work.wait()
         RECORDER.end(noted)
@@ -155,7 +155,8 @@ def _post(
 
 
 @contextmanager
-def _naming_lost_peers(move: str, group: ProcessGroup) -> Iterator[None]:
+def naming_lost_peers(move: str, group: ProcessGroup) -> Iterator[None]:
+    """Turn a broken connection inside the block into PeerLost, with the lost rank's name."""
     try:
         yield
     except RuntimeError as error:

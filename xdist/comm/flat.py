@@ -11,13 +11,17 @@ nothing. Must divide: the whole buffer by P.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from xdist.comm.collectives import _naming_lost_peers, size_of
+from xdist.comm.collectives import naming_lost_peers, rank_of, size_of
 from xdist.comm.ledger import record
+from xdist.comm.recorder import RECORDER
 
 # The names before torch 2.13, and since.
 _gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -29,15 +33,13 @@ def gather_flat(whole: Tensor, own: Tensor, group: ProcessGroup, *, move: str) -
 
     On CUDA with NCCL it is enqueued on the current stream. Raises PeerLost.
     """
-    others = size_of(group) - 1
-    with _naming_lost_peers(move, group):
+    with _counted(move, own, group):
         if _staged(own, group):
             host = torch.empty(whole.shape, dtype=whole.dtype)
             _gather(host, own.cpu(), group=group)
             whole.copy_(host)
         else:
             _gather(whole, own, group=group)
-    record(move, own.nbytes * others, own.nbytes * others)
 
 
 def reduce_scatter_flat(own: Tensor, whole: Tensor, group: ProcessGroup, *, move: str) -> None:
@@ -45,14 +47,32 @@ def reduce_scatter_flat(own: Tensor, whole: Tensor, group: ProcessGroup, *, move
 
     The sum is taken in the dtype given. As for `gather_flat` otherwise.
     """
-    with _naming_lost_peers(move, group):
+    with _counted(move, own, group):
         if _staged(whole, group):
             host = torch.empty(own.shape, dtype=own.dtype)
             _reduce_scatter(host, whole.cpu(), op=dist.ReduceOp.SUM, group=group)
             own.copy_(host)
         else:
             _reduce_scatter(own, whole, op=dist.ReduceOp.SUM, group=group)
-    record(move, whole.nbytes - own.nbytes, whole.nbytes - own.nbytes)
+
+
+@contextmanager
+def _counted(move: str, share: Tensor, group: ProcessGroup) -> Iterator[None]:
+    """A move in which one share goes to every other rank, and one comes from each."""
+    shares = {
+        r: (tuple(share.shape), str(share.dtype))
+        for r in range(size_of(group))
+        if r != rank_of(group)
+    }
+    noted, _, _ = RECORDER.begin(
+        move, group, lambda: dist.get_process_group_ranks(group), shares, shares
+    )
+    RECORDER.wait(noted)
+    with naming_lost_peers(move, group):
+        yield
+    RECORDER.end(noted)
+    moved = share.nbytes * len(shares)
+    record(move, moved, moved)
 
 
 def _staged(tensor: Tensor, group: ProcessGroup) -> bool:
