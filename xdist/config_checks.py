@@ -271,9 +271,11 @@ def problems(config: Config) -> list[Problem]:
     found = shape + ([] if shape else batches(config))
     # They build on this module.
     from xdist.config_deepspeed import engine_problems
+    from xdist.config_optimizer import optimizer_problems
     from xdist.config_ray import ray_problems
 
     found += model_shape(config) + strategies(config) + combinations(config)
+    found += optimizer_problems(config)
     return found + engine_problems(config) + ray_problems(config)
 
 

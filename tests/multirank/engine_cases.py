@@ -38,13 +38,12 @@ tile_tokens = 48
 [optimizer]
 warmup_steps = 0
 schedule = "constant"
-eps = 1e-4
 clip_norm = 0.5
 """
 
 OPTIMIZERS = {
     "sgd": ("optimizer.name=sgd", "optimizer.momentum=0.9", "optimizer.learning_rate=0.05"),
-    "adamw": ("optimizer.name=adamw", "optimizer.learning_rate=0.01"),
+    "adamw": ("optimizer.name=adamw", "optimizer.learning_rate=0.01", "optimizer.eps=1e-4"),
 }
 
 # What is compared with the plain engine on one rank, by name: settings of [engine].
