@@ -138,6 +138,7 @@ def report(
     def body() -> None:
         from xdist.errors import ConfigError
 
+        _private()
         folder = pathlib.Path(run)
         if not (folder / "status.json").exists():
             known = sorted(str(path.parent) for path in pathlib.Path("runs").glob("*/status.json"))
@@ -207,6 +208,12 @@ def doctor() -> None:
     _guarded(body)
 
 
+@launch_app.callback()
+def _private() -> None:
+    # Logs, losses and configs of a run are its owner's: files 0600, folders 0700.
+    os.umask(0o077)
+
+
 @app.command()
 def train(
     config: ConfigFile,
@@ -217,6 +224,7 @@ def train(
     ] = False,
 ) -> None:
     """Train as one rank: alone, or started by a launcher."""
+    _private()
     if mpi:
         from xdist_launchers.mpi import run_rank
     else:

@@ -1,6 +1,7 @@
 """The folder of a run: metrics.jsonl, status.json, config.toml, run.json.
 
-Only rank 0 writes, but for status.json when a rank fails: the failing rank writes it.
+Only rank 0 writes, but for status.json when a rank fails: the failing rank writes it. The folder
+and its files are for their owner alone (0700, 0600).
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class Record:
         self.last_checkpoint = ""
         self._metrics: TextIO | None = None
         if rank == 0:
-            directory.mkdir(parents=True, exist_ok=True)
+            directory.mkdir(parents=True, exist_ok=True, mode=0o700)
 
     @property
     def checkpoints(self) -> pathlib.Path:
@@ -79,7 +80,7 @@ class Record:
         self, state: str, step: int, *, exit_code: int | None = None, reason: str = "", **where: Any
     ) -> None:
         """Replace status.json. `where`: rank and host of a failure that happened elsewhere."""
-        self.directory.mkdir(parents=True, exist_ok=True)
+        self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         values = {
             "state": state,
             "step": step,
@@ -101,7 +102,8 @@ class Record:
 def replace(path: pathlib.Path, text: str, tag: str = "0") -> None:
     """Replace a file as one act: a reader sees the old text or the new one, never a part."""
     beside = path.with_name(f".{path.name}.{tag}.{os.getpid()}")
-    beside.write_text(text)
+    with open(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+        file.write(text)
     os.replace(beside, path)
 
 
