@@ -216,10 +216,10 @@ def position_of(state: dict[str, Any], config: Config) -> Position:
     begins = sum(stage.steps for stage in config.train.curriculum[:index])
     old = _stages(state["config"]["train"])
     old_index, old_begins = _place(old, position.step)
-    if _same_order(state, config) and _shift(state) == 0:
-        position.stage_first = samples_before(config, begins)
-    elif position.step == begins or old[old_index].length != config.train.curriculum[index].length:
+    if position.step == begins or old[old_index].length != config.train.curriculum[index].length:
         position.stage_first = position.sample_cursor
+    elif _same_order(state, config) and _shift(state) == 0:
+        position.stage_first = samples_before(config, begins)
     elif "stage_first" not in state:
         position.stage_first = _samples(old, old_begins)
     return position

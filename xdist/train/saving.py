@@ -248,7 +248,7 @@ class _Thread(_Job):
 
     def __init__(self, work: Callable[[], Any]) -> None:
         super().__init__()
-        self._work = work
+        self._work, self._ended = work, threading.Event()
         self._thread = threading.Thread(target=self._run, name="xdist-save", daemon=True)
         self._thread.start()
 
@@ -258,13 +258,15 @@ class _Thread(_Job):
         # Raised again by `result`, in the thread that trains.
         except BaseException as error:
             self.error = error
+        finally:
+            self._ended.set()
 
     @property
     def done(self) -> bool:
-        return not self._thread.is_alive()
+        return self._ended.is_set()
 
     def wait(self, timeout_s: float | None = None) -> None:
-        self._thread.join(timeout_s)
+        self._ended.wait(timeout_s)
 
 
 class _Buffers:
