@@ -34,6 +34,7 @@ class Move:
     number: int  # of this process, from 1
     name: str
     where: str  # phase and layer
+    group: str  # its name: several may hold the same ranks
     ranks: tuple[int, ...]  # world ranks of the group
     sends: dict[int, Message]
     receives: dict[int, Message]
@@ -84,10 +85,13 @@ class Recorder:
         self.phase, self.since_s, self.layer = phase, time.time(), ""
         self._write_head()
 
-    def beat(self, head: str) -> None:
-        """A sign of life: `head` goes in front of the file's first line."""
+    def say(self, head: str) -> None:
+        """Put `head` in front of the file's first line."""
         self.head = head
         self._write_head()
+
+    def beat(self) -> None:
+        """Let readers on other hosts see the file as it is."""
         if self._path is not None:
             # Closing hands everything mapped to a network file system, for readers elsewhere.
             with suppress(OSError), self._path.open("r+b") as file:
@@ -120,6 +124,7 @@ class Recorder:
                 self._number,
                 name,
                 where,
+                str(group.group_name),
                 world,
                 {world[r]: message for r, message in out.items()},
                 {world[r]: message for r, message in into.items()},
@@ -171,7 +176,7 @@ class Recorder:
             self._put(0, self._head_text())
 
     def _head_text(self) -> str:
-        return f"{self.head} {self.since_s:.3f} {self.phase}"
+        return f"{self.since_s:.3f} {self.head} {self.phase}"
 
     def _write(self, move: Move) -> None:
         if self._file is not None:
@@ -223,27 +228,44 @@ def mismatch(reports: dict[int, list[Move]]) -> str:
     """How the ranks' moves contradict each other, "" where they do not.
 
     `reports` holds the newest moves of ranks that wait. A rank that waits for the k-th message of
-    another, which sent its k-th with another move, shape or dtype, will wait for ever; so will one
-    whose partner waits for it in turn, without ever having sent that message.
+    another, which sent its k-th with another move, size or dtype, will wait for ever; so will ranks
+    that all wait for others that wait too, in other moves.
     """
+    alone: dict[int, tuple[Move, int]] = {}
     for rank, moves in sorted(reports.items()):
         waits = next((move for move in moves if move.is_waited_for), None)
-        for peer, message in sorted(waits.receives.items()) if waits else ():
-            if waits is None or peer not in reports:
-                continue
-            sent = _sent(reports[peer], rank, waits.ranks, message[0])
-            if sent is not None and _key(sent.name, sent.sends[rank]) != _key(waits.name, message):
-                return (
-                    f"message {message[0]} from rank {peer} to rank {rank} is "
-                    f"{_words(sent.name, sent.sends[rank])} on rank {peer} (in {sent.where}) and "
-                    f"{_words(waits.name, message)} on rank {rank} (in {waits.where})"
-                )
-    return ""
+        for way in ("receives", "sends") if waits else ():
+            for peer, message in sorted(getattr(waits, way).items()):
+                if waits is None or peer not in reports:
+                    continue
+                other = _other_end(reports[peer], rank, waits.group, way, message[0])
+                if other is None:
+                    alone[rank] = waits, peer
+                    continue
+                theirs = getattr(other, "sends" if way == "receives" else "receives")[rank]
+                if _key(other.name, theirs) != _key(waits.name, message):
+                    one, two = (peer, rank) if way == "receives" else (rank, peer)
+                    return (
+                        f"message {message[0]} from rank {one} to rank {two} is "
+                        f"{_words(other.name, theirs)} on rank {peer} (in {other.where}) and "
+                        f"{_words(waits.name, message)} on rank {rank} (in {waits.where})"
+                    )
+    if not reports or len(alone) < len(reports):
+        return ""
+    rank, (waits, peer) = min(alone.items(), key=lambda item: item[0])
+    message = {**waits.sends, **waits.receives}[peer]
+    other = alone[peer][0]
+    return (
+        f"rank {rank} waits in {_words(waits.name, message)} (in {waits.where}) for rank {peer}, "
+        f"which does not make this move: it waits in {other.name} (in {other.where})"
+    )
 
 
-def _sent(moves: list[Move], to: int, ranks: tuple[int, ...], count: int) -> Move | None:
+def _other_end(moves: list[Move], rank: int, group: str, way: str, count: int) -> Move | None:
+    """The move of a peer that sends (or receives) its `count`-th message to (from) `rank`."""
     for move in moves:
-        if move.ranks == ranks and to in move.sends and move.sends[to][0] == count:
+        messages = move.sends if way == "receives" else move.receives
+        if move.group == group and rank in messages and messages[rank][0] == count:
             return move
     return None
 
@@ -263,6 +285,7 @@ def move_from(fields: dict[str, Any]) -> Move:
         fields["number"],
         fields["name"],
         fields["where"],
+        fields["group"],
         tuple(fields["ranks"]),
         messages(fields["sends"]),
         messages(fields["receives"]),

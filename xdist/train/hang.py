@@ -88,13 +88,14 @@ class Silent:
         """From the file of its last moves."""
         try:
             head, moves = read_file(path)
-            seen, beat, host, pid, span, step, since, phase = head.split(maxsplit=7)
+            at, _, phase = head.partition(": ")
+            since, seen, beat, host, pid, span = at.split(maxsplit=5)
         except (OSError, ValueError):
             return cls(rank, "", "gives no sign of life", "unknown, it left no record")
         if seen != nonce:
             return cls(rank, "", "gives no sign of life", "unknown, it left no record")
         now = time.time()
-        last = f"in {phase} of {span} {step} since {max(now - float(since), 0):.0f} s"
+        last = f"in {phase} of {span} since {max(now - float(since), 0):.0f} s"
         words = moves[-1].split(maxsplit=4) if moves else []
         if words and words[2] == "waits":
             last += f", waiting in {words[3]} (move {words[0]})"

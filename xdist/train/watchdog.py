@@ -71,6 +71,7 @@ class Watchdog:
         self._seen: set[str] = set()
         self._span = _Span(limit_s=limits.first_s)
         self._nonce, self._note = "", pathlib.Path()
+        self._host, self._heard = this_host(), 0.0
         self._ended = threading.Event()
         self._stacks: Any = None
         self._thread = threading.Thread(target=self._watch, name="xdist-watchdog", daemon=True)
@@ -113,6 +114,7 @@ class Watchdog:
         limit = self._limits.later_s if kind in self._seen else self._limits.first_s
         self._seen.add(kind)
         self._span = _Span(kind, step, limit_s=limit)
+        self._say()
 
     def last_seen(self, rank: int) -> str:
         """What a lost rank of this start did last, "" where that is not known."""
@@ -146,9 +148,15 @@ class Watchdog:
 
     def _beat(self) -> None:
         span = self._span
-        who = f"{self._nonce} {time.time():.1f} {this_host()} {os.getpid()}"
-        RECORDER.beat(f"{who} {span.kind} {span.step}")
-        self._arm(span.began + span.limit_s + BEAT_S + 0.5 - time.monotonic())
+        self._heard = time.time()
+        self._say()
+        RECORDER.beat()
+        left = span.began + span.limit_s - time.monotonic()
+        self._arm(min(left, self._limits.later_s) + BEAT_S + 0.5)
+
+    def _say(self) -> None:
+        who = f"{self._nonce} {self._heard:.1f} {self._host} {os.getpid()}"
+        RECORDER.say(f"{who} {self._span.kind} {self._span.step}:")
 
     def _arm(self, seconds: float) -> None:
         """Have the stacks written even if some call never lets go of Python's lock."""
@@ -170,9 +178,12 @@ class Watchdog:
         if self._stacks is not None:
             faulthandler.dump_traceback(self._stacks, all_threads=True)
             self._stacks.flush()
-        mine = Report.now(self._rank, this_host(), self._nonce, span.kind, span.step)
+        mine = Report.now(self._rank, self._host, self._nonce, span.kind, span.step)
         replace(self._file(self._rank, "hang.json"), json.dumps(mine.fields()), tag=str(self._rank))
-        error = verdict(self._reports(), self._silent, self._ranks, self._why(why), self._logs)
+        reports = self._reports()
+        error = verdict(reports, self._silent, self._ranks, self._why(why), self._logs)
+        # Ranks that read the same reports say the same: the first of them is heard.
+        error.agreed = self._rank != min([*reports, self._rank])  # type: ignore[attr-defined]
         self._tell(error)
         os._exit(error.exit_code)
 
