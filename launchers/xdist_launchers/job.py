@@ -123,19 +123,26 @@ def run_rank(path: str, overrides: Sequence[str], record: pathlib.Path | None) -
             print(plan(config).table(), flush=True)
         if record is not None:
             started_file(record).touch()
-        return run(config)
+        return run(config, on_abort=lambda error: _leave(error, rank, directory, record))
     except (Exception, KeyboardInterrupt) as error:
-        failure = failure_of(error, rank)
-        inform_torchrun(failure)
-        if record is not None:
-            write_failure(failure, record)
-            return failure.exit_code
-        details = ""
-        if directory is not None and directory.is_dir():
-            details = str(error_file(directory, rank))
-            write_failure(failure, details)
-        # Errors of settings and those that all ranks agreed on are raised by every rank.
-        alike = failure.exit_code == 2 or getattr(error, "agreed", False)
-        if rank == 0 or not alike:
-            tell(failure, details)
-        return failure.exit_code
+        _leave(error, rank, directory, record)
+        return failure_of(error).exit_code
+
+
+def _leave(
+    error: BaseException, rank: int, directory: pathlib.Path | None, record: pathlib.Path | None
+) -> None:
+    """Write this rank's failure record; tell it where no launcher will."""
+    failure = failure_of(error, rank)
+    inform_torchrun(failure)
+    if record is not None:
+        write_failure(failure, record)
+        return
+    details = ""
+    if directory is not None and directory.is_dir():
+        details = str(error_file(directory, rank))
+        write_failure(failure, details)
+    # Errors of settings and those that all ranks agreed on are raised by every rank.
+    alike = failure.exit_code == 2 or getattr(error, "agreed", False)
+    if rank == 0 or not alike:
+        tell(failure, details)

@@ -156,6 +156,7 @@ def _attempt(job: Job, signals: _Signals, mine: set[int]) -> _Watch:
             watch.ranks,
             term_s=STOP_S if signals.seen else TERM_S,
             hurry=lambda: len(signals.seen) > 1 or (bool(signals.seen) and _hopeless(watch)),
+            hurry_s=TERM_S,
         )
         kill_orphans(mine)
     return watch

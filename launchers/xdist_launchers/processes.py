@@ -117,16 +117,25 @@ def stop(
     *,
     term_s: float,
     hurry: Callable[[], bool] = lambda: False,
+    hurry_s: float = 0.0,
 ) -> None:
-    """End children: SIGTERM, after `term_s` (or as soon as `hurry()`) SIGKILL. Reaps them all."""
+    """End children: SIGTERM, after `term_s` SIGKILL. Reaps them all.
+
+    As soon as `hurry()`: SIGTERM again, which ends a run that saved not long ago at once, and
+    SIGKILL `hurry_s` later.
+    """
     left = [child for child in running if not child.ended]
     for child in left:
         child.send(signal.SIGTERM)
         # A stopped process acts on SIGTERM only when it runs again.
         child.send(signal.SIGCONT)
     stop_at = time.monotonic() + term_s
-    while not all(child.ended for child in left) and time.monotonic() < stop_at and not hurry():
+    while not all(child.ended for child in left) and time.monotonic() < stop_at:
         time.sleep(0.02)
+        if hurry():
+            for child in left:
+                child.send(signal.SIGTERM)
+            stop_at, hurry = min(stop_at, time.monotonic() + hurry_s), lambda: False
     for child in running:
         child.finish()
 
