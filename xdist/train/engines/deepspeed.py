@@ -33,7 +33,8 @@ from xdist.train.engines.protocol import Read
 from xdist.train.gradients import clip_factor, gradient_norms
 from xdist.train.optimizer import build_optimizers, set_rates, trained
 
-# Variables of launchers that DeepSpeed reads: it would take the device from them.
+# Variables of launchers that DeepSpeed reads, at the start and at stage 3 in forward passes: it
+# would take the device from them.
 _HEARD = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK")
 RELEASE = "0.19"
 
@@ -66,7 +67,8 @@ class DeepSpeedEngine:
 
     def loss(self, tokens: Tensor, labels: Tensor, shard: Any, *, valid_tokens: int) -> Tensor:
         """`module.loss` under DeepSpeed's hooks, which gather parameters at stage 3."""
-        loss: Tensor = self._engine(tokens, labels, shard, valid_tokens=valid_tokens)
+        with _device_of(self._mesh):
+            loss: Tensor = self._engine(tokens, labels, shard, valid_tokens=valid_tokens)
         return loss
 
     def backward(self, loss: Tensor) -> None:
@@ -223,8 +225,9 @@ def _imported(mesh: Mesh) -> Any:
             f"set DS_ACCELERATOR={mesh.device.type}",
         )
     deepspeed.utils.logger.setLevel("ERROR")
-    # Its all-reduce for CPUs is compiled when it is first wanted; torch's needs no compiler.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Which of its own kernels could be built it finds out by running compilers, and it builds an
+    # all-reduce for CPUs at once. None of them is needed: with the answer there, it asks nobody.
+    vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
     # It calls names that torch 2.13 renamed.
     warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)
     return deepspeed

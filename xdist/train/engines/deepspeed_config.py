@@ -53,6 +53,9 @@ def _zero(settings: Engine, elements: int) -> dict[str, Any]:
         # It would replace torch.nn.functional.linear.
         "memory_efficient_linear": False,
     }
+    if stage in (1, 2) and settings.offload_optimizer == "none":
+        # The engine takes the norm itself; with offloading DeepSpeed insists on its own.
+        found["compute_grad_norm"] = False
     if settings.offload_optimizer == "cpu":
         found["offload_optimizer"] = {"device": "cpu"}
     if settings.offload_parameters == "cpu":
