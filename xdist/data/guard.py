@@ -172,13 +172,17 @@ def zstd_problem(data: bytes, content_bytes: int) -> str:
     if not checksum:
         return "its frame carries no checksum"
     at += size_bytes
-    last = 0
+    last = decoded = 0
     while not last:
         header = int.from_bytes(data[at : at + 3], "little")
         last, kind, size = header & 1, header >> 1 & 3, header >> 3
+        # What a raw block, or one repeated byte, decodes to is written in it.
+        decoded += size if kind < 2 else 0
         at += 3 + (1 if kind == 1 else size)
         if at > len(data):
             return f"truncated: {len(data)} bytes"
+    if decoded > content_bytes:
+        return f"it would decode to {decoded} bytes, want {content_bytes}"
     if at + 4 != len(data):
         return f"{len(data)} bytes, its frame ends at {at + 4}"
     return ""
