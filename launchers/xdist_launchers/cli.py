@@ -195,15 +195,31 @@ def _prepared(done_bytes: int, total_bytes: int) -> None:
 
 
 @app.command()
-def doctor() -> None:
-    """Say what this machine has and what is missing."""
+def doctor(
+    config: Annotated[
+        str, typer.Argument(metavar="[CONFIG]", help="a run whose run.directory is looked at")
+    ] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+) -> None:
+    """Say what this machine has, what is missing for which feature, and how to add it."""
 
     def body() -> int:
-        from xdist_launchers.doctor import report
+        from xdist_launchers import findings
+        from xdist_launchers.doctor import findings as look
 
-        lines, code = report()
-        print("\n".join(lines))
-        return code
+        directory = pathlib.Path("runs")
+        if config:
+            from xdist.config import load
+
+            directory = load(config, []).run_directory
+        found = look(directory)
+        if as_json:
+            print(findings.as_json(found))
+        elif sys.stdout.isatty():
+            findings.show(found)
+        else:
+            print("\n".join(findings.lines(found)))
+        return findings.exit_code(found)
 
     _guarded(body)
 

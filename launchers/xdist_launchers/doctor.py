@@ -1,18 +1,28 @@
-"""`xdist doctor`: what this machine and environment have. Loads no torch."""
+"""`xdist doctor`: what this machine and environment have, and how to add what they lack.
+
+Loads no torch: versions are read from package metadata, devices from the driver's own tool.
+"""
 
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
-import os
 import pathlib
 import platform
 import shutil
-import subprocess
 import sys
 
+from xdist_launchers.doctor_machine import machine, memory_bytes
+from xdist_launchers.findings import Finding
+
+__all__ = ["clash", "findings", "memory_bytes", "version"]
+
+SOFTWARE, FEATURES = "software", "features"
 _NEEDED = ("torch", "numpy", "safetensors", "zarr", "pydantic", "typer", "rich")
-_EXTRAS = {"tensorboard": "log.tensorboard = true"}
+# What an optional package is for, and what adds it.
+_OPTIONAL = {
+    "deepspeed": ('engine.name = "deepspeed"', "pip install 'xdist-train[deepspeed]'"),
+    "tensorboard": ("log.tensorboard = true", "pip install 'xdist-train[tensorboard]'"),
+}
 
 
 def clash() -> str:
@@ -38,60 +48,55 @@ def version(name: str) -> str:
         return ""
 
 
-def memory_bytes() -> tuple[int, int]:
-    """Available and total memory of this host (or of this cgroup, where that is less)."""
-    fields = {}
-    for line in pathlib.Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-        name, _, value = line.partition(":")
-        fields[name] = int(value.split()[0]) * 1024
-    available, total = fields["MemAvailable"], fields["MemTotal"]
-    group = pathlib.Path("/sys/fs/cgroup")
-    try:
-        limit = (group / "memory.max").read_text(encoding="ascii").strip()
-        used = int((group / "memory.current").read_text(encoding="ascii"))
-    except (FileNotFoundError, PermissionError):
-        return available, total
-    if limit.isdigit() and int(limit) < total:
-        total = int(limit)
-        available = max(0, min(available, total - used))
-    return available, total
+def findings(directory: pathlib.Path) -> list[Finding]:
+    """All that there is to say; runs would be written in `directory`."""
+    from xdist_launchers.doctor_places import folder, launchers, network
 
-
-def devices() -> list[str]:
-    """Names of the CUDA devices, as the driver's own tool reports them."""
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return []
-    listed = subprocess.run([tool, "-L"], capture_output=True, text=True, timeout=20, check=False)
-    return listed.stdout.splitlines() if listed.returncode == 0 else []
-
-
-def report() -> tuple[list[str], int]:
-    """The lines to print and the exit code: 3 when something needed is missing."""
-    available, total = memory_bytes()
-    cores = len(os.sched_getaffinity(0))
-    lines = [
-        f"xdist       {version('xdist-train') or 'not installed (run from a source tree)'}",
-        f"python      {platform.python_version()} ({sys.executable})",
-        f"system      {platform.system()} {platform.release()} {platform.machine()}",
-        f"cores       {cores} usable of {os.cpu_count()}",
-        f"memory      {available / 2**30:.1f} GiB available of {total / 2**30:.1f} GiB",
+    versions = {name: version(name) for name in ("ray", "mpi4py")}
+    return [
+        *_software(),
+        *machine(),
+        *launchers(versions),
+        *network(),
+        *folder(directory),
+        *_features(),
     ]
-    lines += [f"device      {name}" for name in devices()] or [
-        "device      CPU only (nvidia-smi not found or without devices)"
+
+
+def _software() -> list[Finding]:
+    ours = version("xdist-train") or "not installed (run from a source tree)"
+    found = [
+        Finding(SOFTWARE, "xdist", ours),
+        Finding(SOFTWARE, "python", f"{platform.python_version()} ({sys.executable})"),
     ]
-    missing = []
     for name in _NEEDED:
-        lines.append(f"{name:<11} {version(name) or 'MISSING'}")
-        missing += [] if version(name) else [name]
-    for name, purpose in _EXTRAS.items():
-        text = version(name) or f"absent; {purpose} needs it: pip install 'xdist-train[{name}]'"
-        lines.append(f"{name:<11} {text}")
-    if version("pytest-xdist"):
-        lines.append(
-            f"clash       pytest-xdist {version('pytest-xdist')} is installed and has a package of "
-            "the same name; remove it: pip uninstall pytest-xdist, then reinstall xdist-train"
+        there = version(name)
+        do = "" if there else f"pip install {name}"
+        found.append(Finding(SOFTWARE, name, there, "ok" if there else "bad", do))
+    if there := version("pytest-xdist"):
+        found.append(
+            Finding(
+                SOFTWARE,
+                "clash",
+                f"pytest-xdist {there} is installed and has a package of the same name",
+                "bad",
+                "pip uninstall -y pytest-xdist && "
+                "pip install --force-reinstall --no-deps xdist-train",
+            )
         )
-    if missing:
-        lines.append(f"missing     install it: pip install {' '.join(missing)}")
-    return lines, 3 if missing or version("pytest-xdist") else 0
+    return found
+
+
+def _features() -> list[Finding]:
+    found = []
+    for name, (purpose, do) in _OPTIONAL.items():
+        there = version(name)
+        if there:
+            found.append(Finding(FEATURES, name, f"{there}, for {purpose}"))
+        else:
+            found.append(Finding(FEATURES, name, f"absent; {purpose} needs it", "absent", do))
+    if version("deepspeed") and not (shutil.which("g++") and shutil.which("ninja")):
+        text = "g++ or ninja not found: DeepSpeed compiles its CPU Adam with them"
+        do = "apt install g++ ninja-build, for engine.offload_optimizer"
+        found.append(Finding(FEATURES, "compiler", text, "note", do))
+    return found

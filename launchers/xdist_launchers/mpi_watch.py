@@ -122,7 +122,11 @@ def _attempt(one: MpiJob, signals: _Signals, mine: set[int]) -> tuple[Child, str
     # MPICH says on the first stream that a rank was killed, Open MPI on the second.
     tees = [_Tee(sys.stdout.buffer), _Tee(sys.stderr.buffer)]
     try:
-        env = os.environ | mpirun_env()
+        # The wheels of Open MPI and MPICH put mpirun beside this Python.
+        path = os.pathsep.join(
+            [os.environ.get("PATH", os.defpath), os.path.dirname(sys.executable)]
+        )
+        env = os.environ | mpirun_env() | {"PATH": path}
         child = Child(one.command, env, tees[0].writer, errors=tees[1].writer)
     except OSError as error:
         raise _no_mpirun(one.command[0], error) from error

