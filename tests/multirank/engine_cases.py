@@ -165,7 +165,7 @@ def whole_tensors(ranks: list[dict[str, Piece]]) -> dict[str, Tensor]:
     for name in sorted({name for pieces in ranks for name in pieces}):
         held = [pieces[name] for pieces in ranks if name in pieces]
         shape, dtype = held[0].shape, held[0].values.dtype
-        flat = torch.full((torch.Size(shape).numel(),), float("nan"), dtype=dtype)
+        flat = torch.zeros(torch.Size(shape).numel(), dtype=dtype)
         times = torch.zeros(flat.shape, dtype=torch.int64)
         for piece in held:
             assert piece.shape == shape, name

@@ -71,22 +71,3 @@ def evaluation(blocks: Sequence[Sequence[Held]], rest: Sequence[Held], ranks: in
     for block in blocks:
         moved += unit_gather(block, ranks)
     return moved
-
-
-def resident_bytes(
-    blocks: Sequence[Sequence[Held]],
-    rest: Sequence[Held],
-    ranks: int,
-    *,
-    state_tensors: int,
-) -> int:
-    """Bytes of parameters, gradients and optimizer state a rank holds between two micro-steps.
-
-    state_tensors: tensors the optimizer keeps of each trained parameter (AdamW 2).
-    """
-    total = 0
-    for unit in [*blocks, rest]:
-        for held in unit:
-            share = share_elements(held.shape, ranks) * held.itemsize
-            total += share * (2 + state_tensors if held.trained else 1)
-    return total
