@@ -132,7 +132,7 @@ class Loop:
         self.bad.count = self.position.bad_samples
         self.memory = PeakMemory(mesh.device)
         self.plan = parts.plan(config, mesh.world_size)
-        record.describe(*setup.describe(config, mesh, module, self.plan))
+        record.describe(*setup.describe(config, mesh, self.engine, self.plan))
         at_end = self.position.step == config.train.total_steps
         dropped = record.open_metrics(self.position.step, at_end=at_end)
         if dropped:

@@ -17,6 +17,7 @@ from xdist.config import Config, to_toml
 from xdist.mesh import Mesh
 from xdist.rank import read_rank
 from xdist.train.agree import share_json_rows
+from xdist.train.engines.protocol import Engine
 from xdist.train.feed import layout_of
 
 
@@ -80,7 +81,7 @@ def no_plan(config: Config, ranks: int) -> Plan:
 
 
 def describe(
-    config: Config, mesh: Mesh, module: nn.Module, plan: Plan
+    config: Config, mesh: Mesh, engine: Engine, plan: Plan
 ) -> tuple[str, dict[str, Any]]:
     """config.toml as resolved, and the facts of run.json. Every rank has to call it."""
     hosts = share_json_rows(socket.gethostname(), mesh)
@@ -90,7 +91,7 @@ def describe(
         "degrees": {"data": mesh.data_size, "ring": mesh.ring_size, "ulysses": mesh.ulysses_size},
         "device": str(mesh.device),
         "threads": config.run.threads,
-        "parameters": sum(p.numel() for p in module.parameters()),
+        "parameters": _parameters(engine),
         "layouts": [
             {
                 "length": stage.length,
@@ -106,6 +107,13 @@ def describe(
         "versions": versions(),
     }
     return to_toml(resolved(config, len(hosts))), facts
+
+
+def _parameters(engine: Engine) -> int:
+    """Elements of all parameters, which a rank may not hold."""
+    specs = engine.specs()
+    names = [f"model/{name}" for name, _ in engine.module.named_parameters()]
+    return sum(specs[name].count for name in names)
 
 
 def versions() -> dict[str, str]:
