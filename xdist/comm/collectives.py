@@ -353,11 +353,14 @@ def fake_world(rank: int, world_size: int) -> Iterator[None]:
     # Importing it registers the backend "fake" (torch 2.11 to 2.15).
     import torch.testing._internal.distributed.fake_pg  # noqa: F401
 
+    # torch puts a hook that names the rank before tracebacks, and leaves it there.
+    hook = sys.excepthook
     dist.init_process_group("fake", rank=rank, world_size=world_size, store=dist.HashStore())
     try:
         yield
     finally:
         dist.destroy_process_group()
+        sys.excepthook = hook
 
 
 def sign_in() -> None:
