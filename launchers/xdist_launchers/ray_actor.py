@@ -27,7 +27,7 @@ _SAID_BYTES = 1 << 16  # of a rank's output, in one answer
 
 # A worker of Ray has threads, so nothing may run between fork and exec: the child itself asks the
 # kernel to die with the actor, then becomes the rank. argv: the actor's pid, then the command.
-_TIE = (
+TIE = (
     "import ctypes, os, sys\n"
     "ctypes.CDLL(None).prctl(1, 9, 0, 0, 0)\n"
     "if os.getppid() != int(sys.argv[1]): os._exit(1)\n"
@@ -104,7 +104,7 @@ class RankActor:
         python = sys.executable
         try:
             self._process = subprocess.Popen(
-                [python, "-IS", "-c", _TIE, str(os.getpid()), python, *words],
+                [python, "-IS", "-c", TIE, str(os.getpid()), python, *words],
                 cwd=folder,
                 env=inherited | given,
                 stdin=subprocess.DEVNULL,

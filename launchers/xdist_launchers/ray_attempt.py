@@ -325,11 +325,13 @@ def first_failure(attempt: Attempt) -> tuple[Watched, Failure | None]:
         for rank in attempt.ranks
     }
 
-    def order(rank: Watched) -> tuple[bool, bool, float]:
+    def order(rank: Watched) -> tuple[bool, bool, bool, float]:
+        # An actor or its node is never lost because a rank failed.
         record = None if rank.lost else records[rank.seat.rank]
         # gloo ends a process with SIGABRT when it loses a peer at a bad moment.
         aborted = rank.answer.killed_by == signal.SIGABRT
-        return (record is not None and record.is_consequence, aborted, rank.ended_at or 0.0)
+        consequence = record is not None and record.is_consequence
+        return (not rank.lost, consequence, aborted, rank.ended_at or 0.0)
 
     rank = min((rank for rank in attempt.ranks if rank.failed), key=order)
     return rank, None if rank.lost else records[rank.seat.rank]
