@@ -23,13 +23,17 @@ asked=no ranks=
 trap 'asked=yes; [[ -z "$ranks" ]] || kill -USR1 "$ranks" || true' USR1
 trap ':' TERM
 
+# A step that is not told how many cards a task needs lets each task see all cards of its node:
+# NCCL wants that, and LOCAL_RANK picks one.
+unset SLURM_GPUS_PER_TASK SLURM_TRES_PER_TASK
+
 next=start
 while [[ "$next" == start ]]; do
   meeting="$("${job[@]}" begin any "$node" "$@")"
   read -r MASTER_ADDR MASTER_PORT XDIST_NONCE <<<"$meeting"
   export MASTER_ADDR MASTER_PORT XDIST_NONCE
   srun --kill-on-bad-exit=1 --export=ALL --mpi=none --input=none --distribution=block \
-    --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" ${SLURM_GPUS_ON_NODE:+--gpu-bind=none} \
+    --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" \
     "${job[@]}" rank "$@" &
   ranks=$!
   # A signal ends `wait` early; the code of a process that has ended is kept.

@@ -6,6 +6,7 @@ before, as and after the ranks.
 
 from __future__ import annotations
 
+import os
 import pathlib
 import shlex
 import subprocess
@@ -52,13 +53,17 @@ asked=no ranks=
 trap 'asked=yes; [[ -z "$ranks" ]] || kill -USR1 "$ranks" || true' USR1
 trap ':' TERM
 
+# A step that is not told how many cards a task needs lets each task see all cards of its node:
+# NCCL wants that, and LOCAL_RANK picks one.
+unset SLURM_GPUS_PER_TASK SLURM_TRES_PER_TASK
+
 next=start
 while [[ "$next" == start ]]; do
   meeting="$("${{job[@]}}" begin {kind} "$node" "$@")"
   read -r MASTER_ADDR MASTER_PORT XDIST_NONCE <<<"$meeting"
   export MASTER_ADDR MASTER_PORT XDIST_NONCE
   srun --kill-on-bad-exit=1 --export=ALL --mpi=none --input=none --distribution=block \\
-    --cpus-per-task="${{SLURM_CPUS_PER_TASK:-1}}" ${{SLURM_GPUS_ON_NODE:+--gpu-bind=none}} \\
+    --cpus-per-task="${{SLURM_CPUS_PER_TASK:-1}}" \\
     "${{job[@]}}" rank "$@" &
   ranks=$!
   # A signal ends `wait` early; the code of a process that has ended is kept.
@@ -251,6 +256,8 @@ def submit(config: Config, script: str) -> str:
         ConfigError: the folder of the run cannot be made.
     """
     logs = config.run_directory / "logs"
+    # sbatch hands the mask on to the job: its log is this user's alone, as all files of the run.
+    os.umask(0o077)
     try:
         logs.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -210,6 +210,7 @@ def _say(text: str) -> None:
 
 def main(words: Sequence[str]) -> int:
     """`python -m xdist_launchers.slurm_job begin|rank|end ...`, for batch scripts only."""
+    os.umask(0o077)
     try:
         match words:
             case ["begin", kind, node_address, path, *overrides]:

@@ -51,6 +51,7 @@ MpiDefault=none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 SlurmdParameters=config_overrides
+GresTypes=gpu
 ReturnToService=2
 MailProg=/bin/true
 MessageTimeout=60
@@ -58,8 +59,8 @@ SlurmdTimeout=300
 MinJobAge=3600
 KillWait=5
 SchedulerParameters=batch_sched_delay=0,sched_min_interval=0,sched_interval=2,bf_interval=2
-NodeName=n0 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=8 RealMemory=8000
-NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=8 RealMemory=8000
+NodeName=n0 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=8 RealMemory=8000 Gres=gpu:4
+NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=8 RealMemory=8000 Gres=gpu:4
 PartitionName=main Nodes=n0,n1 Default=YES MaxTime=INFINITE State=UP
 """
 
@@ -181,6 +182,11 @@ def _configure(folder: pathlib.Path) -> dict[str, str]:
         requeue_s=REQUEUE_S,
     )
     (folder / "slurm.conf").write_text(text, encoding="utf-8")
+    # Cards in name only: Slurm gives them out and sets CUDA_VISIBLE_DEVICES.
+    for number in range(4):
+        (folder / f"gpu{number}").symlink_to("/dev/null")
+    gres = f"NodeName=n[0-1] Name=gpu Flags=nvidia_gpu_env File={folder}/gpu[0-3]\n"
+    (folder / "gres.conf").write_text(gres, encoding="utf-8")
     key = folder / "munge.key"
     key.touch(mode=0o600)
     key.write_bytes(secrets.token_bytes(128))
