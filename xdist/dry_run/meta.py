@@ -8,7 +8,7 @@ number that is read back from a tensor without values is 1.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -41,14 +41,14 @@ class MetaRun(TorchDispatchMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = dict(kwargs or {})
-        given = list(_tensors([args, kwargs]))
+        given = _tensors(args) + (_tensors(kwargs) if kwargs else [])
         if func is aten._local_scalar_dense.default and args[0].is_meta:
             return self._value(args[0])
         if self._computable(func, given):
             out = self._with_values(func, args, kwargs)
         else:
             out = func(*args, **kwargs)
-        for tensor in _tensors([out]):
+        for tensor in [out] if type(out) is Tensor else _tensors([out]):
             self._hold(tensor)
         return out
 
@@ -61,10 +61,11 @@ class MetaRun(TorchDispatchMode):
         """Whether the result is integers that follow from integers whose values are known."""
         if not given:
             return func in (aten.arange.default, aten.arange.start, aten.arange.start_step)
-        integers = not any(tensor.is_floating_point() for tensor in given)
+        if any(tensor.is_floating_point() for tensor in given):
+            return False
         known = all(t in self._known for t in given if t.is_meta)
         from_host = func is aten._to_copy.default and not given[0].is_meta
-        return integers and known and (from_host or any(t.is_meta for t in given))
+        return known and (from_host or any(t.is_meta for t in given))
 
     def _with_values(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         def host(value: Any) -> Any:
@@ -106,9 +107,11 @@ class MetaRun(TorchDispatchMode):
         self.live_bytes -= size
 
 
-def _tensors(values: Any) -> Iterator[Tensor]:
-    for value in values.values() if isinstance(values, dict) else values:
+def _tensors(values: Any) -> list[Tensor]:
+    found = []
+    for value in values.values() if type(values) is dict else values:
         if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, list | tuple | dict):
-            yield from _tensors(value)
+            found.append(value)
+        elif type(value) in (list, tuple, dict):
+            found += _tensors(value)
+    return found

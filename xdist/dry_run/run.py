@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from xdist.comm.collectives import fake_world
 from xdist.comm.ledger import Ledger, ledger
 from xdist.comm.reduce import start_reduce
-from xdist.config import Config, Stage
+from xdist.config import Config, Engine, Stage
 from xdist.cost.moves import Moved
 from xdist.dry_run.meta import MetaRun
 from xdist.dry_run.result import DryRun, Rehearsal
@@ -30,15 +30,15 @@ from xdist.plan.step import STEP_NUMBERS, layout_of
 from xdist.shard import SequenceShard
 from xdist.train.gradients import reduce_gradients
 
-# Tiles of each segment, and micro-steps of a step, that are run at most.
-TILES = 2
+# Eighths of a tile a segment, and micro-steps of a step, that are run at most.
+EIGHTHS = 9
 MICRO_STEPS = 2
 
 
-def dry_run(config: Config, *, tiles: int = TILES) -> DryRun:
+def dry_run(config: Config) -> DryRun:
     """Try every stage of `config` on its first, middle and last rank, in this one process.
 
-    tiles: a stage is shortened to at most so many tiles of `train.tile_tokens` a segment.
+    A stage is shortened to at most one tile and an eighth a segment, that is to two tiles.
 
     Raises:
         ConfigError: what the mesh, the model or a shard refuses, as on real ranks.
@@ -51,7 +51,7 @@ def dry_run(config: Config, *, tiles: int = TILES) -> DryRun:
     known: dict[tuple[int, int, int, int], Rehearsal] = {}
     for rank in ranks:
         for index, stage in enumerate(config.train.curriculum):
-            shorter = shortened(config, stage, tiles)
+            shorter = shortened(config, stage)
             key = (rank, shorter.length, shorter.batch, stage.length)
             same = (rank, shorter.length, shorter.batch)
             once = next((one for k, one in known.items() if k[:3] == same), None)
@@ -67,13 +67,13 @@ def dry_run(config: Config, *, tiles: int = TILES) -> DryRun:
     return result
 
 
-def shortened(config: Config, stage: Stage, tiles: int) -> Stage:
-    """The stage at the length that is run: each segment at most `tiles` tiles, with the same
-    remainder over segments."""
+def shortened(config: Config, stage: Stage) -> Stage:
+    """The stage at the length that is run: each segment at most a tile and an eighth, with the
+    same remainder over segments."""
     segments = config.parallel.sequence_ranks * (2 if config.parallel.layout == "zigzag" else 1)
     rows = stage.batch // config.data_degree
     per_tile = max(config.train.tile_tokens // rows, config.model.window or 0, 1)
-    length = min(stage.length, segments * tiles * per_tile + stage.length % segments)
+    length = min(stage.length, segments * (per_tile * EIGHTHS // 8) + stage.length % segments)
     return stage.model_copy(update={"length": length})
 
 
@@ -96,7 +96,10 @@ def _rehearse(config: Config, index: int, stage: Stage, rank: int) -> Rehearsal:
                     tile_tokens=config.train.tile_tokens,
                 )
             _step(config, shard, stage.batch // mesh.data_size, module)
-    memory = step_memory(config, stage, rank)
+    # Every engine's rehearsal holds whole parameters.
+    plain = config.model_copy(update={"engine": Engine()})
+    memory = step_memory(plain, stage, rank)
+    summed = memory.update if config.engine.name == "plain" else 0
     return Rehearsal(
         stage=index,
         rank=rank,
@@ -108,7 +111,7 @@ def _rehearse(config: Config, index: int, stage: Stage, rank: int) -> Rehearsal:
         planned=step_moves(config, stage, rank, engine=config.engine.name == "plain"),
         exchanges=moved.calls,
         tensor_bytes=held.peak_bytes,
-        planned_tensor_bytes=memory.tensors_bytes,
+        planned_tensor_bytes=memory.tensors_bytes + summed,
     )
 
 
@@ -178,8 +181,8 @@ def _checked(found: list[Rehearsal]) -> list[str]:
     lines.append("what the ledger counted there is what the plan says, move by move")
     if any(one.shortened for one in found):
         lines.append(
-            f"* shorter than the stage: at most {TILES} tiles a segment and {MICRO_STEPS} "
-            "micro-steps were run, and compared with the plan of just that"
+            "* shorter than the stage: at most a tile and an eighth of each segment and "
+            f"{MICRO_STEPS} micro-steps were run, and compared with the plan of just that"
         )
     return lines
 

@@ -6,6 +6,9 @@ from dataclasses import dataclass, fields
 
 from xdist.cost.moves import Moved
 
+# Ranks that are all printed; of more, a few are.
+COLUMNS = 8
+
 # What one rank sends and receives in one optimizer step, by move.
 Moves = dict[str, Moved]
 
@@ -90,27 +93,42 @@ class Plan:
         last = self.stages[-1]
         title = f"plan: {self.ranks} rank(s), {self.parameters:,} parameters; largest rank of each"
         lines = [title, *_aligned([head, *rows])]
-        lines.append(f"one step of {last.length:,} tokens, by move (sent, received; rank by rank):")
+        shown = _shown(last)
+        lines.append(f"one step of {last.length:,} tokens, by move (sent, received):")
         names = sorted({name for moves in last.moves for name in moves})
-        lines += _aligned(
-            [
-                [f"  {name}", *(_pair(moves.get(name, Moved())) for moves in last.moves)]
-                for name in names
-            ]
-        ) or ["  nothing crosses ranks"]
+        heads = [["  rank", *map(str, shown)]]
+        moved = [
+            [f"  {name}", *(_pair(last.moves[rank].get(name, Moved())) for rank in shown)]
+            for name in names
+        ]
+        lines += _aligned(heads + moved) if moved else ["  nothing crosses ranks"]
         if any(one is None or any(one) for one in last.library):
-            said = ["not known" if one is None else _pair(one) for one in last.library]
+            own = [last.library[rank] for rank in shown]
+            said = ["not known" if one is None else _pair(one) for one in own]
             lines += _aligned([["  engine traffic", *said]])
-            lines.append("  (engine traffic is DeepSpeed's own; the ledger does not count it)")
-        lines.append("its memory, rank by rank:")
+            lines.append("  (DeepSpeed's own exchanges, which the ledger does not count)")
+        lines.append("its memory:")
+        parts = [part.name for part in fields(Memory)]
         lines += _aligned(
-            [
-                [f"  {part.name}", *(_size(getattr(m, part.name)) for m in last.memory)]
-                for part in fields(Memory)
-                if any(getattr(m, part.name) for m in last.memory)
+            heads
+            + [
+                [f"  {name}", *(_size(getattr(last.memory[rank], name)) for rank in shown)]
+                for name in parts
+                if any(getattr(memory, name) for memory in last.memory)
             ]
         )
         return "\n".join(lines)
+
+
+def _shown(stage: StagePlan) -> list[int]:
+    """The ranks that get a column: all of a few; of many the first, the busiest, the least busy
+    and the last."""
+    ranks = range(len(stage.moves))
+    if len(ranks) <= COLUMNS:
+        return list(ranks)
+    sent = stage.sent_bytes
+    most, least = max(ranks, key=lambda r: sent[r]), min(ranks, key=lambda r: sent[r])
+    return sorted({0, most, least, ranks[-1]})
 
 
 def _pair(moved: Moved) -> str:
