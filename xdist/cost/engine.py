@@ -1,7 +1,8 @@
 """What an engine holds on one rank and moves in one optimizer step, as formulas; no torch.
 
 P bytes of all parameters, s tensors of optimizer state each, R ranks of data x sequence; with fsdp
-a block's whole parameters are w, those outside of blocks r; b is DeepSpeed's bucket.
+a block's whole parameters are w, those outside of blocks r; b is DeepSpeed's bucket,
+`live` the parameters it keeps gathered (P, or 4 GB of a larger model).
 
     engine        parameters      gradients   optimizer   beside activations   at the update
     plain         P               P           s P                              3 P (sum), R > 1
@@ -9,7 +10,7 @@ a block's whole parameters are w, those outside of blocks r; b is DeepSpeed's bu
     zero stage 0  P               P           s P                              2 P
     zero stage 1  P + P / R       P + P / R   s P / R     2 b                  P
     zero stage 2  P + P / R       P / R       s P / R     3 b                  P
-    zero stage 3  2 P / R         P / R       s P / R     P + 3 b
+    zero stage 3  2 P / R         P / R       s P / R     live + 3 b
 
 ZeRO updates a copy of its part, from stage 1 on. Offload moves its part of the optimizer state,
 that copy and gradients to the host, and the parameters of stage 3.
@@ -25,14 +26,18 @@ from typing import Any, NamedTuple
 from xdist.cost.fsdp import Held, share_elements, unit_gather, unit_reduce_scatter
 from xdist.cost.moves import Moved, reduce_bytes
 
+# Defaults of DeepSpeed.
 BUCKET_ELEMENTS = 500_000_000
+LIVE_ELEMENTS = 1_000_000_000
 SUM_BYTES = 8
 Unit = tuple[Held, ...]
 
 
 class Units(NamedTuple):
-    """Parameters of a model: those of each block, and the rest. matrices: elements of those that
-    Muon updates."""
+    """Parameters of a model: those of each block, and the rest.
+
+    matrices: elements of those that Muon updates.
+    """
 
     blocks: tuple[Unit, ...]
     rest: Unit
@@ -92,12 +97,13 @@ def _zero(engine: Any, whole: int, state: int, units: Units, ranks: int) -> Engi
         return EngineBytes(whole, whole, state, at_update=2 * whole if ranks > 1 else 0)
     part, kept = -(-whole // ranks), -(-state // ranks)
     passed = engine.deepspeed.get("zero_optimization", {})
-    elements = min(passed.get("reduce_bucket_size", BUCKET_ELEMENTS), units.elements)
-    bucket = elements * (whole // max(units.elements, 1))
+    width = whole // max(units.elements, 1)
+    bucket = width * min(passed.get("reduce_bucket_size", BUCKET_ELEMENTS), units.elements)
+    live = width * min(passed.get("stage3_max_live_parameters", LIVE_ELEMENTS), units.elements)
     held = {
         1: EngineBytes(whole + part, whole + part, kept, beside=2 * bucket, at_update=whole),
         2: EngineBytes(whole + part, part, kept, beside=3 * bucket, at_update=whole),
-        3: EngineBytes(2 * part, part, kept, beside=whole + 3 * bucket),
+        3: EngineBytes(2 * part, part, kept, beside=live + 3 * bucket),
     }[stage]
     if engine.offload_optimizer == "cpu":
         moved = part + part + kept
@@ -117,7 +123,7 @@ def engine_moves(
 
     plain: one reduce of all gradients. fsdp: gathers and reduce-scatters of every micro-step, and
     the reduce of one float64 (the norm). deepspeed: that reduce, from stage 1 on; its own traffic
-    is `library_moves`.
+    is that of `cost.zero`.
     """
     if ranks == 1:
         return {}
