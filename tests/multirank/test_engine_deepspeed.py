@@ -14,6 +14,8 @@ from tests.multirank.engine_cases import OPTIMIZERS, Case, Trained, whole_tensor
 from tests.multirank.test_engines import _compare, largest_error
 from xdist.config_deepspeed import PASSED
 from xdist.cost.zero import micro_step, optimizer_step
+from xdist.plan.step import library_moves
+from xdist.plan.zero import groups_of
 from xdist.testing import RankPool
 
 STAGES = [name for name in ENGINES if "host" not in name]
@@ -180,9 +182,7 @@ def test_traffic_is_that_of_the_formulas(request: pytest.FixtureRequest, ranks: 
     names = [*ENGINES, "stage 3, small ones kept"]
     kept = {"stage 3, small ones kept": settings(3, f"{cases.ZERO}.{PERSIST}=300")}
     runs = [Case((1, ranks, 1), ADAMW + (ENGINES | kept)[name]) for name in names]
-    setting = cases.Setting(Case((1, 1, 1), ADAMW), alone=True)
-    optimizer = setting.engine._optimizers[0]  # type: ignore[attr-defined]
-    groups = [[p.numel() for p in g["params"] if p.numel()] for g in optimizer.param_groups]
+    groups = groups_of(runs[0].config)
     pool = request.getfixturevalue(f"pool{ranks}")
     for moved in pool.run(cases.moved_bytes, runs):
         for index, name in enumerate(names):
@@ -194,6 +194,8 @@ def test_traffic_is_that_of_the_formulas(request: pytest.FixtureRequest, ranks: 
             # Stage 3 learns the order of modules in the first two passes.
             assert moved[index]["micro"][2:] == [micro] * 4, name
             assert moved[index]["step"] == [step] * 3, name
+            planned = library_moves(runs[index].config, 0)
+            assert planned == tuple(2 * m + s for m, s in zip(micro, step, strict=True)), name
 
 
 PERSIST = "stage3_param_persistence_threshold"

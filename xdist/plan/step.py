@@ -24,6 +24,7 @@ from xdist.models import build
 from xdist.models.hybrid_lm import HybridConfig, flops_per_token
 from xdist.plan.memory import memory_of, work_of
 from xdist.plan.result import Memory, Moves, Plan, StagePlan
+from xdist.plan.zero import zero_traffic
 
 STEP_NUMBERS = 5
 # A state crosses every border of segments where documents are joined: the most that can move.
@@ -189,7 +190,7 @@ def library_moves(config: Config, rank: int) -> Moved | None:
     and fsdp, whose exchanges are moves of xdist; None where it is not known."""
     if config.engine.name != "deepspeed" or config.ranks == 1:
         return Moved()
-    return None
+    return zero_traffic(config)
 
 
 def step_memory(config: Config, stage: Stage, rank: int) -> Memory:
