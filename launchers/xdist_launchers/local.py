@@ -32,7 +32,7 @@ from xdist_launchers.rank_env import (
     rank_env,
     rendezvous_env,
 )
-from xdist_launchers.run_state import Progress, replace_status, running_since
+from xdist_launchers.run_state import Progress, last_seen, replace_status, running_since
 
 PEER_GRACE_S = 3.0  # for the others to notice by themselves, and to say what they were doing
 TERM_S = 2.0  # from SIGTERM to SIGKILL
@@ -249,6 +249,8 @@ def _killed(job: Job, watch: _Watch, rank: int, number: int) -> Failure:
         do = f"run again, from the start for lack of a checkpoint: {job.again}"
     step = progress.step
     what = f"rank {rank} on {host} died" + (f" after step {step}" if step is not None else "")
+    doing = last_seen(job.directory, rank, watch.ranks[rank].pid) if watch.ranks else ""
+    what += f", {doing}" if doing else ""
     return Failure(rank, host, 7, "PeerLost", what, why, do, "", time.time())
 
 

@@ -41,6 +41,18 @@ def replace_status(directory: pathlib.Path, failure: Failure, state: str = "fail
     beside.replace(directory / "status.json")
 
 
+def last_seen(directory: pathlib.Path, rank: int, pid: int) -> str:
+    """What a rank's process was doing when it was last heard of, e.g. "in backward of step 7"."""
+    path = directory / "logs" / f"rank-{rank}.moves"
+    try:
+        head, _, phase = path.read_text(encoding="utf-8").partition("\n")[0].partition(": ")
+        # Since when, the start's number, the last beat, host, process, what is timed.
+        _, _, _, _, process, span = head.split(maxsplit=5)
+    except (OSError, ValueError):
+        return ""
+    return f"in {phase.strip()} of {span}" if process == str(pid) else ""
+
+
 class Progress:
     """The newest completed step and checkpoint of a run, as its folder tells them now."""
 

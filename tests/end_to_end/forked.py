@@ -178,6 +178,11 @@ def _be_rank(folder: pathlib.Path, case: Case, rank: int, port: int) -> NoReturn
             build = MODELS[case.act](rank == case.rank, case.count, act)
         elif rank == case.rank and case.point == "data":
             act.before_reading(case.count)
+        elif rank == case.rank and case.point == "evaluation":
+            act.before_evaluating(case.count)
+        elif case.act == "term_twice_later" and rank != case.rank:
+            # The peer of the rank that is told twice: lets it wait in its move.
+            on_point = Cut(case.point, case.count, lambda name: time.sleep(30))
         elif rank == case.rank and case.act:
             on_point = Cut(case.point, case.count, act)
         try:
@@ -237,19 +242,40 @@ class Act:
             # A handler runs between two instructions.
             time.sleep(0.01)
 
+    def term_twice_later(self, _: float) -> None:
+        """Have another process ask twice, when this one waits in a move."""
+        pid = os.getpid()
+
+        def ask() -> NoReturn:
+            for _i in range(2):
+                time.sleep(1.0)
+                os.kill(pid, signal.SIGTERM)
+            os._exit(0)
+
+        fork(ask)
+
+    def before_evaluating(self, count: int) -> None:
+        """Do it before the `count`-th batch of evaluations."""
+        from xdist.train import evaluate
+
+        evaluate.read_batch = self._before(evaluate.read_batch, count)
+
     def before_reading(self, count: int) -> None:
         """Do it in the reading thread, before the `count`-th batch (a signal: in this process)."""
         from xdist.data import loader
 
-        read, calls = loader.read_batch, [0]
+        loader.read_batch = self._before(loader.read_batch, count)
 
-        def slow(*args: Any, **more: Any) -> Any:
+    def _before(self, function: Callable[..., Any], count: int) -> Callable[..., Any]:
+        calls = [0]
+
+        def other(*args: Any, **more: Any) -> Any:
             calls[0] += 1
             if calls[0] == count:
                 self(self.name)
-            return read(*args, **more)
+            return function(*args, **more)
 
-        loader.read_batch = slow
+        return other
 
     def term_and_sleep(self, seconds: float) -> None:
         """Ask this rank to stop while it waits for what never comes."""

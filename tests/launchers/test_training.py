@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -104,6 +105,7 @@ def test_failure_12_a_killed_rank_ends_with_7_and_the_same_command_goes_on(
     assert (checkpoint / "manifest.json").exists() or any(checkpoint.iterdir())
     message = out[out.index("xdist: rank 1 on ") :].splitlines()
     assert message[0].startswith(f"xdist: rank 1 on {host} died after step ")
+    assert re.search(r", in \w+ of (step|save after step|evaluation after step) \d+$", message[0])
     assert "killed by signal 9" in message[1]
     assert f"resumes from {checkpoint}" in message[2]
     assert out.count("xdist: ") == 1

@@ -24,6 +24,7 @@ from xdist.layout import Layout
 
 IGNORED = -100
 _POLL_S = 0.1
+_LAST_READ_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -279,10 +280,13 @@ class Loader:
         return bool(self._held)
 
     def close(self) -> None:
-        """Stop reading ahead and wait for the thread. May be called twice."""
+        """Stop reading ahead and wait for the thread, but not for a read that never comes back.
+
+        May be called twice.
+        """
         self._stop.set()
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(_LAST_READ_S)
 
     def _read_ahead(self) -> None:
         try:

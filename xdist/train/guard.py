@@ -131,7 +131,8 @@ class Guard:
 
     def _leave_now(self) -> NoReturn:
         age = self.step - self._saved
-        reason = f"{self.stop.reason}: ended at once; the last checkpoint is {age} steps old"
+        old = f"{age} step{'s' if age != 1 else ''} old"
+        reason = f"{self.stop.reason}: ended at once; the last checkpoint is {old}"
         with contextlib.suppress(OSError):
             self._record.status("preempted", self.step, exit_code=PREEMPTED, reason=reason)
         os._exit(PREEMPTED)
