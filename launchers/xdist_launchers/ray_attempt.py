@@ -21,6 +21,7 @@ from xdist_launchers.run_state import running_since
 
 PEER_GRACE_S = 3.0  # for the others to notice by themselves, and to say what they were doing
 CAUSE_S = 8.0  # the longest wait for the death that made its peers fail
+UNREACHABLE_S = 3.0  # for a connection to an actor to come back
 TERM_S = 2.0  # from SIGTERM to SIGKILL
 STOP_S = 60.0  # the same when the user stops the run: ranks finish their step and save
 
@@ -35,6 +36,7 @@ class Watched:
     answer: Answer = field(default_factory=lambda: Answer(None, None, 0, 0.0, b""))
     heard_at: float = field(default_factory=time.monotonic)
     ended_at: float | None = None
+    unreachable: str = ""
     lost: str = ""
 
     @property
@@ -170,7 +172,7 @@ class Attempt:
             self.cluster.get(reference, self.job.init_timeout_s)
         except Exception as error:
             if self.cluster.is_lost(error):
-                rank.lose(self._why_lost(rank, error))
+                rank.lose(self._why_lost(rank, first_line(error)))
                 return
             node = rank.seat.node
             raise LaunchError(
@@ -233,18 +235,23 @@ class Attempt:
             waiting[rank.pending] = rank
         for reference in self.cluster.ready(list(waiting), 0.1):
             self._heard(waiting[reference], reference)
-        now = time.monotonic()
         for rank in waiting.values():
-            if not rank.ended and now - rank.heard_at > self.heartbeat_s:
+            silent_s = time.monotonic() - rank.heard_at
+            if not rank.ended and rank.unreachable and silent_s > UNREACHABLE_S:
+                rank.lose(self._why_lost(rank, rank.unreachable))
+            elif not rank.ended and silent_s > self.heartbeat_s:
                 rank.lose(self._why_silent(rank))
 
     def _heard(self, rank: Watched, reference: Any) -> None:
+        rank.pending = None
         try:
             answer = self.cluster.get(reference, self.heartbeat_s)
         except Exception as error:
-            rank.lose(self._why_lost(rank, error))
+            rank.unreachable = first_line(error)
+            if not self.cluster.may_come_back(error):
+                rank.lose(self._why_lost(rank, rank.unreachable))
             return
-        rank.pending, rank.heard_at = None, time.monotonic()
+        rank.unreachable, rank.heard_at = "", time.monotonic()
         self._note(rank, answer)
 
     def _note(self, rank: Watched, answer: Answer) -> None:
@@ -255,7 +262,7 @@ class Attempt:
         if answer.ended and rank.ended_at is None:
             rank.ended_at = time.monotonic()
 
-    def _why_lost(self, rank: Watched, error: Exception) -> str:
+    def _why_lost(self, rank: Watched, said: str) -> str:
         node = rank.seat.node
         where = f"Ray node {node.id[:12]} on {node.host} ({node.address})"
         # Actors of a node die with it, a moment before the cluster says so.
@@ -264,8 +271,7 @@ class Attempt:
             time.sleep(0.05)
         if death is not None:
             return f"{where} left the cluster: {death.strip().splitlines()[0]}"
-        text = str(error).strip().splitlines()
-        return f"its actor on {where} is gone: {text[0] if text else type(error).__name__}"
+        return f"its actor on {where} is gone: {said}"
 
     def _why_silent(self, rank: Watched) -> str:
         node = rank.seat.node
@@ -316,6 +322,12 @@ class Attempt:
         if self._group is not None:
             self.cluster.release(self._group)
             self._group = None
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what an error says, shortened."""
+    text = str(error).strip().splitlines()
+    return (text[0] if text else type(error).__name__)[:200]
 
 
 def first_failure(attempt: Attempt) -> tuple[Watched, Failure | None]:

@@ -195,6 +195,10 @@ class Cluster:
         """Whether an error says that an actor or its node is gone."""
         return isinstance(error, self._ray.exceptions.RayActorError)
 
+    def may_come_back(self, error: Exception) -> bool:
+        """Whether an error says only that an actor cannot be reached now."""
+        return isinstance(error, self._ray.exceptions.ActorUnavailableError)
+
 
 def warn_if_insecure(environ: Mapping[str, str]) -> None:
     if environ.get(_MODE, "token").lower() != "token":

@@ -30,13 +30,13 @@ OBJECT_STORE_BYTES = 100 << 20  # ranks keep nothing there
 # The path of a Unix socket has at most 107 characters; Ray's own part takes up to 70 of them.
 _SOCKET_PATH = 107 - 70
 # In the order of the ports: one option or variable each, then the workers' range.
+_HEAD_OPTIONS = ("port", "dashboard-port", "ray-client-server-port")
 _OPTIONS = (
-    *("port", "object-manager-port", "node-manager-port", "dashboard-agent-listen-port"),
+    *("object-manager-port", "node-manager-port", "dashboard-agent-listen-port"),
     *("dashboard-agent-grpc-port", "runtime-env-agent-port", "metrics-export-port"),
-    *("dashboard-port", "ray-client-server-port"),
 )
 _VARIABLES = ("AUTOSCALER_METRIC_PORT", "DASHBOARD_METRIC_PORT")
-_FIXED = len(_OPTIONS) + len(_VARIABLES)
+_FIXED = len(_HEAD_OPTIONS) + len(_OPTIONS) + len(_VARIABLES)
 
 
 def security_env(token: str) -> dict[str, str]:
@@ -59,26 +59,50 @@ def loopback_env() -> dict[str, str]:
     return {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 
 
-def head_words(first_port: int, cpus: int, gpus: int | None, folder: str) -> list[str]:
-    """`ray start` of a head on loopback: every port is named, from `first_port` on.
+def port_count(cpus: int) -> int:
+    """Ports that a node of so many CPUs needs."""
+    return _FIXED + cpus + WORKER_PORTS
 
-    `gpus` None lets Ray find the cards.
+
+def head_words(
+    first_port: int, cpus: int, gpus: int | None, folder: str, ip: str = LOOPBACK
+) -> list[str]:
+    """`ray start` of a head: every port is named, from `first_port` on.
+
+    `gpus` None lets Ray find the cards, `ip` "" this host's address. The dashboard is on loopback.
     """
-    ports = [
-        f"--{name}={port}" for name, port in zip(_OPTIONS, range(first_port, 65536), strict=False)
-    ]
-    workers = first_port + _FIXED
+    ports = zip(_HEAD_OPTIONS, range(first_port, 65536), strict=False)
     return [
-        *("start", "--head", "--block", f"--node-ip-address={LOOPBACK}"),
-        *ports,
-        f"--min-worker-port={workers}",
-        f"--max-worker-port={workers + cpus + WORKER_PORTS - 1}",
+        *("start", "--head", "--block"),
+        *(f"--{name}={port}" for name, port in ports),
         f"--dashboard-host={LOOPBACK}",
+        "--disable-usage-stats",
+        *_node_options(first_port, cpus, gpus, folder, ip),
+    ]
+
+
+def node_words(
+    head: str, first_port: int, cpus: int, gpus: int | None, folder: str, ip: str
+) -> list[str]:
+    """`ray start` of a further node of the cluster at `head`; otherwise as `head_words`."""
+    return [
+        *("start", f"--address={head}", "--block"),
+        *_node_options(first_port, cpus, gpus, folder, ip),
+    ]
+
+
+def _node_options(first_port: int, cpus: int, gpus: int | None, folder: str, ip: str) -> list[str]:
+    first, workers = first_port + len(_HEAD_OPTIONS), first_port + _FIXED
+    ports = zip(_OPTIONS, range(first, 65536), strict=False)
+    return [
+        *([f"--node-ip-address={ip}"] if ip else []),
+        *(f"--{name}={port}" for name, port in ports),
+        f"--min-worker-port={workers}",
+        f"--max-worker-port={first_port + port_count(cpus) - 1}",
         f"--num-cpus={cpus}",
         *([] if gpus is None else [f"--num-gpus={gpus}"]),
         f"--object-store-memory={OBJECT_STORE_BYTES}",
         f"--temp-dir={folder}",
-        "--disable-usage-stats",
         "--log-style=record",
         "--log-color=false",
     ]
@@ -86,7 +110,8 @@ def head_words(first_port: int, cpus: int, gpus: int | None, folder: str) -> lis
 
 def port_env(first_port: int) -> dict[str, str]:
     """The ports that Ray takes from variables."""
-    return {name: str(first_port + len(_OPTIONS) + index) for index, name in enumerate(_VARIABLES)}
+    first = first_port + _FIXED - len(_VARIABLES)
+    return {name: str(first + index) for index, name in enumerate(_VARIABLES)}
 
 
 def ephemeral_start() -> int:
@@ -162,45 +187,68 @@ def private_cluster(
     Raises:
         LaunchError: it did not start, three times, or `stopped()` became true meanwhile.
     """
-    mine = children()
-    adopt_orphans()
     with private_folder() as folder:
         token = folder / "token"
         write_token(token)
         env = security_env(str(token)) | loopback_env()
-        head: Child | None = None
-        try:
-            address, head = _start(folder, env, cpus, gpus, stopped)
-            yield address, env, head
-        finally:
-            stop([head] if head else [], term_s=STOP_S)
-            kill_orphans(mine)
+
+        def words(first: int, place: str) -> list[str]:
+            return head_words(first, cpus, gpus, place)
+
+        with running_node(folder, env, words, port_count(cpus), stopped) as (first, head):
+            yield f"{LOOPBACK}:{first}", env, head
+
+
+@contextlib.contextmanager
+def running_node(
+    folder: pathlib.Path,
+    env: Mapping[str, str],
+    words: Callable[[int, str], list[str]],
+    ports: int,
+    stopped: Callable[[], bool],
+) -> Iterator[tuple[int, Child]]:
+    """A node that `words(first port, folder)` starts; yields its first port and its process.
+
+    On the way out every process of it is ended.
+
+    Raises:
+        LaunchError: it did not start, three times, or `stopped()` became true meanwhile.
+    """
+    mine = children()
+    adopt_orphans()
+    node: Child | None = None
+    try:
+        first, node = _start(folder, env, words, ports, stopped)
+        yield first, node
+    finally:
+        stop([node] if node else [], term_s=STOP_S)
+        kill_orphans(mine)
 
 
 def _start(
     folder: pathlib.Path,
     env: Mapping[str, str],
-    cpus: int,
-    gpus: int | None,
+    words: Callable[[int, str], list[str]],
+    ports: int,
     stopped: Callable[[], bool],
-) -> tuple[str, Child]:
+) -> tuple[int, Child]:
     said = ""
     for attempt in range(1, PORT_TRIES + 1):
         # Ray's files of each try lie apart: it reads ports of an earlier one from them.
         place = folder / f"r{attempt}"
         place.mkdir(mode=0o700)
         log = folder / f"start-{attempt}.log"
-        first = choose_ports(_FIXED + cpus + WORKER_PORTS)
-        words = [ray_program(), *head_words(first, cpus, gpus, str(place))]
-        with log.open("wb") as output:
-            mask = os.umask(0o077)
-            try:
-                head = Child(words, os.environ | dict(env) | port_env(first), output)
-            finally:
-                os.umask(mask)
-        if _ready(head, log, stopped):
-            return f"{LOOPBACK}:{first}", head
-        stop([head], term_s=STOP_S)
+        first = choose_ports(ports)
+        command = [ray_program(), *words(first, str(place))]
+        mask = os.umask(0o077)
+        try:
+            with log.open("wb") as output:
+                node = Child(command, os.environ | dict(env) | port_env(first), output)
+        finally:
+            os.umask(mask)
+        if _ready(node, log, stopped):
+            return first, node
+        stop([node], term_s=STOP_S)
         said = log.read_text(encoding="utf-8", errors="replace")[-1500:]
         if stopped():
             break
@@ -209,15 +257,15 @@ def _start(
             file=sys.stderr,
         )
     raise LaunchError(
-        "the private Ray cluster did not start",
-        f"{PORT_TRIES} tries on other ports; Ray said at last:\n{said.strip()}",
+        "Ray did not start",
+        f"{PORT_TRIES} tries on other ports; it said at last:\n{said.strip()}",
         "read that, or name a running cluster with ray.address=HOST:PORT",
     )
 
 
-def _ready(head: Child, log: pathlib.Path, stopped: Callable[[], bool]) -> bool:
+def _ready(node: Child, log: pathlib.Path, stopped: Callable[[], bool]) -> bool:
     until = time.monotonic() + START_S
-    while not head.ended and not stopped() and time.monotonic() < until:
+    while not node.ended and not stopped() and time.monotonic() < until:
         if READY in log.read_bytes():
             return True
         time.sleep(0.05)

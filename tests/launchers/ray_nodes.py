@@ -24,6 +24,8 @@ from xdist_launchers.ray_private import (
     choose_ports,
     head_words,
     loopback_env,
+    node_words,
+    port_count,
     port_env,
     ray_program,
     security_env,
@@ -39,11 +41,6 @@ services.get_node_ip_address = lambda *_: "127.0.0.1"
 from ray.scripts.scripts import main
 main()
 """
-_PORTS = 100
-_NODE_PORTS = (
-    *("object-manager-port", "node-manager-port", "dashboard-agent-listen-port"),
-    *("dashboard-agent-grpc-port", "runtime-env-agent-port", "metrics-export-port"),
-)
 
 
 class RayNodes:
@@ -55,9 +52,9 @@ class RayNodes:
         write_token(self.folder / "token")
         self.env = security_env(str(self.folder / "token")) | loopback_env()
         self._nodes: list[subprocess.Popen[bytes]] = []
-        first = choose_ports(_PORTS)
+        first = choose_ports(port_count(cpus))
         self.address = f"127.0.0.1:{first}"
-        self.dashboard = f"http://127.0.0.1:{first + 7}"
+        self.dashboard = f"http://127.0.0.1:{first + 1}"
         self.env |= port_env(first)
         # The same number of CPUs whatever the host has: placement is part of what is tested.
         words = head_words(first, cpus, 0, str(self.folder / "n0"))
@@ -75,22 +72,10 @@ class RayNodes:
 
     def add(self, cpus: int) -> int:
         """Start another node; its number."""
-        ports = choose_ports(_PORTS)
-        options = [f"--{name}={port}" for port, name in enumerate(_NODE_PORTS, ports)]
-        low = ports + len(_NODE_PORTS)
-        self._start(
-            [
-                *(sys.executable, "-c", _JOIN, "start", f"--address={self.address}", "--block"),
-                *options,
-                f"--min-worker-port={low}",
-                f"--max-worker-port={ports + _PORTS - 1}",
-                "--node-ip-address=127.0.0.1",
-                f"--num-cpus={cpus}",
-                "--num-gpus=0",
-                "--object-store-memory=104857600",
-                f"--temp-dir={self.folder / f'n{len(self._nodes)}'}",
-            ]
-        )
+        first = choose_ports(port_count(cpus))
+        folder = self.folder / f"n{len(self._nodes)}"
+        words = node_words(self.address, first, cpus, 0, str(folder), "127.0.0.1")
+        self._start([sys.executable, "-c", _JOIN, *words])
         return len(self._nodes) - 1
 
     def _start(self, words: list[str]) -> None:
