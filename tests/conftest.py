@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 
 from xdist.testing import RankPool, poisoned_empty
+
+# Tests may run inside a job: what its launcher set is not for the runs that tests start.
+_OF_JOBS = ("SLURM_", "SBATCH_", "PMI_", "PMIX_", "OMPI_", "MV2_")
+for _name in [name for name in os.environ if name.startswith(_OF_JOBS)]:
+    del os.environ[_name]
 
 
 def _pool(world_size: int) -> Iterator[RankPool]:
