@@ -117,6 +117,23 @@ def test_links_of_cards_are_told_by_kind() -> None:
     assert doctor_machine._card_links("") == []
 
 
+NVIDIA_SMI = f"""#!/bin/sh
+case "$1" in
+  -L) echo 'GPU 0: NVIDIA H200 (UUID: GPU-1)'; echo 'GPU 1: NVIDIA H200 (UUID: GPU-2)';;
+  topo) printf '%s' '{TOPOLOGY}';;
+esac
+"""
+
+
+def test_devices_and_their_links_come_from_the_drivers_tool(tmp_path: pathlib.Path) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(NVIDIA_SMI)
+    tool.chmod(0o755)
+    told = xdist("doctor", PATH=f"{tmp_path}:{os.environ['PATH']}").stdout
+    assert told.count("NVIDIA H200") == 2
+    assert "card links    NV18: 0-1\ncard links    SYS: 0-2, 1-2" in told
+
+
 def test_a_job_around_the_command_is_told() -> None:
     found, _ = _json(SLURM_JOB_ID="7", SLURM_NTASKS="4")
     assert found["job"]["state"] == "note"

@@ -13,6 +13,7 @@ import pytest
 from tests.launchers.conftest import PATHS, alive, wait_until
 from tests.launchers.runs import Small
 from tests.launchers.test_cli import XDIST, xdist
+from xdist.comm.sockets import listen
 from xdist.config import Mpi
 from xdist_launchers import mpi, mpi_watch
 
@@ -21,7 +22,7 @@ MPIRUN = str(pathlib.Path(sys.executable).parent / "mpirun")  # that of the whee
 
 
 def start(*words: str, **more: str) -> subprocess.Popen[str]:
-    """A command in a session of its own, all of its output in one pipe."""
+    """A command in a session of its own, all of its output in one pipe; `more` are variables."""
     return subprocess.Popen(
         list(words),
         env=os.environ | ENV | more,
@@ -169,3 +170,34 @@ def _training(small: Small, process: subprocess.Popen[str]) -> list[int]:
     assert process.poll() is None, process.communicate()[0]
     files = [small.run() / "logs" / f"rank-{rank}.pid" for rank in (0, 1)]
     return [int(file.read_text().split()[1]) for file in files]
+
+
+# Python loads it at start: what rank 0 chooses first is a port that is taken.
+CHOOSER = """
+import pathlib, sys
+from xdist_launchers import mpi
+free, seen = mpi.free_port, pathlib.Path({seen!r})
+def choose(*address):
+    if seen.exists():
+        return free(*address)
+    seen.touch()
+    return {port}
+mpi.free_port = choose
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(250)
+def test_failure_5_a_taken_port_is_replaced_under_mpi_too(tmp_path: pathlib.Path) -> None:
+    small = Small.make(tmp_path)
+    with listen("127.0.0.1", 0) as taken:
+        port = taken.getsockname()[1]
+        text = CHOOSER.format(seen=str(tmp_path / "seen"), port=port)
+        (tmp_path / "sitecustomize.py").write_text(text)
+        words = [*XDIST, "launch", "mpi", *small.words()]
+        process = start(*words, PYTHONPATH=f"{tmp_path}:{PATHS}")
+        out, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, out
+    assert f"port {port} of 127.0.0.1 is taken on host" in out
+    assert "trying another port (2 of 3)" in out
+    assert len(small.losses()) == 3
