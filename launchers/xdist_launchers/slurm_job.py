@@ -143,6 +143,10 @@ def end(code: int, asked: bool, path: str, overrides: Sequence[str]) -> int:
     config = load(path, overrides)
     directory = config.run_directory
     first = _first(directory)
+    codes = [int(file.read_text() or 1) for file in (directory / "logs").glob("rank-*.ended")]
+    if first is None and len(codes) == int(os.environ["SLURM_NTASKS"]):
+        # What srun says is also about tasks that it ended itself.
+        code = max(codes)
     if code == 0 and first is None:
         print("end")
         return 0

@@ -27,7 +27,7 @@ LOST = 7
 
 
 def ended_file(directory: pathlib.Path, rank: int) -> pathlib.Path:
-    """What a task leaves when its rank has ended, e.g. logs/rank-1.ended."""
+    """Where a task leaves the exit code of its rank, e.g. logs/rank-1.ended."""
     return directory / "logs" / f"rank-{rank}.ended"
 
 
@@ -51,7 +51,10 @@ def run_task(path: str, overrides: Sequence[str]) -> int:
         write_failure(watch.killed(watch.child.killed_by), record)
     elif code not in (0, 75) and not record.exists():
         write_failure(watch.silent(code), record)
-    ended_file(config.run_directory, rank).touch()
+    # From here on nothing but SIGKILL may change the code: srun ends the step with the first task.
+    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    ended_file(config.run_directory, rank).write_text(f"{code}\n", encoding="ascii")
     until = time.monotonic() + GRACE_S
     others = [ended_file(config.run_directory, other) for other in range(world)]
     while code and time.monotonic() < until and not all(map(pathlib.Path.exists, others)):
