@@ -1,7 +1,7 @@
 """Every engine trains as the plain one on one rank does: losses, norms, parameters, state.
 
-The whole matrix of engines, optimizers and degrees is slow; a subset that touches each engine,
-each optimizer and each kind of degree runs in `make test`.
+The whole matrix of engines, optimizers and degrees is slow; a subset that touches each optimizer
+and each kind of degree runs in `make test`. DeepSpeed's rows are in test_engine_deepspeed.py.
 """
 
 from __future__ import annotations
@@ -30,7 +30,13 @@ FOUR = [(2, 2, 1), (1, 2, 2), (1, 4, 1), (2, 1, 2)]
 @cache
 def _reference(optimizer: str, *more: str) -> tuple[Trained, dict[str, Tensor]]:
     found = train(Case((1, 1, 1), OPTIMIZERS[optimizer] + more), alone=True)
-    return found, whole_tensors([found.pieces])
+    wanted = whole_tensors([found.pieces])
+    # Where a gradient is zero but for rounding, AdamW would blow up the rounding.
+    kept = {"sgd": "momentum", "adamw": "exp_avg"}[optimizer]
+    for name, moment in wanted.items():
+        if name.startswith(f"optimizer/{kept}/") and moment.numel():
+            assert float(moment.abs().max()) > 1e-5, f"{name}: a null gradient"
+    return found, wanted
 
 
 def largest_error(found: dict[str, Tensor], wanted: dict[str, Tensor], prefix: str) -> float:
@@ -70,9 +76,9 @@ def _cases(engines: list[str], degrees: list[tuple[int, int, int]], optimizer: s
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_20_steps_on_two_ranks(pool2: RankPool, optimizer: str) -> None:
-    """Each engine at one degree: sequence ranks for SGD, data ranks for AdamW."""
-    degrees = {"sgd": [TWO[0]], "adamw": [TWO[2]]}[optimizer]
-    _compare(pool2, _cases(list(ENGINES), degrees, optimizer), optimizer)
+    """Sequence ranks for SGD, data ranks for AdamW."""
+    engine, degrees = {"sgd": ("fsdp", TWO[0]), "adamw": ("fsdp kept whole", TWO[2])}[optimizer]
+    _compare(pool2, _cases([engine], [degrees], optimizer), optimizer)
 
 
 def test_20_steps_on_data_and_sequence_ranks(pool4: RankPool) -> None:
