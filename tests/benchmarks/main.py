@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+import checkpoints
 import overhead
 import record
 import startup
@@ -29,6 +30,14 @@ BENCHMARKS = {
         "The main job by length and ranks",
         "A step is forward, backward, gradient sum, clipping and update on one sequence; median "
         "without the first. Ranks have one thread each.",
+    ),
+    "checkpoints": (
+        checkpoints,
+        "How long a save blocks",
+        "Median and longest of 4 saves, of the slowest rank, the first included: the whole call in "
+        "the loop, with the check that replicas are equal, and with checkpoint.asynchronous the "
+        "later moments at which a save in flight goes on. step is the median of steps that no save "
+        "precedes; while a thread writes it shares the cores with the ranks.",
     ),
 }
 

@@ -11,6 +11,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,7 @@ from xdist.train.evaluate import Evaluation, evaluate
 from xdist.train.failures import dump_diagnosis, record_failure
 from xdist.train.feed import Feed, Shards, StepBatch, tokens_of
 from xdist.train.guard import PREEMPTED, Guard, OnAbort, print_error
+from xdist.train.keeper import Keeper
 from xdist.train.metrics import PeakMemory, StepMetrics, gather_numbers
 from xdist.train.progress import Progress, open_progress
 from xdist.train.record import Record
@@ -148,9 +150,10 @@ class Loop:
         self.progress: Progress = open_progress(config, record.rank, self.position.step)
         for note in notes:
             self.progress.say(note)
-        self.saving = Saving(record.checkpoints, config.checkpoint, mesh, self._on_point)
-        self._saved = self.position.step if record.last_checkpoint else -1
-        self._due, self._not_saved = False, ""
+        saving = Saving(record.checkpoints, config.checkpoint, mesh, self._on_point)
+        saved = self.position.step if record.last_checkpoint else None
+        self.keeper = Keeper(saving, self._held, self._save_ended, self.progress.say, saved)
+        self.keeper.last = record.last_checkpoint
         self._losses: list[float] = []
 
     def run(self) -> int:
@@ -170,8 +173,10 @@ class Loop:
                 stopping = self.evaluate() is None or stopping
             if stopping:
                 return self._preempted()
-            if done < total and (self._due or (every and done > before and done % every == 0)):
-                self.save()
+            if done < total and (
+                self.keeper.due or (every and done > before and done % every == 0)
+            ):
+                self.keeper.save(done)
             before = done
         not_saved = self._save_last()
         final = self.evaluate()
@@ -276,14 +281,14 @@ class Loop:
         their part of the save in flight; float64 [5], one reduce."""
         stop = WITHOUT_DATA if batch.given_up else int(self.guard.asked)
         mine = [batch.valid_tokens, batch.bad_rows, batch.error is not None, stop]
-        return self._sum(torch.tensor([*mine, self.saving.waiting], dtype=torch.float64))
+        return self._sum(torch.tensor([*mine, self.keeper.waiting], dtype=torch.float64))
 
     def _agree_on(self, batch: StepBatch, sums: Tensor) -> tuple[StepBatch, int, bool]:
         """The batch without samples that any rank could not read, its valid tokens over all
         ranks, and whether any rank was asked to stop."""
         valid, bad, failed, stop, written = sums.tolist()
         if written == self.mesh.world_size:
-            self._note(self.saving.advance())
+            self.keeper.go_on()
         if failed:
             together(self.mesh, lambda: _raise(batch.error))
         if bad:
@@ -358,59 +363,24 @@ class Loop:
         error.agreed = True  # type: ignore[attr-defined]
         raise error
 
-    def save(self) -> None:
-        """Write a checkpoint, or begin to: see `Saving.save`. While one is still being written in
-        the background, the next one waits for the first step boundary after it."""
-        step = self.position.step
-        if self.saving.in_flight is not None:
-            if not self._due:
-                self.progress.say(
-                    f"the save due after step {step} waits: that of step "
-                    f"{self.saving.in_flight} is still being written"
-                )
-            self._due = True
-            return
-        self._due = False
-        self.guard.span("save after step", step)
+    def _held(self) -> tuple[Engine, dict[str, Any]]:
+        """What a save writes, after a look at whether the ranks still hold the same."""
+        self.guard.span("save after step", self.position.step)
         self.guard.enter("save")
         self._check_equal(1)
         state = state_of(self.config, self.mesh, self.position, self.store.identity)
-        self._note(self.saving.save(step, self.engine, state))
+        return self.engine, state
 
     def _save_last(self) -> CheckpointError | None:
-        """Have the state of now on the disk before the run ends; the error when it is not."""
-        step = self.position.step
-        if self.saving.in_flight is not None:
-            self.guard.span("save after step", step)
-            self.guard.enter("save")
-            self._note(self.saving.finish())
-        if self._saved == step:
-            return None
-        self.save()
-        outcome = self.saving.finish()
-        self._note(outcome)
-        if self._saved == step:
-            return None
-        error = CheckpointError(
-            f"the run ends at step {step}, and its last checkpoint could not be saved",
-            self._not_saved.replace("\n", "; "),
-            f"the newest checkpoint is {self.record.last_checkpoint or 'none at all'}; mend the "
-            "cause and start again: training resumes from there",
-        )
-        error.agreed = True  # type: ignore[attr-defined]
-        return error
+        self.guard.span("save after step", self.position.step)
+        self.guard.enter("save")
+        return self.keeper.save_last(self.position.step)
 
-    def _note(self, outcome: Outcome | None) -> None:
-        """Put on record how a save ended, once it has."""
-        if outcome is None:
-            return
+    def _save_ended(self, outcome: Outcome) -> None:
+        """Put on record how a save ended."""
         if outcome.ok:
-            self._saved = outcome.step
             self.record.last_checkpoint = str(outcome.path)
             self.guard.saved(outcome.step)
-        else:
-            self._not_saved = outcome.text
-            self.progress.say(outcome.text)
         self.record_step_done()
 
     def _check_equal(self, every: int) -> None:
@@ -447,7 +417,7 @@ class Loop:
 
     def close(self) -> None:
         """End the reading thread, the thread that saves, the display and the board."""
-        self.saving.close()
+        self.keeper.close()
         self.feed.close()
         self.progress.close()
         if self.board is not None:
