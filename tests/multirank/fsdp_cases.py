@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from xdist.checkpoint.pieces import Piece, Spec
 from xdist.comm.ledger import ledger
 from xdist.config import Optimizer
 from xdist.cost.fsdp import Held
+from xdist.errors import PeerLost
 from xdist.mesh import Mesh, init_mesh
 from xdist.shard import SequenceShard
 from xdist.testing import count_c10d_bytes
@@ -106,6 +108,40 @@ def odd_parameters(plain: bool, reshard: bool = True) -> tuple[dict[str, Piece],
             engine.drop()
         assert all(p.grad is None for p in engine.module.parameters())
     return {n: Piece(p.shape, p.start, p.values.clone()) for n, p in engine.pieces().items()}, norms
+
+
+def freed_in_forward(reshard: bool) -> list[tuple[bool, int]]:
+    """While the second block runs: whether the first one's parameters are shares again; and the
+    elements this rank holds between steps."""
+    mesh = init_mesh(device="cpu")
+    module = Odd()
+    seen = []
+
+    def look(*_: Any) -> None:
+        seen.append(hasattr(module.layers[0].matrix, "to_local"))
+
+    module.layers[1].register_forward_pre_hook(look)
+    engine = FsdpEngine(module, SGD, mesh, reshard=reshard)
+    _step(engine, mesh)
+    engine.update(0.1)
+    held = sum(p.values.numel() for n, p in engine.pieces().items() if n.startswith("model/layers"))
+    return [(shares, held) for shares in seen]
+
+
+def rank_1_dies() -> tuple[str, str]:
+    """Rank 1 leaves in its second micro-step; the error of the others."""
+    mesh = init_mesh(device="cpu")
+    engine = FsdpEngine(Odd(), SGD, mesh)
+    tokens = torch.arange(6).reshape(2, 3)
+    engine.backward(engine.loss(tokens, tokens, mesh.world_rank, valid_tokens=4))
+    loss = engine.loss(tokens, tokens, mesh.world_rank, valid_tokens=4)
+    if mesh.world_rank == 1:
+        os._exit(9)
+    try:
+        engine.backward(loss)
+    except PeerLost as error:
+        return error.what, error.why
+    return "", "no error"
 
 
 def bytes_of_odd(reshard: bool) -> dict[str, Any]:

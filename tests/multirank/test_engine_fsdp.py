@@ -12,12 +12,14 @@ from tests.multirank.fsdp_cases import (
     bytes_of_model,
     bytes_of_odd,
     carried_over,
+    freed_in_forward,
     odd_parameters,
+    rank_1_dies,
 )
 from xdist.cost.fsdp import evaluation, micro_step, rows_of_rank, share_elements
 from xdist.errors import ConfigError
 from xdist.mesh import init_mesh
-from xdist.testing import RankFailed, RankPool
+from xdist.testing import RankFailed, RankPool, run_ranks
 from xdist.train.engines.fsdp import FsdpEngine
 from xdist.train.engines.fsdp_units import _ReduceScatter
 
@@ -75,6 +77,23 @@ def test_bytes_are_the_formula_and_those_of_c10d(
         assert result["clip"][0] == {"reduce"}
         assert result["clip"][1] <= 8 * ranks
         assert result["free"], "an evaluation leaves nothing gathered"
+
+
+@pytest.mark.parametrize("reshard", [True, False])
+def test_a_block_is_freed_when_it_has_run(pool3: RankPool, reshard: bool) -> None:
+    """With reshard, before the next block runs; between steps a rank holds its rows alone."""
+    by_rank = pool3.run(freed_in_forward, reshard)
+    assert [shares for shares, _ in by_rank[0]] == [reshard] * 2
+    # 7 + 2 rows of 3, and twice 5 of one, in shares of 3 + 1 rows and 2; rank 0 has the buffers.
+    assert [rank[0][1] for rank in by_rank] == [16 + 6, 16, 5]
+
+
+def test_a_lost_rank_is_named_in_the_middle_of_a_backward_pass() -> None:
+    with pytest.raises(RankFailed) as caught:
+        run_ranks(rank_1_dies, 3)
+    assert caught.value.rank == 1
+    told = [what + why for what, why in caught.value.results.values()]
+    assert any("rank 1" in text and "fsdp" in text for text in told), told
 
 
 def test_bytes_of_the_streamed_model(pool4: RankPool) -> None:
