@@ -11,6 +11,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 
 import pytest
 
@@ -19,6 +20,7 @@ from tests.launchers.test_cli import xdist
 from xdist.config import Config, override
 from xdist.errors import ConfigError, LaunchError
 from xdist_launchers import ray_private
+from xdist_launchers.processes import Child
 from xdist_launchers.ray_actor import RankActor, interface_of
 from xdist_launchers.ray_cluster import check_environment
 from xdist_launchers.ray_plan import Need, Node, bundle_sizes, order_bundles, seats, shortage
@@ -92,6 +94,47 @@ def test_every_port_of_a_node_is_named_once_within_its_block() -> None:
     assert max(named) == 20000 + ray_private.port_count(4) - 1
     assert "--dashboard-host=127.0.0.1" in words
     assert "--node-ip-address=127.0.0.1" in words
+
+
+# In place of `ray start`: leaves its port, and fails before its try number `good`.
+_NODE = """
+import os, pathlib, sys, time
+folder, port, good = pathlib.Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+(folder.parent / f"port-{folder.name}").write_text(port)
+if int(folder.name[1:]) < good:
+    sys.exit(f"port {port} is taken")
+print("Ray runtime started", os.environ["AUTOSCALER_METRIC_PORT"], flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_port_in_use_costs_a_try_and_three_end_with_3(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ray_private, "ray_program", lambda: sys.executable)
+    # The test process keeps its own children.
+    monkeypatch.setattr(ray_private, "kill_orphans", lambda mine: None)
+    monkeypatch.setattr(ray_private, "adopt_orphans", lambda: None)
+
+    def node(name: str, good: int) -> AbstractContextManager[tuple[int, Child]]:
+        (folder := tmp_path / name).mkdir()
+
+        def words(first: int, place: str) -> list[str]:
+            return ["-c", _NODE, place, str(first), str(good)]
+
+        return ray_private.running_node(folder, {}, words, 5, lambda: False)
+
+    with node("second", 2) as (first, child):
+        assert not child.ended
+        tried = [(tmp_path / "second" / f"port-r{n}").read_text() for n in (1, 2)]
+        assert tried[1] == str(first)
+        assert tried[0] != tried[1]
+    assert child.killed_by is not None or child.ended
+    assert "(try 1 of 3)" in capfd.readouterr().err
+    with pytest.raises(LaunchError, match="3 tries") as caught, node("never", 9):
+        pass
+    assert caught.value.exit_code == 3
+    assert "is taken" in caught.value.why
 
 
 @pytest.mark.parametrize(
