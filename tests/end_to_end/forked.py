@@ -19,6 +19,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, NoReturn
 
 from tests.end_to_end.training import config_of
@@ -107,8 +108,7 @@ class _Running:
         self.ended_at = 0.0
         port = free_port()
         self.pids = [
-            fork(lambda rank=rank: _be_rank(folder, case, rank, port))  # type: ignore[misc]
-            for rank in range(case.ranks)
+            fork(partial(_be_rank, folder, case, rank, port)) for rank in range(case.ranks)
         ]
 
     def has_ended(self) -> bool:

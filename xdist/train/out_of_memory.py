@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import pathlib
 import re
 import resource
 import socket
@@ -18,14 +19,29 @@ from xdist.train.engines.protocol import Engine
 
 # The CPU's allocator has no exception class of its own.
 _CPU = re.compile(r"can't allocate memory|not enough memory|Cannot allocate memory", re.IGNORECASE)
+# What oneDNN says of it, and of other things.
+_VAGUE = re.compile(r"could not create a (primitive|memory)", re.IGNORECASE)
+_LITTLE_BYTES = 2**28
 _SMALLEST_TILE = 64
+_BETWEEN = ("evaluation", "save")  # phases that belong to no step
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a device, the CPU's allocator or Python itself had no memory left."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError | OSError) and bool(_CPU.search(str(error)))
+    if not isinstance(error, RuntimeError | OSError):
+        return False
+    return bool(_CPU.search(str(error))) or (bool(_VAGUE.search(str(error))) and _little_is_left())
+
+
+def _little_is_left() -> bool:
+    """Whether this process has next to no address space left under its limit."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit == resource.RLIM_INFINITY:
+        return False
+    pages = int(pathlib.Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+    return limit - pages * resource.getpagesize() < _LITTLE_BYTES
 
 
 def out_of_memory(
@@ -52,14 +68,12 @@ def out_of_memory(
         why.append(_parts(config, stage))
         tries = [f"{setting} (planned {_size(peak)})" for setting, peak in _remedies(config, stage)]
         do = f"try, in this order: {', '.join(tries)}" if tries else do
-    found = OutOfMemoryError(
-        f"out of memory in {where or 'set-up'} of step {step + 1}",
+    when = f"after step {step}" if where in _BETWEEN else f"of step {step + 1}"
+    return OutOfMemoryError(
+        f"{socket.gethostname()}: out of memory in {where or 'set-up'} {when}",
         "; ".join(part for part in why if part),
         do,
     )
-    found.what = f"{socket.gethostname()}: {found.what}"
-    found.args = (found.what, found.why, found.do)
-    return found
 
 
 def _measured(engine: Engine | None) -> str:
