@@ -23,6 +23,7 @@ def _meeting() -> dict[str, str]:
     return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
 
 
+@pytest.mark.slow
 def test_a_rank_with_another_config_is_refused_and_both_are_named(tmp_path: pathlib.Path) -> None:
     small = Small.make(tmp_path)
     meeting = _meeting()

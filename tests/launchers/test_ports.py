@@ -36,6 +36,7 @@ def _launch(small: Small, ports: list[int]) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(250)
 def test_failure_5_a_taken_port_is_replaced_and_the_run_goes_on(tmp_path: pathlib.Path) -> None:
     small = Small.make(tmp_path, steps=2)

@@ -164,6 +164,7 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+@pytest.mark.slow
 def test_two_processes_with_different_settings_both_end_with_3() -> None:
     ranks = _ranks(["a.b = 1\n", "a.b = 2\n"], _free_port(), ["", ""])
     outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
@@ -191,6 +192,7 @@ def test_ranks_that_met_on_one_host_listen_on_the_loopback_interface_only() -> N
             rank.communicate()
 
 
+@pytest.mark.slow
 def test_a_process_that_finds_the_port_taken_says_so() -> None:
     with sockets.listen("127.0.0.1", 0) as taken:
         ranks = _ranks(["", ""], taken.getsockname()[1], ["", ""])
