@@ -20,7 +20,7 @@ launchers=("$python" -P -m)
 shared="$(mktemp -d "${XDIST_SHARED:-$PWD}/.xdist-ray-XXXXXX")"
 head -c 32 /dev/urandom | od -An -v -tx1 | tr -d ' \n' > "$shared/token"
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$shared/token" RAY_USAGE_STATS_ENABLED=0
-unset RAY_ADDRESS
+unset RAY_ADDRESS RAY_JOB_CONFIG_JSON_ENV_VAR
 # One node alone keeps to loopback, and so must who talks to it.
 if [[ "$SLURM_NNODES" == 1 ]]; then export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0; fi
 

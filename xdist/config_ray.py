@@ -10,13 +10,13 @@ from xdist.config_checks import Problem
 if TYPE_CHECKING:
     from xdist.config import Config
 
-_ADDRESS = re.compile(r"(\[[0-9A-Fa-f:]+\]|[A-Za-z0-9._-]+):([0-9]{1,5})")
+ADDRESS = re.compile(r"(\[[0-9A-Fa-f:]+\]|[A-Za-z0-9._-]+):([0-9]{1,5})")
 
 
 def ray_problems(config: Config) -> list[Problem]:
     """What is wrong with the settings of `xdist launch ray`."""
     ray, found = config.ray, []
-    match = _ADDRESS.fullmatch(ray.address)
+    match = ADDRESS.fullmatch(ray.address)
     if ray.address and (match is None or not 0 < int(match[2]) < 65536):
         found.append(
             Problem(

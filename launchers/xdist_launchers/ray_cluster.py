@@ -9,12 +9,14 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from xdist.config_ray import ADDRESS
 from xdist.errors import LaunchError
 from xdist_launchers.ray_plan import Node
 
 FLOOR = (2, 54)  # older versions have holes in the dashboard and no token authentication
 _MODE = "RAY_AUTH_MODE"
 _GIVEN = "RAY_ADDRESS"
+_IN_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for the command of a job
 CONNECT_S = 20.0
 
 
@@ -31,13 +33,18 @@ def check_environment(address: str, environ: Mapping[str, str], *, insecure: boo
             "whoever reaches the ports of such a cluster runs code as its user",
             f"unset {_MODE}, or give --insecure-ray if the network keeps everybody else out",
         )
-    if not address and (given := environ.get(_GIVEN)):
+    if not address and (given := environ.get(_GIVEN)) and not job_address(environ):
         raise LaunchError(
             f"{_GIVEN}={given} names a cluster, ray.address does not",
             "xdist joins no cluster that the settings do not name",
-            f"use it with ray.address={given} (inside a Ray job: ray.address=${_GIVEN}), or "
-            f"unset {_GIVEN} for a private cluster",
+            f"use it with ray.address={given}, or unset {_GIVEN} for a private cluster",
         )
+
+
+def job_address(environ: Mapping[str, str]) -> str:
+    """HOST:PORT of the cluster that runs this process as a job of its own; "" outside of jobs."""
+    given = environ.get(_GIVEN, "")
+    return given if _IN_JOB in environ and ADDRESS.fullmatch(given) else ""
 
 
 def import_ray() -> Any:

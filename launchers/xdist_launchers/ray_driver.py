@@ -22,7 +22,13 @@ from xdist_launchers.job import Job, local_job
 from xdist_launchers.local import port_taken
 from xdist_launchers.rank_env import PORT_TRIES
 from xdist_launchers.ray_attempt import Attempt, Watched, first_failure
-from xdist_launchers.ray_cluster import Cluster, check_environment, connection, warn_if_insecure
+from xdist_launchers.ray_cluster import (
+    Cluster,
+    check_environment,
+    connection,
+    job_address,
+    warn_if_insecure,
+)
 from xdist_launchers.ray_plan import Need
 from xdist_launchers.ray_private import private_cluster
 from xdist_launchers.run_state import Progress, replace_status
@@ -78,20 +84,22 @@ def _note_signals(seen: list[int]) -> None:
 
 @contextlib.contextmanager
 def _cluster(config: Config, seen: list[int], *, insecure: bool) -> Iterator[Cluster]:
-    if config.ray.address:
+    address = config.ray.address or job_address(os.environ)
+    if address:
+        print(f"xdist: uses the Ray cluster at {address}", file=sys.stderr, flush=True)
         warn_if_insecure(os.environ)
         given = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
         if not insecure:
             given["RAY_AUTH_MODE"] = "token"
-        with connection(config.ray.address, given) as cluster:
+        with connection(address, given) as cluster:
             yield cluster
         return
     need = need_of(config)
     cpus = max(need.ranks * need.cpus, len(os.sched_getaffinity(0)))
     # A private cluster always has its token, whatever the environment says.
     with (
-        private_cluster(cpus, None if need.gpus else 0, lambda: bool(seen)) as (address, env, _),
-        connection(address, env) as cluster,
+        private_cluster(cpus, None if need.gpus else 0, lambda: bool(seen)) as (private, env, _),
+        connection(private, env) as cluster,
     ):
         yield cluster
 

@@ -146,6 +146,8 @@ def test_a_port_in_use_costs_a_try_and_three_end_with_3(
         ({"RAY_AUTH_MODE": "token"}, "h:1", False, ""),
         ({"RAY_ADDRESS": "10.0.0.1:6379"}, "", False, "ray.address=10.0.0.1:6379"),
         ({"RAY_ADDRESS": "auto"}, "10.0.0.1:6379", False, ""),
+        ({"RAY_ADDRESS": "auto", "RAY_JOB_CONFIG_JSON_ENV_VAR": "{}"}, "", False, "auto"),
+        ({"RAY_ADDRESS": "h:6379", "RAY_JOB_CONFIG_JSON_ENV_VAR": "{}"}, "", False, ""),
         ({}, "", False, ""),
     ],
 )
