@@ -75,7 +75,8 @@ def test_zero3_on_4_goes_on_as_plain_on_1_as_fsdp_on_2_and_back(
     capfd.readouterr()
     back = _settings(*ZERO3, "parallel.ring=4")
     assert pool4.run(run_here, where, name, *back) == [(0, "")] * 4
-    assert "resumed 2->4 ranks, sequence ranks 2->4, data 1" in capfd.readouterr().out
+    said = "resumed 2->4 ranks, sequence ranks 2->4, data 1, engine fsdp->deepspeed, global batch"
+    assert said in capfd.readouterr().out
 
     moved, whole = config_of(folder, name, *back), config_of(folder, "whole")
     assert [line["step"] for line in lines_of(moved) if "eval" not in line] == [*range(1, 9)]

@@ -123,13 +123,15 @@ def told(state: dict[str, Any], config: Config, mesh: Mesh) -> str:
     def change(name: str) -> str:
         return f"{old[name]}->{new[name]}" if old[name] != new[name] else f"{new[name]}"
 
-    before, now = state["global_batch"], global_batch(config, state["step"])
-    batch = f"unchanged {now}" if before == now else f"{before}->{now}, allowed by the config"
+    had, has = state["global_batch"], global_batch(config, state["step"])
+    batch = f"unchanged {has}" if had == has else f"{had}->{has}, allowed by the config"
     sequence_old, sequence_new = old["ring"] * old["ulysses"], new["ring"] * new["ulysses"]
     sequence = f"{sequence_old}->{sequence_new}" if sequence_old != sequence_new else sequence_new
+    before, now = state["config"].get("engine", {}).get("name", "plain"), config.engine.name
+    engine = f"engine {before}->{now}, " if before != now else ""
     return (
         f"resumed {change('ranks')} ranks, sequence ranks {sequence}, data {change('data')}, "
-        f"global batch {batch}, step {state['step']}, "
+        f"{engine}global batch {batch}, step {state['step']}, "
         f"data cursor {state['sample_cursor']} samples, no random state to restore"
     )
 
