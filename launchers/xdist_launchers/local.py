@@ -311,6 +311,7 @@ def script(job: Job) -> str:
         "#!/usr/bin/env bash",
         f"# {job.ranks} rank(s) of xdist on this host",
         "set -euo pipefail",
+        "umask 077",
         *(f"export {name}={shlex.quote(value)}" for name, value in env.items()),
         f'export MASTER_PORT="$({shlex.quote(sys.executable)} -c {shlex.quote(pick)})"',
         f"mkdir -p {shlex.quote(str(job.directory / 'logs'))}",

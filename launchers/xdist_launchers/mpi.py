@@ -91,6 +91,7 @@ def script(one: MpiJob) -> str:
         "#!/usr/bin/env bash",
         f"# {one.job.ranks} rank(s) of xdist by mpirun",
         "set -euo pipefail",
+        "umask 077",
         *(f"export {name}={shlex.quote(value)}" for name, value in mpirun_env().items()),
         f"mkdir -p {shlex.quote(str(one.job.directory / 'logs'))}",
         f"exec {' '.join(words)}",
