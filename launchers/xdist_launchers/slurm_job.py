@@ -63,7 +63,9 @@ def begin(kind: str, node_address: str, path: str, overrides: Sequence[str]) -> 
 def _check(config: Config, path: str, tasks: int, kind: str) -> None:
     world = world_problem(config, tasks)
     if world is not None:
-        do = f"sbatch --ntasks={config.ranks} slurm/train.sh {path}, or xdist launch slurm {path}"
+        options = f"--nodes={config.slurm.nodes} --ntasks={config.ranks}"
+        options += " --gpus-per-task=1" if config.slurm.gpus_per_task else ""
+        do = f"xdist launch slurm {path}, or sbatch {options} slurm/train.sh {path}"
         world = Problem(world.keys, world.what, world.why, do, world.kind)
     found = [problem for problem in (world, store_problem(config)) if problem is not None]
     if kind == "any":

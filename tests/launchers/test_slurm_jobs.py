@@ -313,7 +313,7 @@ def test_a_wrong_job_ends_with_2_before_any_rank_is_started(
     assert job.end() == ("FAILED", "2"), job.said()
     assert job.said().count(said) == 1
     assert "srun" not in job.said()
-    assert "sbatch --ntasks=2 slurm/train.sh" in job.said() or settings
+    assert "sbatch --nodes=1 --ntasks=2 slurm/train.sh" in job.said() or settings
 
 
 def test_shellcheck_finds_nothing(tmp_path: pathlib.Path) -> None:
