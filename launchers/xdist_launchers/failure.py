@@ -60,7 +60,9 @@ def failure_of(error: BaseException, rank: int | None = None) -> Failure:
         why, do, code = "", "", 1
     host = socket.gethostname()
     # An error that ranks agreed on names the rank on which it happened; PeerLost names a peer.
-    if code != 7 and getattr(error, "rank", None) is not None:
+    # A watchdog's verdict names the one that hangs, which can say nothing itself.
+    names = code != 7 or getattr(error, "verdict", False)
+    if names and getattr(error, "rank", None) is not None:
         rank, host = int(error.rank), str(getattr(error, "host", "") or host)  # type: ignore[attr-defined]
     return Failure(
         rank=rank or 0,

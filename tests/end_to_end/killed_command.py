@@ -58,6 +58,7 @@ class Command:
         self._log = folder / f"{name}.log"
         self.process: subprocess.Popen[bytes] | None = None
         self.began = 0.0
+        self.restarts = 0  # starts of new ranks by the launcher that was running
 
     def start(self) -> None:
         """Start it, unless it runs."""
@@ -96,9 +97,17 @@ class Command:
         if self.process is not None:
             self.process.wait()
 
+    @property
+    def said(self) -> str:
+        """All that was printed."""
+        return self._log.read_text(errors="replace")
+
     def wait_for_instant(self, draw: random.Random) -> None:
-        """Return at a random instant: of the start, or of steps that are new. Or at the end."""
-        if draw.random() < 0.3:
+        """Return at a random instant: of the start, or of steps that are new. Or at the end.
+
+        With restarts always of new steps: without one the launcher gives up.
+        """
+        if draw.random() < 0.3 and not self.config.launch.max_restarts:
             until, first = time.monotonic() + draw.uniform(0.0, 6.0), 0
         else:
             until, first = 0.0, self.step + draw.randint(1, 10)
@@ -112,7 +121,8 @@ class Command:
         assert self.process is not None
         found = marked(self.mark)
         ranks = {rank: pid for pid, rank in found.items() if rank is not None}
-        whom = draw.choice(("rank 0", "rank 1", "launcher", "everything"))
+        all_of_them = ("rank 0", "rank 1", "launcher", "everything")
+        whom = draw.choice(all_of_them[:2] if self.config.launch.max_restarts else all_of_them)
         if whom.startswith("rank") and int(whom[-1]) in ranks:
             chosen = [ranks[int(whom[-1])]]
         else:
@@ -129,6 +139,7 @@ class Command:
             old = set(found)
             wait_until(lambda: self.ended or len(_new_ranks(self.mark, old)) == self.ranks, 240)
             if not self.ended:
+                self.restarts += 1
                 return whom
         code = 7 if whom.startswith("rank") else -signal.SIGKILL
         assert self.finish() == code, whom

@@ -12,7 +12,6 @@ import os
 import pathlib
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,11 +19,13 @@ import traceback
 import uuid
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, NoReturn
 
 import pytest
 import torch
 
+from tests.end_to_end.forked import be, fork, free_port, load
 from tests.end_to_end.killed_command import MARK, Command, marked
 from tests.end_to_end.training import config_of, lines_of, make_store, status_of
 from tests.launchers.conftest import PATHS
@@ -177,13 +178,7 @@ def _drive(folder: pathlib.Path, cases: list[Case]) -> dict[str, list[list[int]]
 
 def serve() -> None:
     """The helper process: reads cases from its input, forks their ranks, tells how they ended."""
-    # Loaded, but not used, before ranks are forked: no threads, no state, seconds saved each.
-    import safetensors.torch  # noqa: F401
-    import torch._dynamo  # noqa: F401 - torch's optimizers import it when they are made
-    import zarr  # noqa: F401
-
-    import xdist.train  # noqa: F401
-
+    load()
     asked = json.loads(sys.stdin.read())
     folder = pathlib.Path(asked["folder"])
     ended = {}
@@ -200,34 +195,29 @@ def _attempts(folder: pathlib.Path, case: Case) -> Iterator[list[int]]:
             path = max(checkpoints.glob("step-*")) / "state.json"
             path.write_bytes(path.read_bytes()[:-1])
             continue
-        with socket.socket() as found:
-            found.bind(("127.0.0.1", 0))
-            port = found.getsockname()[1]
-        children = []
-        for rank in range(case.ranks):
-            child = os.fork()
-            if child == 0:
-                _be_rank(folder, case, rank, port, cut)
-            children.append(child)
+        port = free_port()
+        children = [
+            fork(partial(_be_rank, folder, case, rank, port, cut)) for rank in range(case.ranks)
+        ]
         yield [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 
 
 def _be_rank(
-    folder: pathlib.Path, case: Case, rank: int, port: int, cut: tuple[int, str, int] | None
+    folder: pathlib.Path,
+    case: Case,
+    rank: int,
+    port: int,
+    cut: tuple[int, str, int] | None,
+    settings: tuple[str, ...] = (),
 ) -> NoReturn:
     """Train as one rank in this forked process, which ends here."""
     code = 1
     try:
-        log = os.open(folder / f"{case.name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(case.ranks)}
-        os.environ |= {"LOCAL_WORLD_SIZE": str(case.ranks), "MASTER_ADDR": "127.0.0.1"}
-        os.environ |= {"MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+        be(rank, case.ranks, port, folder / f"{case.name}.log")
         from xdist.errors import XdistError
         from xdist.train import run
 
-        config = config_of(folder, case.name, *case.settings)
+        config = config_of(folder, case.name, *(settings or case.settings))
 
         def tear(name: str) -> None:
             with (config.run_directory / "metrics.jsonl").open("a") as file:
@@ -280,7 +270,11 @@ def _undisturbed(folder: pathlib.Path, ranks: int) -> Any:
 def test_a_run_killed_at_random_instants_ends_as_the_undisturbed_one(
     folder: pathlib.Path, ranks: int, kills: int, seed: int, settings: tuple[str, ...]
 ) -> None:
-    """The command is given again until the run is done; the slow cases make 12 kills."""
+    """The command is given again until the run is done; the slow cases make 12 kills.
+
+    With launch.max_restarts only ranks are killed, and the launcher itself starts new ones.
+    """
+    restarts = 0
     expected = _undisturbed(folder, ranks)
     draw, log, struck, number = random.Random(seed), folder / f"kills-{seed}.jsonl", 0, 0
     while struck < kills:
@@ -308,4 +302,114 @@ def test_a_run_killed_at_random_instants_ends_as_the_undisturbed_one(
         finally:
             command.clear()
         _assert_same_run(command.config, expected)
+        restarts += command.restarts
+        assert command.restarts == 0 or "; restart 1 of 2" in command.said
     assert len(log.read_text().splitlines()) == kills
+    assert (restarts > 0) == bool(settings)
+
+
+RANDOM_STEPS = 60
+RANDOM = (
+    *TWO,
+    f"train.curriculum=[{{length=61,batch=2,steps={RANDOM_STEPS}}}]",
+    "checkpoint.every_steps=4",
+    "evaluate.every_steps=9",
+)
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("kills", "seed"),
+    [pytest.param(3, 1, id="few"), pytest.param(20, 2, id="all", marks=pytest.mark.slow)],
+)
+def test_random_ranks_killed_at_random_instants(
+    tmp_path: pathlib.Path, kills: int, seed: int
+) -> None:
+    """Whole processes, from outside, by SIGKILL; the instants stand in kills.jsonl.
+
+    Five kills a run; each run then ends as the undisturbed one, bit by bit.
+    """
+    make_store(tmp_path)
+    mark = uuid.uuid4().hex
+    subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "from tests.end_to_end import test_kill_campaign; test_kill_campaign.serve_random()",
+        ],
+        input=json.dumps({"folder": str(tmp_path), "kills": kills, "seed": seed}),
+        env=os.environ | {"PYTHONPATH": PATHS, "OMP_NUM_THREADS": "1", MARK: mark},
+        text=True,
+        timeout=800,
+        check=True,
+    )
+    assert not marked(mark)
+    lines = [json.loads(line) for line in (tmp_path / "kills.jsonl").read_text().splitlines()]
+    print(*lines, sep="\n")
+    assert len(lines) == kills
+    assert {line["rank"] for line in lines} == {0, 1}
+    # The killed one by the signal; the other says that it lost it, or gloo aborts it first.
+    assert all(line["codes"][line["rank"]] == -signal.SIGKILL for line in lines)
+    assert all(line["codes"][1 - line["rank"]] in (7, 3, -signal.SIGABRT) for line in lines)
+    expected = config_of(tmp_path, "undisturbed", *RANDOM)
+    assert len(lines_of(expected)) > RANDOM_STEPS
+    for name in {line["run"] for line in lines}:
+        _assert_same_run(config_of(tmp_path, name, *RANDOM), expected)
+
+
+def serve_random() -> None:
+    """The helper process: forks ranks, kills one of them at a random instant, again and again."""
+    load()
+    asked = json.loads(sys.stdin.read())
+    folder, draw = pathlib.Path(asked["folder"]), random.Random(asked["seed"])
+    assert _forked(folder, "undisturbed", None, draw) is None
+    struck, number = 0, 0
+    while struck < asked["kills"]:
+        number += 1
+        name, of_this = f"random-{number}", 0
+        while True:
+            # Of each rank as often, so that both are among a few.
+            victim = struck % 2 if struck < 2 else draw.randrange(2)
+            more = struck < asked["kills"] and of_this < 5
+            line = _forked(folder, name, victim if more else None, draw)
+            if line is None:
+                break
+            struck, of_this = struck + 1, of_this + 1
+            with (folder / "kills.jsonl").open("a") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+def _forked(
+    folder: pathlib.Path, name: str, victim: int | None, draw: random.Random
+) -> dict[str, Any] | None:
+    """One start of a run, to its end (None) or to the kill of rank `victim` (facts of it)."""
+    metrics = config_of(folder, name).run_directory / "metrics.jsonl"
+
+    def step() -> int:
+        lines = metrics.read_text().splitlines() if metrics.exists() else []
+        return sum('"step_s"' in line for line in lines)
+
+    port, began = free_port(), time.monotonic()
+    start_kill = draw.random() < 0.25
+    until = began + draw.uniform(0.0, 1.0) if start_kill else began
+    first = 0 if start_kill else step() + draw.randint(1, 12)
+    delay = draw.uniform(0.0, 0.05)
+    case = Case(name, ranks=2)
+    pids = [fork(partial(_be_rank, folder, case, rank, port, None, RANDOM)) for rank in range(2)]
+    killed: dict[str, Any] | None = None
+    codes: list[int | None] = [None, None]
+    while None in codes:
+        for rank, pid in enumerate(pids):
+            if codes[rank] is None and (status := os.waitpid(pid, os.WNOHANG))[0]:
+                codes[rank] = os.waitstatus_to_exitcode(status[1])
+        due = time.monotonic() >= until and step() >= first
+        if victim is not None and killed is None and codes == [None, None] and due:
+            time.sleep(delay)
+            seconds = round(time.monotonic() - began, 3)
+            os.kill(pids[victim], signal.SIGKILL)
+            killed = {"run": name, "rank": victim, "seconds": seconds, "step": step()}
+        time.sleep(0.005)
+    if killed is not None and codes[victim or 0] == -signal.SIGKILL:
+        return killed | {"codes": codes}
+    assert codes == [0, 0], (name, codes)
+    return None

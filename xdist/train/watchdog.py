@@ -184,6 +184,7 @@ class Watchdog:
         error = verdict(reports, self._silent, self._ranks, self._why(why), self._logs)
         # Ranks that read the same reports say the same: the first of them is heard.
         error.agreed = self._rank != min([*reports, self._rank])  # type: ignore[attr-defined]
+        error.verdict = True  # type: ignore[attr-defined]
         self._tell(error)
         os._exit(error.exit_code)
 
