@@ -5,16 +5,18 @@ step's peak is either inside backward, with activations and an engine's gathered
 when gradients are summed or parameters updated; activations are gone by then.
 
 Blocks below 32 MiB come from a heap that is not given back (`xdist.memory.allocator`): a stage
-with streams of smaller blocks leaves its heap to the next ones.
+with streams of smaller blocks leaves its heap to the next ones, and so does the whole model that
+each rank makes before an engine cuts it up.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
 from xdist.config import Config
-from xdist.cost.engine import EngineBytes
+from xdist.cost.engine import EngineBytes, Units
 from xdist.cost.model import TOKEN_BYTES, Streamed, activation_bytes
 from xdist.plan.result import Memory
 
@@ -53,8 +55,17 @@ def work_of(config: Config, rows: int, tokens: int) -> Work:
     return Work(kept, found.transient_bytes, heap)
 
 
-def memory_of(held: EngineBytes, works: Sequence[Work]) -> Memory:
-    """The parts in the last of `works`, the stages up to now."""
+def initial_heap(config: Config, units: Units) -> int:
+    """Whole parameters in small blocks, of an engine that cuts them up: each rank makes the whole
+    model first, and their place stays with the heap."""
+    engine = config.engine
+    cut = engine.name == "fsdp" or (engine.name == "deepspeed" and engine.zero_stage == 3)
+    sizes = [prod(p.shape) * p.itemsize for unit in (*units.blocks, units.rest) for p in unit]
+    return sum(size for size in sizes if size < HEAP_BLOCK_BYTES) if cut and config.ranks > 1 else 0
+
+
+def memory_of(held: EngineBytes, works: Sequence[Work], initial: int = 0) -> Memory:
+    """The parts in the last of `works`, the stages up to now; initial: as `initial_heap`."""
     now = works[-1]
     active = held.beside + now.kept + now.transients
     small = held.at_update // 3 < HEAP_BLOCK_BYTES
@@ -71,6 +82,6 @@ def memory_of(held: EngineBytes, works: Sequence[Work]) -> Memory:
         kept=now.kept,
         transients=now.transients,
         update=max(0, held.at_update - active),
-        retained=heap - in_heap,
+        retained=heap - in_heap + initial,
         offloaded=held.offloaded,
     )

@@ -25,7 +25,7 @@ class Memory:
     kept: int  # activations kept from forward to backward
     transients: int  # the largest working set of one tile, and the gradient of one activation
     update: int  # what summing gradients or updating needs beyond kept, transients and engine
-    retained: int  # heap of earlier, shorter stages that the process does not give back
+    retained: int  # heap of shorter stages, or of the model before it was cut, not given back
     offloaded: int  # host memory; on a card no part of its own peak
 
     @property

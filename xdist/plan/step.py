@@ -22,7 +22,7 @@ from xdist.documents import Documents
 from xdist.layout import Layout
 from xdist.models import build
 from xdist.models.hybrid_lm import HybridConfig, flops_per_token
-from xdist.plan.memory import memory_of, work_of
+from xdist.plan.memory import initial_heap, memory_of, work_of
 from xdist.plan.result import Memory, Moves, Plan, StagePlan
 from xdist.plan.zero import zero_traffic
 
@@ -204,9 +204,9 @@ def step_memory(config: Config, stage: Stage, rank: int) -> Memory:
         work_of(config, one.batch // config.data_degree, _share(config, one, rank))
         for one in [*upto, stage]
     ]
-    return memory_of(
-        held_bytes(config.engine, config.optimizer, units_of(config), config.ranks), works
-    )
+    units = units_of(config)
+    held = held_bytes(config.engine, config.optimizer, units, config.ranks)
+    return memory_of(held, works, initial_heap(config, units))
 
 
 def _share(config: Config, stage: Stage, rank: int) -> int:
