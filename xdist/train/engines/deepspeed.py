@@ -208,7 +208,7 @@ def _imported(mesh: Mesh) -> Any:
             from deepspeed.accelerator import get_accelerator
     except ImportError as error:
         raise LaunchError(
-            "DeepSpeed is not installed",
+            "DeepSpeed is absent",
             str(error),
             "pip install 'xdist-train[deepspeed]', or set engine.name=fsdp",
         ) from error
