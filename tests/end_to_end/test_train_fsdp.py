@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import pathlib
 
 import pytest
 
+from tests.end_to_end.test_failures_train import Poisoned, _poisoned
 from tests.end_to_end.training import (
     config_of,
     held_out,
@@ -65,6 +67,29 @@ def test_a_run_that_was_cut_goes_on_to_the_bit(folder: pathlib.Path, pool2: Rank
     assert {f.name[:10] for f in files[0]} == {"rank-00000", "rank-00001"}
     for first, second in zip(*files, strict=True):
         assert first.read_bytes() == second.read_bytes()
+
+
+def test_steps_of_nan_end_with_6_and_every_rank_tells_its_rows(
+    folder: pathlib.Path, pool2: RankPool
+) -> None:
+    """One step is left out by both ranks; two in a row end the run, and nothing was changed."""
+    settings = ("engine.name=fsdp", "parallel.ulysses=2", "train.max_skipped=1")
+    where = str(folder)
+    assert pool2.run(_poisoned, where, "skipped", (3,), *settings) == [(0, "")] * 2
+    lines = [n for n in lines_of(config_of(folder, "skipped")) if "eval" not in n]
+    assert [line["step"] for line in lines if "skipped" in line] == [3]
+    # Gradients are summed before anybody looks: both hold bad rows.
+    assert "rank 0: " in lines[2]["skipped"]
+    assert "rank 1: " in lines[2]["skipped"]
+    results = pool2.run(_poisoned, where, "bad", (4, 5), *settings)
+    assert [code for code, _ in results] == [6, 6]
+    config = config_of(folder, "bad", *settings)
+    diagnosis = json.loads((config.run_directory / "diagnosis.json").read_text())
+    model = Poisoned(config, 1, ())
+    shapes = {name: list(p.shape) for name, p in model.named_parameters()}
+    assert {n: entry["shape"] for n, entry in diagnosis["parameters"].items()} == shapes
+    assert all(entry["not_finite"] == 0 for entry in diagnosis["parameters"].values())
+    assert min(entry["largest"] for entry in diagnosis["parameters"].values()) > 0
 
 
 def test_on_one_rank_fsdp_is_the_plain_engine(folder: pathlib.Path) -> None:
