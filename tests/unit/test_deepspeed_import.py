@@ -1,4 +1,4 @@
-"""The DeepSpeed engine where DeepSpeed is absent, of another release, or set up for another device."""
+"""The DeepSpeed engine where DeepSpeed is absent or of another release, and what it is told."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_another_release_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_what_deepspeed_is_told(stage: int) -> None:
-    """No clipping, no averaging but the mean that the engine undoes, buckets of the model's size."""
+    """No clipping, no mean but the one that the engine undoes, buckets of the model's size."""
     settings = ["engine.name=deepspeed", f"engine.zero_stage={stage}"]
     told = render(parse("", overrides=settings).engine, elements=1000)
     assert told["gradient_clipping"] == 0.0
