@@ -100,6 +100,12 @@ def test_a_script_for_a_config_holds_its_settings_and_its_python() -> None:
     assert "[[ -n \"$python\" ]] || python='/opt/v env/bin/python'" in bare
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.toml")), ids=lambda p: p.stem)
+def test_every_example_makes_a_batch_script(path: pathlib.Path) -> None:
+    script = launch(str(path), [], render_only=True)
+    assert f"set -- {path}" in script.splitlines()
+
+
 HOSTILE = "$(touch a) `touch b`; touch c & 'touch' \"d\" | tee e > f"
 
 
