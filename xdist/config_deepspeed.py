@@ -33,7 +33,7 @@ class Passed:
     even: bool = False
 
 
-# Every one of them is set in a run of tests/multirank/test_engine_deepspeed_keys.py.
+# Every one of them is set in a run of tests/multirank/test_engine_deepspeed.py.
 PASSED = {
     "allgather_bucket_size": Passed((1, 2), int, 2, even=True),
     "contiguous_gradients": Passed((1, 2, 3)),

@@ -117,6 +117,20 @@ def with_and_without_a_dropped_step(cases: list[Case]) -> list[list[dict[str, Pi
     return found
 
 
+def groups_made(cases: list[Case]) -> list[int]:
+    """Process groups that building and using each engine adds to those of the mesh."""
+    found = []
+    for case in cases:
+        mesh_of(case, alone=False)
+        before = len(torch.distributed.distributed_c10d._world.pg_map)
+        setting = Setting(case)
+        setting.step(0)
+        setting.engine.finish()
+        setting.engine.update(0.01)
+        found.append(len(torch.distributed.distributed_c10d._world.pg_map) - before)
+    return found
+
+
 class Toy(nn.Module):
     """A model with a parameter of odd size, one that some steps leave out, and one of no size."""
 

@@ -103,6 +103,12 @@ def test_a_gradient_that_is_not_finite_is_told_by_the_rank_that_made_it(pool2: R
         assert (mine[2], bad[2]) == ("", ""), name
 
 
+def test_deepspeed_makes_no_process_group(pool2: RankPool) -> None:
+    """A group of its own would have torch's time limit instead of the run's."""
+    runs = [Case((1, 2, 1), ADAMW + ENGINES[name]) for name in ENGINES]
+    assert pool2.run(cases.groups_made, runs) == [[0] * len(runs)] * 2
+
+
 # --- checkpoints ---------------------------------------------------------------------------------
 
 
