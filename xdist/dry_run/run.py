@@ -48,16 +48,15 @@ def dry_run(config: Config) -> DryRun:
     ranks = sorted({0, config.ranks // 2, config.ranks - 1})
     checked = _check_shares(config)
     found: list[Rehearsal] = []
-    known: dict[tuple[int, int, int, int], Rehearsal] = {}
+    # Stages that are alike once shortened are run once.
+    known: dict[tuple[int, int, int], Rehearsal] = {}
     for rank in ranks:
         for index, stage in enumerate(config.train.curriculum):
             shorter = shortened(config, stage)
-            key = (rank, shorter.length, shorter.batch, stage.length)
-            same = (rank, shorter.length, shorter.batch)
-            once = next((one for k, one in known.items() if k[:3] == same), None)
-            if once is None:
-                once = _rehearse(config, index, shorter, rank)
-                known[key] = once
+            key = (rank, shorter.length, shorter.batch)
+            if key not in known:
+                known[key] = _rehearse(config, index, shorter, rank)
+            once = known[key]
             cut = shorter.length < stage.length or once.micro_steps < config.train.accumulation
             found.append(dataclasses.replace(once, stage=index, shortened=cut))
     found.sort(key=lambda one: (one.stage, one.rank))
