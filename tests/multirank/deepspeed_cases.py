@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,7 @@ from tests.multirank.engine_cases import (
 )
 from xdist.checkpoint.pieces import Piece
 from xdist.comm.ledger import ledger
+from xdist.errors import PeerLost
 from xdist.mesh import Mesh
 from xdist.shard import SequenceShard
 from xdist.testing import count_c10d_bytes
@@ -115,6 +117,23 @@ def with_and_without_a_dropped_step(cases: list[Case]) -> list[list[dict[str, Pi
             pair.append(setting.pieces())
         found.append(pair)
     return found
+
+
+def lose_a_peer(case: Case) -> tuple[int | None, str]:
+    """The last rank dies before the backward pass; what the others are told."""
+    setting = Setting(case)
+    setting.step(0)
+    setting.engine.finish()
+    setting.engine.update(0.01)
+    if setting.mesh.world_rank == setting.mesh.world_size - 1:
+        os._exit(9)
+    try:
+        setting.step(1)
+        setting.engine.finish()
+        setting.engine.update(0.01)
+    except PeerLost as error:
+        return error.rank, error.move
+    return None, "nothing was noticed"
 
 
 def groups_made(cases: list[Case]) -> list[int]:

@@ -16,7 +16,7 @@ from xdist.config_deepspeed import PASSED
 from xdist.cost.zero import micro_step, optimizer_step
 from xdist.plan.step import library_moves
 from xdist.plan.zero import groups_of
-from xdist.testing import RankPool
+from xdist.testing import RankFailed, RankPool, run_ranks
 
 STAGES = [name for name in ENGINES if "host" not in name]
 HOST = [name for name in ENGINES if "host" in name]
@@ -101,6 +101,14 @@ def test_a_gradient_that_is_not_finite_is_told_by_the_rank_that_made_it(pool2: R
         assert not math.isfinite(bad[0]), name
         assert (mine[1], bad[1]) == ("", "inner.weight"), name
         assert (mine[2], bad[2]) == ("", ""), name
+
+
+@pytest.mark.parametrize("name", ["stage 2", pytest.param("stage 3", marks=pytest.mark.slow)])
+def test_a_lost_rank_is_named_inside_deepspeeds_exchanges(name: str) -> None:
+    case = Case((2, 1, 1), ADAMW + ENGINES[name])
+    with pytest.raises(RankFailed) as caught:
+        run_ranks(cases.lose_a_peer, 2, case)
+    assert caught.value.results == {0: (1, "deepspeed")}
 
 
 def test_deepspeed_makes_no_process_group(pool2: RankPool) -> None:

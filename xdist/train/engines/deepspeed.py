@@ -14,14 +14,14 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from xdist.checkpoint.pieces import Piece, Spec
-from xdist.comm.collectives import lone_group
+from xdist.comm.collectives import ProcessGroup, lone_group, naming_lost_peers
 from xdist.comm.reduce import start_reduce
 from xdist.config import Config
 from xdist.errors import ConfigError, LaunchError
@@ -60,14 +60,18 @@ class DeepSpeedEngine:
         parameters = list(module.parameters())
         elements = sum(p.numel() for p in parameters if p.requires_grad)
         self._optimizers = [optimizer]
-        self._engine = _initialise(
-            _Loss(module), optimizer, render(config.engine, elements=elements), mesh
-        )
+        self._group: ProcessGroup = mesh.parameter_group or lone_group(mesh.device)
+        deepspeed = _imported(mesh)
+        # Groups of its own would have torch's time limit instead of this run's.
+        deepspeed.utils.groups._WORLD_GROUP = self._group
+        settings = render(config.engine, elements=elements)
+        with _device_of(mesh), self._exchanging():
+            self._engine = _initialise(deepspeed, _Loss(module), optimizer, settings)
         self._stage: Stage = STAGES[config.engine.zero_stage](self._engine, parameters)
 
     def loss(self, tokens: Tensor, labels: Tensor, shard: Any, *, valid_tokens: int) -> Tensor:
         """`module.loss` under DeepSpeed's hooks, which gather parameters at stage 3."""
-        with _device_of(self._mesh):
+        with _device_of(self._mesh), self._exchanging():
             loss: Tensor = self._engine(tokens, labels, shard, valid_tokens=valid_tokens)
         return loss
 
@@ -77,13 +81,15 @@ class DeepSpeedEngine:
         DeepSpeed divides by the number of ranks at every stage, and the gradient is the SUM of
         their parts: this factor is the only place where that is made up for.
         """
-        self._engine.backward(loss * self._mesh.world_size, scale_wrt_gas=False)
+        with self._exchanging():
+            self._engine.backward(loss * self._mesh.world_size, scale_wrt_gas=False)
 
     @torch.no_grad()
     def finish(self) -> float:
         """Clip by the norm over all ranks; one float64 number is summed where they differ."""
         self._bad, self._part_norms = self._part_norms, {}
-        self._stage.collect()
+        with self._exchanging():
+            self._stage.collect()
         gradients = self._stage.gradients()
         own = torch.zeros(1, dtype=torch.float64, device=self._mesh.device)
         for norm in gradient_norms(gradients):
@@ -100,7 +106,8 @@ class DeepSpeedEngine:
     def update(self, learning_rate: float) -> None:
         """One step of the optimizer on this rank's parts; stages 1 and 2 gather the parameters."""
         set_rates(self._optimizers, learning_rate)
-        self._stage.step()
+        with self._exchanging():
+            self._stage.step()
 
     def drop(self) -> None:
         """Forget the gradients, as DeepSpeed does on an overflow."""
@@ -127,6 +134,10 @@ class DeepSpeedEngine:
     def replicated(self) -> Iterable[tuple[str, Tensor]]:
         """Parameters and buffers below stage 3; at stage 3 buffers."""
         return self._state.replicated(parameters=self._stage.whole)
+
+    def _exchanging(self) -> AbstractContextManager[None]:
+        """Around calls in which DeepSpeed exchanges: a rank that is gone is named."""
+        return naming_lost_peers("deepspeed", self._group)
 
     def _watch(self) -> None:
         """Norms of this rank's own gradients: after DeepSpeed's sums nobody could tell them."""
@@ -177,18 +188,15 @@ def _without_empty(module: nn.Module) -> None:
 
 
 def _initialise(
-    module: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any], mesh: Mesh
+    deepspeed: Any, module: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any]
 ) -> Any:
-    deepspeed = _imported(mesh)
     for group in optimizer.param_groups:
         group["params"] = [p for p in group["params"] if p.numel()]
-    # Groups of its own would have torch's time limit instead of this run's.
-    deepspeed.utils.groups._WORLD_GROUP = mesh.parameter_group or lone_group(mesh.device)
-    with _device_of(mesh), warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             engine, _, _, _ = deepspeed.initialize(
-                model=module, optimizer=optimizer, config=settings, dist_init_required=None
+                model=module, optimizer=optimizer, config=settings
             )
         except (ValueError, AssertionError) as error:
             raise ConfigError(
