@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 
 import psutil
 
@@ -52,17 +53,16 @@ class RayNodes:
         write_token(self.folder / "token")
         self.env = security_env(str(self.folder / "token")) | loopback_env()
         self._nodes: list[subprocess.Popen[bytes]] = []
-        first = choose_ports(port_count(cpus))
-        self.address = f"127.0.0.1:{first}"
-        self.dashboard = f"http://127.0.0.1:{first + 1}"
-        self.env |= port_env(first)
-        # The same number of CPUs whatever the host has: placement is part of what is tested.
-        words = head_words(first, cpus, 0, str(self.folder / "n0"))
         try:
-            self._start([ray_program(), *words])
+            # The same number of CPUs whatever the host has: placement is part of what is tested.
+            first = self._start(
+                cpus, lambda port, place: [ray_program(), *_head(port, cpus, place)]
+            )
         except BaseException:
             self.close()
             raise
+        self.address = f"127.0.0.1:{first}"
+        self.dashboard = f"http://127.0.0.1:{first + 1}"
 
     def __enter__(self) -> RayNodes:
         return self
@@ -72,27 +72,40 @@ class RayNodes:
 
     def add(self, cpus: int) -> int:
         """Start another node; its number."""
-        first = choose_ports(port_count(cpus))
-        folder = self.folder / f"n{len(self._nodes)}"
-        words = node_words(self.address, first, cpus, 0, str(folder), "127.0.0.1")
-        self._start([sys.executable, "-c", _JOIN, *words])
+
+        def words(port: int, place: str) -> list[str]:
+            start = node_words(self.address, port, cpus, 0, place, "127.0.0.1")
+            return [sys.executable, "-c", _JOIN, *start]
+
+        self._start(cpus, words)
         return len(self._nodes) - 1
 
-    def _start(self, words: list[str]) -> None:
-        log = self.folder / f"n{len(self._nodes)}.log"
-        (self.folder / f"n{len(self._nodes)}").mkdir(mode=0o700)
-        with log.open("wb") as output:
-            process = subprocess.Popen(
-                [sys.executable, "-IS", "-c", TIE, str(os.getpid()), sys.executable, *_exec(words)],
-                env=os.environ | self.env | {"PYTHONPATH": PATHS, "OMP_NUM_THREADS": "1"},
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        self._nodes.append(process)
-        wait_until(lambda: process.poll() is not None or READY in log.read_bytes(), 180)
-        assert process.poll() is None, log.read_text()
+    def _start(self, cpus: int, words: Callable[[int, str], list[str]]) -> int:
+        """Start a node and wait for it; its first port. On a busy host Ray gives up after 30 s."""
+        number = len(self._nodes)
+        for attempt in range(3):
+            place = self.folder / f"n{number}.{attempt}"
+            place.mkdir(mode=0o700)
+            log = self.folder / f"n{number}.{attempt}.log"
+            first = choose_ports(port_count(cpus))
+            command = _exec(words(first, str(place)))
+            with log.open("wb") as output:
+                process = subprocess.Popen(
+                    [sys.executable, "-IS", "-c", TIE, str(os.getpid()), sys.executable, *command],
+                    env=os.environ
+                    | self.env
+                    | port_env(first)
+                    | {"PYTHONPATH": PATHS, "OMP_NUM_THREADS": "1"},
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+            self._nodes[number:] = [process]
+            wait_until(lambda: process.poll() is not None or READY in log.read_bytes(), 180)  # noqa: B023
+            if process.poll() is None:
+                return first
+        raise AssertionError(log.read_text())
 
     def processes(self, number: int) -> list[psutil.Process]:
         """The processes of a node: its head process first."""
@@ -120,6 +133,10 @@ class RayNodes:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _head(port: int, cpus: int, place: str) -> list[str]:
+    return head_words(port, cpus, 0, place)
 
 
 def _exec(words: list[str]) -> list[str]:

@@ -13,9 +13,9 @@ from tests.launchers.conftest import PATHS, wait_until
 from tests.launchers.runs import Small
 from tests.launchers.slurm_cluster import ROOT, SlurmCluster
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1400)]
 
-PATIENCE_S = 300.0
+PATIENCE_S = 400.0
 STEPS = 60
 
 
