@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import shutil
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -17,6 +19,7 @@ from typing import Any
 
 from xdist.config import Config, load
 from xdist.config_checks import Problem, raise_problems, store_problem, world_problem
+from xdist.errors import LaunchError
 from xdist.rank import is_loopback
 from xdist_launchers import slurm_env
 from xdist_launchers.failure import Failure, failure_of, read_failure, tell
@@ -41,10 +44,11 @@ def begin(kind: str, node_address: str, path: str, overrides: Sequence[str]) -> 
     start = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     logs = config.run_directory / "logs"
     logs.mkdir(parents=True, exist_ok=True)
+    attempt = _Attempt(logs)
+    _refuse_two_jobs(attempt.job, job, config.run_directory)
     for pattern in ("rank-*.error.json", "rank-*.started", "rank-*.ended"):
         for stale in logs.glob(pattern):
             stale.unlink()
-    attempt = _Attempt(logs)
     attempt.begin(job, start, Progress(config.run_directory))
     address = slurm_env.master_address(node_address, config.slurm.interface, nodes)
     port = slurm_env.free_port(address, job, attempt.number)
@@ -84,6 +88,24 @@ def _check(config: Config, path: str, tasks: int, kind: str) -> None:
     raise_problems(found, path)
 
 
+def _refuse_two_jobs(other: int, job: int, directory: pathlib.Path) -> None:
+    """Refuse to write into the folder of a run that another job is writing to.
+
+    Inside a container there is often no squeue; then nothing is known of the other job.
+    """
+    squeue = shutil.which("squeue")
+    if squeue is None or other in (0, job):
+        return
+    words = ["--noheader", f"--job={other}", "--states=RUNNING,SUSPENDED", "--format=%i"]
+    done = subprocess.run([squeue, *words], capture_output=True, text=True, check=False)
+    if done.stdout.strip():
+        raise LaunchError(
+            f"job {other} is running in {directory}",
+            f"job {job} would write the same metrics and checkpoints",
+            f"give this one another run.name, or end the other: scancel {other}",
+        )
+
+
 def _differing(config: Config) -> list[str]:
     """Settings of [slurm] that only a rendered script applies, and that are not the defaults."""
     default = Config().slurm
@@ -102,6 +124,11 @@ class _Attempt:
         self._path = logs / "slurm.json"
         text = self._path.read_text(encoding="utf-8") if self._path.exists() else "{}"
         self._values: dict[str, Any] = json.loads(text)
+
+    @property
+    def job(self) -> int:
+        """The job that began here last, 0 when there was none."""
+        return int(self._values.get("job", 0))
 
     @property
     def number(self) -> int:

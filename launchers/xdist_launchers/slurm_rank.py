@@ -100,6 +100,8 @@ class _Watch:
         why += f", host memory {self.memory_share:.0%} at last sample"
         if number == signal.SIGKILL and self.memory_share >= OOM_SHARE:
             why += ": likely the OOM killer"
+        if number in (signal.SIGUSR1, signal.SIGTERM):
+            why += ": asked to stop before it had begun to train"
         why += f"; rank {self.rank} held {self.rss / 2**30:.2f} GiB"
         return self._failure(LOST, "RankKilled", f"rank {self.rank} on {self.host} was killed", why)
 

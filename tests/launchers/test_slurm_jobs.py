@@ -166,6 +166,11 @@ def _signals_pending(pid: int) -> int:
     return int(fields["ShdPnd"], 16) | int(fields["SigPnd"], 16)
 
 
+def _limit(job: Job, minutes: int) -> None:
+    words = ["update", f"JobId={job.number}", f"TimeLimit={minutes}"]
+    job.cluster.run("scontrol", *words)
+
+
 MODULE = """() {  echo "$@" >> "$MODULES_LOADED"
 }"""
 
@@ -178,8 +183,8 @@ def test_at_its_time_limit_a_job_saves_is_requeued_resumes_and_loses_no_bit(
         "limited",
         *SHORT,
         "slurm.nodes=2",
-        "slurm.time_minutes=1",
-        "slurm.signal_s=15",
+        "slurm.time_minutes=10",
+        "slurm.signal_s=40",
         'slurm.modules=["cuda/12.4", "nccl"]',
         "slurm.container=env 'INSIDE=a b $HOME'",
         "slurm.interface=lo",
@@ -187,7 +192,12 @@ def test_at_its_time_limit_a_job_saves_is_requeued_resumes_and_loses_no_bit(
         env={"BASH_FUNC_module%%": MODULE, "MODULES_LOADED": str(modules)},
     )
     job.wait_for_step(3)
-    # A step that takes until the limit, on any machine: rank 1 stands still until Slurm's signal,
+    # The limit comes soon after the first steps, on any machine.
+    shown = place.cluster.job(job.number)
+    assert (shown["TimeLimit"], shown["NumNodes"], shown["Requeue"]) == ("00:10:00", "2", "1")
+    hours, minutes, _ = map(int, shown["RunTime"].split(":"))
+    _limit(job, 60 * hours + minutes + 2)
+    # And a step that takes until then: rank 1 stands still until Slurm's signal,
     # which the batch script hands on, has reached it.
     pid = job.pid(1)
     seen = job.environment(1)
@@ -196,11 +206,10 @@ def test_at_its_time_limit_a_job_saves_is_requeued_resumes_and_loses_no_bit(
         wait_until(lambda: bool(_signals_pending(pid) >> (signal.SIGUSR1 - 1) & 1), PATIENCE_S)
     finally:
         os.kill(pid, signal.SIGCONT)
-    shown = place.cluster.job(job.number)
-    assert (shown["TimeLimit"], shown["NumNodes"], shown["Requeue"]) == ("00:01:00", "2", "1")
     comment = place.cluster.run("squeue", "--noheader", "--format=%k", "--job", str(job.number))
     assert comment.strip() == "two words; $(touch x) `id`"
     wait_until(lambda: place.cluster.job(job.number)["Restarts"] == "1", PATIENCE_S)
+    _limit(job, 60)
     saved = job.status()
     assert (saved["state"], saved["exit_code"]) == ("preempted", 75)
     assert 3 <= saved["step"] < 20
@@ -277,9 +286,14 @@ def test_a_lost_rank_is_restarted_within_the_job(place: Place, undisturbed: Job)
     assert job.losses() == undisturbed.losses()
 
 
-def test_scancel_saves_and_nothing_is_requeued(place: Place) -> None:
+def test_a_second_job_of_a_run_is_refused_and_scancel_saves_without_requeue(place: Place) -> None:
     job = place.launch("stopped", *LONG, "slurm.nodes=2")
     job.wait_for_step(2)
+    second = place.sbatch("stopped", *LONG, options=("-N2", "--ntasks=2"))
+    assert second.end() == ("FAILED", "3"), second.said()
+    assert f"xdist: job {job.number} is running in {job.run}" in second.said()
+    steps = len(job.steps())
+    job.wait_for_step(steps + 1)
     place.cluster.run("scancel", str(job.number))
     assert job.end()[0] == "CANCELLED"
     wait_until(lambda: job.status()["state"] == "preempted", 30)
