@@ -395,8 +395,24 @@ def group_of(ranks: Sequence[int], name: str) -> ProcessGroup:
     # Only members call: the groups of one axis are disjoint, and every rank makes its own in the
     # same order.
     return dist.new_group(
-        list(ranks), use_local_synchronization=True, group_desc=description, backend=None
+        list(ranks),
+        timeout=_world_timeout(),
+        use_local_synchronization=True,
+        group_desc=description,
+        backend=None,
     )
+
+
+def _world_timeout() -> timedelta | None:
+    """The time limit of the default group's moves, which torch does not hand on to new groups."""
+    group = dist.group.WORLD
+    assert group is not None
+    try:
+        found: timedelta = group._get_backend(group._device_types[0]).options._timeout
+    except (AttributeError, RuntimeError):
+        # A backend without one, e.g. that of a world that does not exist.
+        return None
+    return found
 
 
 class Rendezvous:

@@ -47,6 +47,11 @@ class Move:
         """Whether this process stands still until the move's data are here."""
         return bool(self.waits_s) and not self.ended_s
 
+    @property
+    def at(self) -> str:
+        """Where it was made, for a message; "" where nobody said."""
+        return f" (in {self.where})" if self.where else ""
+
     def fields(self) -> dict[str, Any]:
         """For a report: JSON."""
         return {name: getattr(self, name) for name in self.__slots__}
@@ -247,8 +252,8 @@ def mismatch(reports: dict[int, list[Move]]) -> str:
                     one, two = (peer, rank) if way == "receives" else (rank, peer)
                     return (
                         f"message {message[0]} from rank {one} to rank {two} is "
-                        f"{_words(other.name, theirs)} on rank {peer} (in {other.where}) and "
-                        f"{_words(waits.name, message)} on rank {rank} (in {waits.where})"
+                        f"{_words(other.name, theirs)} on rank {peer}{other.at} and "
+                        f"{_words(waits.name, message)} on rank {rank}{waits.at}"
                     )
     if not reports or len(alone) < len(reports):
         return ""
@@ -256,8 +261,8 @@ def mismatch(reports: dict[int, list[Move]]) -> str:
     message = {**waits.sends, **waits.receives}[peer]
     other = alone[peer][0]
     return (
-        f"rank {rank} waits in {_words(waits.name, message)} (in {waits.where}) for rank {peer}, "
-        f"which does not make this move: it waits in {other.name} (in {other.where})"
+        f"rank {rank} waits in {_words(waits.name, message)}{waits.at} for rank {peer}, "
+        f"which does not make this move: it waits in {other.name}{other.at}"
     )
 
 
