@@ -28,6 +28,9 @@ nodes='' driver='' asked=no
 # shellcheck disable=SC2317  # the trap calls it
 finish() {
   if [[ -n "$nodes" ]]; then
+    # The nodes end by themselves, so that each clears its own disk; srun would kill them.
+    touch "$shared/stop"
+    for _ in {1..60}; do kill -0 "$nodes" 2>/dev/null || break; sleep 0.5; done
     kill -TERM "$nodes" 2>/dev/null || true
     wait "$nodes" || true
   fi
@@ -52,6 +55,8 @@ driver=$!
 while kill -0 "$driver" 2>/dev/null; do wait "$driver" || true; done
 code=0
 wait "$driver" || code=$?
+finish
+trap - EXIT
 if [[ "$code" == 75 && "$asked" == yes ]]; then
   scontrol requeue "$SLURM_JOB_ID" || echo "xdist: not requeued; submit it again" >&2
 fi

@@ -34,7 +34,7 @@ HEAD_S = 180.0  # for the head to start
 
 
 def main(shared: pathlib.Path) -> int:
-    """Run this node until a signal ends it, or until Ray ends by itself."""
+    """Run this node until a file named stop or a signal ends it, or Ray ends by itself."""
     asked: list[int] = []
 
     def note(number: int, _frame: FrameType | None) -> None:
@@ -74,9 +74,9 @@ def _run(shared: pathlib.Path, asked: list[int]) -> int:
             beside = target.with_name(".address")
             beside.write_text(f"{ip or own_address()}:{first}", encoding="ascii")
             beside.replace(target)
-        while not asked and not node.ended:
-            time.sleep(0.1)
-        if not asked:
+        while not asked and not node.ended and not (shared / "stop").exists():
+            time.sleep(0.2)
+        if node.ended and not asked:
             raise LaunchError(
                 f"Ray ended on node {socket.gethostname()}", f"exit code {node.exit_code}"
             )

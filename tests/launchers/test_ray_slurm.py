@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
+import tempfile
 
 import pytest
 
@@ -23,13 +25,15 @@ def test_ray_in_an_allocation_saves_is_requeued_and_loses_no_bit(
     slurm: SlurmCluster, tmp_path: pathlib.Path
 ) -> None:
     small = Small.make(tmp_path, steps=STEPS)
+    # A short path: sockets of Ray lie in it.
+    temporary = pathlib.Path(tempfile.mkdtemp(prefix="xs-", dir="/tmp"))
     words = small.words("ray", "parallel.ring=2", "checkpoint.every_steps=5", degree=1)
     options = ["-N2", "--ntasks-per-node=1", "--cpus-per-task=1", f"--output={tmp_path}/log"]
     number = int(
         slurm.run(
             *("sbatch", "--parsable", *options, str(ROOT / "slurm" / "ray.sh"), *words),
             cwd=tmp_path,
-            env={"PYTHONPATH": PATHS, "XDIST_PYTHON": sys.executable, "OMP_NUM_THREADS": "1"},
+            env={"PYTHONPATH": PATHS, "XDIST_PYTHON": sys.executable, "TMPDIR": str(temporary)},
         )
     )
     log, metrics = tmp_path / "log", small.run("ray") / "metrics.jsonl"
@@ -44,12 +48,15 @@ def test_ray_in_an_allocation_saves_is_requeued_and_loses_no_bit(
         job = slurm.wait_for(number, seconds=PATIENCE_S)
     finally:
         slurm.cancel(number)
+        left = [path.name for path in temporary.glob("xray-*")]
+        shutil.rmtree(temporary, ignore_errors=True)
     said = log.read_text()
     assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("COMPLETED", "0:0", "1"), said
     assert "stopping after this step" in said
     assert "resuming from step-" in said
     assert small.status("ray")["state"] == "finished"
     assert list(tmp_path.glob(".xdist-ray-*")) == []
+    assert left == []
     plain = small.words("plain", "parallel.ring=2", degree=1)
     done = subprocess.run(
         [sys.executable, "-P", "-m", "xdist_launchers.cli", "launch", "local", *plain],
