@@ -238,7 +238,7 @@ def side_by_side(place: Place) -> dict[str, Job]:
     options = ("-N2", "--ntasks=2")
     jobs = {name: place.sbatch(name, *LONG, options=options) for name in ("killed", "cancelled")}
     for job in jobs.values():
-        job.wait_for_step(2)
+        job.wait_for_step(6)  # the checkpoint of step 5 is there
     ports = {job.environment(0)["MASTER_PORT"] for job in jobs.values()}
     assert len(ports) == 2
     os.kill(jobs["killed"].pid(1), signal.SIGKILL)
