@@ -1,4 +1,4 @@
-"""Saves of whole runs: in the background, late, failing, cut short; and a batch that changes."""
+"""Saves of whole runs: in the background, late, failing, cut short."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ import torch
 from tests.end_to_end.training import (
     config_of,
     held_out,
-    lines_of,
     losses,
     make_store,
     run_here,
@@ -363,77 +362,3 @@ def test_a_run_goes_on_from_a_checkpoint_of_the_first_format(folder: pathlib.Pat
     _first_format(folder, "first-format")
     assert run(config_of(folder, "first-format")) == 0
     _assert_same_end(folder, "first-format")
-
-
-DOUBLE = "train.accumulation=2"
-
-
-def _cursors(folder: pathlib.Path, name: str) -> list[int]:
-    lines = lines_of(config_of(folder, name))
-    return [line["sample_cursor"] for line in lines if "eval" not in line]
-
-
-def test_a_changed_batch_goes_on_from_the_next_sample_when_allowed(
-    folder: pathlib.Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """2 samples a step, from step 3 on 4: none is repeated, none is left out."""
-    name = "batch"
-    run_until(str(folder), name, "train.step", 3)
-    code, message = run_here(str(folder), name, DOUBLE)
-    assert code == 2
-    assert "checkpoint.allow_batch_change=true" in message
-    capsys.readouterr()
-    allowed = "checkpoint.allow_batch_change=true"
-    run_until(str(folder), name, "train.step", 3, DOUBLE, allowed)
-    assert "global batch 2->4, allowed by the config" in capsys.readouterr().out
-    # From here on the new batch is the run's own: nothing has to be allowed any more.
-    assert run_here(str(folder), name, DOUBLE) == (0, "")
-    assert _cursors(folder, name) == [2, 4, 8, 12, 16, 20]
-    # The samples themselves: those of a run that had this curriculum from the start.
-    direct = (
-        "train.curriculum=[{length=61,batch=2,steps=2},{length=61,batch=4,steps=1},"
-        "{length=96,batch=4,steps=3}]"
-    )
-    code, message = run_here(str(folder), name, direct, "run.seed=1")
-    assert code == 2
-    assert "seed changed" in message
-
-
-def test_samples_after_a_change_of_batch_are_the_next_ones(folder: pathlib.Path) -> None:
-    """The windows that the feed asks for after the change, against those of one epoch."""
-    from xdist.train.resume import Position, check_order, position_of, state_of
-
-    old = config_of(folder, "whole", "train.curriculum=[{length=61,batch=2,steps=9}]")
-    position = Position()
-    for _ in range(3):
-        position.made_step(old, 2)
-    state = state_of(old, Mesh.one_rank(), position, {})
-    new = config_of(
-        folder,
-        "whole",
-        "train.curriculum=[{length=61,batch=3,steps=5},{length=96,batch=3,steps=2}]",
-        "checkpoint.allow_batch_change=true",
-    )
-    check_order(state, new)
-    found = position_of(state, new)
-    assert (found.step, found.sample_cursor, found.stage_first) == (3, 6, 0)
-    for _ in range(2):
-        found.made_step(new, 3)
-    assert (found.step, found.sample_cursor, found.stage_first) == (5, 12, 12)
-    # Saved with the new batch, it is the order of this config: no permission is needed.
-    again = state_of(new, Mesh.one_rank(), found, {})
-    plain = config_of(
-        folder,
-        "whole",
-        "train.curriculum=[{length=61,batch=3,steps=5},{length=96,batch=3,steps=2}]",
-    )
-    check_order(again, plain)
-    assert position_of(again, plain).stage_first == 12
-    # Another length starts its own epoch at the cursor.
-    other = config_of(
-        folder,
-        "whole",
-        "train.curriculum=[{length=96,batch=2,steps=9}]",
-        "checkpoint.allow_batch_change=true",
-    )
-    assert position_of(state, other).stage_first == 6
