@@ -193,7 +193,7 @@ def _unchecked(config: Config) -> list[str]:
     if config.engine.name != "plain":
         lines.append(
             f"the engine {config.engine.name}: its partitioning and its own traffic need real "
-            "ranks; they are in `xdist plan` by formula"
+            "ranks; `xdist plan` has them as far as formulas hold"
         )
     return lines
 
