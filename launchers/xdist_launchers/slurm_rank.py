@@ -88,7 +88,10 @@ class _Watch:
             if time.monotonic() - sampled >= 1.0:
                 sampled = time.monotonic()
                 available, total = memory_bytes()
-                self.memory_share, self.rss = 1 - available / total, rss_bytes(self.child.pid)
+                held = rss_bytes(self.child.pid)
+                # A process that has just been killed holds nothing: the sample would blame nobody.
+                if held:
+                    self.memory_share, self.rss = 1 - available / total, held
             time.sleep(0.05)
         self.child.finish()
         return LOST if self.child.killed_by is not None else self.child.exit_code or 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -49,7 +50,10 @@ class Job:
 
     def pid(self, rank: int) -> int:
         """The process that trains as `rank`, 0 while there is none."""
-        wanted = {f"SLURM_JOB_ID={self.number}".encode(), f"RANK={rank}".encode()}
+        # Another cluster on this host may have a job of this number.
+        cluster = f"SLURM_CONF={self.cluster.env['SLURM_CONF']}"
+        words = (cluster, f"SLURM_JOB_ID={self.number}", f"RANK={rank}")
+        wanted = {word.encode() for word in words}
         for entry in pathlib.Path("/proc").iterdir():
             try:
                 if entry.name.isdigit() and wanted <= {
@@ -258,6 +262,8 @@ def test_a_killed_rank_ends_the_job_with_7_and_is_named(side_by_side: dict[str, 
     assert status["host"] == "n1"
     assert "rank 1 on n1 was killed; killed by signal 9 (SIGKILL), host memory" in status["reason"]
     assert status["last_checkpoint"].rpartition("/")[2].startswith("step-")
+    held = float(re.search(r"rank 1 held (\d+\.\d\d) GiB", status["reason"])[1])  # type: ignore[index]
+    assert 0.05 < held < 5
     assert "xdist: rank 1 on n1 was killed\nkilled by signal 9 (SIGKILL)" in job.said()
     assert not any(alive(pid) for pid in (job.pid(0), job.pid(1)) if pid)
 
