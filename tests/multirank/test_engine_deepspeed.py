@@ -30,6 +30,7 @@ def _cases(engines: list[str], sizes: tuple[int, int, int], optimizer: str) -> d
     }
 
 
+@pytest.mark.timeout(600)
 def test_20_steps_of_every_stage_on_two_sequence_ranks(pool2: RankPool) -> None:
     _compare(pool2, _cases(STAGES, (1, 2, 1), "sgd"), "sgd")
 
@@ -39,6 +40,7 @@ def test_20_steps_with_offloading_on_two_data_ranks(pool2: RankPool) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_every_stage_at_every_degree(pool2: RankPool, pool4: RankPool, optimizer: str) -> None:
     """20 steps, (data, sequence) of (1,2), (2,1), (2,2) and (1,4), float32."""
@@ -49,6 +51,7 @@ def test_every_stage_at_every_degree(pool2: RankPool, pool4: RankPool, optimizer
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_offloading_on_data_and_sequence_ranks(pool4: RankPool) -> None:
     _compare(pool4, _cases(HOST, (2, 1, 2), "sgd"), "sgd")
 
@@ -65,6 +68,7 @@ def test_the_gradient_is_the_sum_over_ranks_at_every_stage(pool2: RankPool) -> N
             assert given == pytest.approx(wanted, rel=1e-5), name
 
 
+@pytest.mark.timeout(600)
 def test_a_dropped_step_leaves_nothing_behind(pool2: RankPool) -> None:
     """Bit for bit, with evaluations in between."""
     runs = [Case((1, 2, 1), ADAMW + ENGINES[name]) for name in ENGINES]
@@ -103,6 +107,7 @@ def test_a_gradient_that_is_not_finite_is_told_by_the_rank_that_made_it(pool2: R
         assert (mine[2], bad[2]) == ("", ""), name
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", ["stage 2", pytest.param("stage 3", marks=pytest.mark.slow)])
 def test_a_lost_rank_is_named_inside_deepspeeds_exchanges(name: str) -> None:
     case = Case((2, 1, 1), ADAMW + ENGINES[name])
@@ -135,6 +140,7 @@ def _check_resumed(found: list[Trained], whole: dict[str, Tensor], name: str) ->
         assert rank.losses == pytest.approx(_plain()[1], rel=0, abs=1e-5), name
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_every_stage_resumes_what_plain_wrote_on_one_rank(
     request: pytest.FixtureRequest, ranks: int
@@ -152,6 +158,7 @@ def test_every_stage_resumes_what_plain_wrote_on_one_rank(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_plain_and_other_stages_resume_what_every_stage_wrote(
     pool2: RankPool, pool3: RankPool
 ) -> None:
@@ -190,6 +197,7 @@ def test_on_one_rank_it_is_the_plain_engine() -> None:
 # --- what it moves -------------------------------------------------------------------------------
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_traffic_is_that_of_the_formulas(request: pytest.FixtureRequest, ranks: int) -> None:
     """Bytes of c10d operations, less those in the ledger, of each micro-step and step."""
@@ -237,6 +245,7 @@ VALUES = {
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_keys_that_are_passed_on_change_no_result(pool3: RankPool) -> None:
     """Each key at each stage that reads it: five steps, and what is saved, as without it."""
     assert VALUES.keys() == PASSED.keys()
