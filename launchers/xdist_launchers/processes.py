@@ -58,9 +58,9 @@ def _tied_to(parent: int) -> Callable[[], None]:
     return tie
 
 
-def die_with_parent() -> None:
-    """Ask the kernel to kill this process when its parent dies."""
-    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+def die_with_parent(number: int = signal.SIGKILL) -> None:
+    """Ask the kernel to send this process a signal when its parent dies."""
+    _LIBC.prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0)
 
 
 class Child:

@@ -24,7 +24,8 @@ from xdist_launchers.rank_env import LOOPBACK, PORT_TRIES
 
 READY = b"Ray runtime started"
 START_S = 120.0
-STOP_S = 5.0
+STOP_S = 15.0  # for the keeper, which ends the others
+_KEEPER = (sys.executable, "-P", "-m", "xdist_launchers.ray_keeper")
 WORKER_PORTS = 60  # beyond one for each CPU: workers that start while others still end
 OBJECT_STORE_BYTES = 100 << 20  # ranks keep nothing there
 # The path of a Unix socket has at most 107 characters; Ray's own part takes up to 70 of them.
@@ -239,7 +240,8 @@ def _start(
         place.mkdir(mode=0o700)
         log = folder / f"start-{attempt}.log"
         first = choose_ports(ports)
-        command = [ray_program(), *words(first, str(place))]
+        keeper = [*_KEEPER, str(os.getpid()), str(folder)]
+        command = [*keeper, ray_program(), *words(first, str(place))]
         mask = os.umask(0o077)
         try:
             with log.open("wb") as output:

@@ -241,6 +241,21 @@ def test_a_private_cluster_is_private_stops_with_75_and_leaves_nothing(
         subprocess.run(["rm", "-rf", str(temporary)], check=True)
 
 
+def test_a_killed_driver_leaves_nothing(small: Small) -> None:
+    temporary = pathlib.Path("/tmp") / f"k{os.getpid()}"
+    temporary.mkdir()
+    try:
+        with Launch(small, "orphans", TMPDIR=str(temporary)) as launch:
+            launch.wait_for_step(2)
+            everyone = psutil.Process(launch.process.pid).children(recursive=True)
+            launch.process.kill()
+        _, left = psutil.wait_procs(everyone, timeout=120)
+        assert not left
+        assert list(temporary.glob("xray-*")) == []
+    finally:
+        subprocess.run(["rm", "-rf", str(temporary)], check=True)
+
+
 def _check_sockets(everyone: list[psutil.Process]) -> None:
     """Every listening socket is on loopback: Ray's daemons, workers, driver and ranks."""
     listening = {}
