@@ -80,9 +80,7 @@ def no_plan(config: Config, ranks: int) -> Plan:
     return Plan([[] for _ in range(stages)], [[] for _ in range(stages)])
 
 
-def describe(
-    config: Config, mesh: Mesh, engine: Engine, plan: Plan
-) -> tuple[str, dict[str, Any]]:
+def describe(config: Config, mesh: Mesh, engine: Engine, plan: Plan) -> tuple[str, dict[str, Any]]:
     """config.toml as resolved, and the facts of run.json. Every rank has to call it."""
     hosts = share_json_rows(socket.gethostname(), mesh)
     facts = {
