@@ -33,7 +33,7 @@ class Move:
 
     number: int  # of this process, from 1
     name: str
-    where: str  # phase and layer
+    where: str  # the phase
     group: str  # its name: several may hold the same ranks
     ranks: tuple[int, ...]  # world ranks of the group
     sends: dict[int, Message]
@@ -82,12 +82,12 @@ class Recorder:
         self._number = 0
         self._file: mmap.mmap | None = None
         self._path: Path | None = None
-        self.phase, self.since_s, self.layer = "", time.time(), ""
+        self.phase, self.since_s = "", time.time()
         self.head = ""
 
     def enter(self, phase: str) -> None:
         """Say what this process does from now on: data, forward, reduce, ..."""
-        self.phase, self.since_s, self.layer = phase, time.time(), ""
+        self.phase, self.since_s = phase, time.time()
         self._write_head()
 
     def say(self, head: str) -> None:
@@ -123,12 +123,11 @@ class Recorder:
             self._number += 1
             out = _counted(known.sent, sends)
             into = _counted(known.received, receives)
-            where = f"{self.phase}, {self.layer}" if self.layer else self.phase
             world = known.ranks
             move = Move(
                 self._number,
                 name,
-                where,
+                self.phase,
                 str(group.group_name),
                 world,
                 {world[r]: message for r, message in out.items()},

@@ -39,8 +39,7 @@ class Report:
     @classmethod
     def now(cls, rank: int, host: str, nonce: str, span: str, step: int) -> Report:
         """Of this process."""
-        phase, since, layer = RECORDER.phase, RECORDER.since_s, RECORDER.layer
-        phase += f", {layer}" if layer else ""
+        phase, since = RECORDER.phase, RECORDER.since_s
         return cls(
             rank, host, nonce, span, step, phase, since, time.time(), _waits(), RECORDER.moves()
         )
