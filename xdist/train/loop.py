@@ -8,7 +8,6 @@ stop. Losses and gradients that are not finite need no exchange of their own: bo
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -22,16 +21,17 @@ from xdist.comm.reduce import start_reduce
 from xdist.config import Config
 from xdist.data import TextStore
 from xdist.data.loader import BadSamples
-from xdist.errors import CheckpointError, DataError, NumericsError
+from xdist.errors import CheckpointError, DataError
 from xdist.memory.allocator import keep_small_blocks
 from xdist.mesh import Mesh, init_mesh
 from xdist.train import setup
 from xdist.train.agree import share_json, share_json_rows, together
+from xdist.train.bad_steps import BadSteps
 from xdist.train.desync import check_equal
 from xdist.train.engines.build import build_engine
 from xdist.train.engines.protocol import Engine
 from xdist.train.evaluate import Evaluation, evaluate
-from xdist.train.failures import dump_diagnosis, record_failure
+from xdist.train.failures import record_failure
 from xdist.train.feed import Feed, Shards, StepBatch, tokens_of
 from xdist.train.guard import PREEMPTED, Guard, OnAbort, print_error
 from xdist.train.keeper import Keeper
@@ -154,7 +154,7 @@ class Loop:
         saved = self.position.step if record.last_checkpoint else None
         self.keeper = Keeper(saving, self._held, self._save_ended, self.progress.say, saved)
         self.keeper.last = record.last_checkpoint
-        self._losses: list[float] = []
+        self.bad_steps = BadSteps(self.engine, mesh, record, max_skipped=config.train.max_skipped)
 
     def run(self) -> int:
         """All steps that are left, then the final save, evaluation and report."""
@@ -238,7 +238,7 @@ class Loop:
             norm = self.engine.finish()
         self.guard.enter("update")
         self._on_point("train.reduced")
-        skipped = self._update(batch, loss, norm, rate)
+        skipped = self.bad_steps.update(self.position, batch, loss=loss, norm=norm, rate=rate)
         self._on_point("train.updated")
         self.position.made_step(self.config, batch.samples)
         self.guard.enter("record")
@@ -329,39 +329,6 @@ class Loop:
             self.engine.backward(loss)
             total += float(loss.detach())
         return total
-
-    def _update(self, batch: StepBatch, loss: float, norm: float, rate: float) -> str:
-        """Change the parameters, or leave them when a number is not finite and say why."""
-        self._losses = [*self._losses[-19:], loss]
-        if math.isfinite(loss) and math.isfinite(norm):
-            self.engine.update(rate)
-            self.position.skipped_in_row = 0
-            return ""
-        self.engine.drop()
-        self.position.skipped_in_row += 1
-        parts = share_json_rows(self.engine.bad_parameter(), self.mesh)
-        bad = [f"rank {rank}: {name}" for rank, name in enumerate(parts) if name]
-        last = batch.first_sample + batch.samples - 1
-        why = (
-            f"loss {loss}, gradient norm {norm}; samples {batch.first_sample} to {last}; "
-            f"first gradient that is not finite: {', '.join(bad) or 'none before the sum'}"
-        )
-        if self.position.skipped_in_row > self.config.train.max_skipped:
-            self._give_up(why)
-        return why
-
-    def _give_up(self, why: str) -> None:
-        count, step = self.position.skipped_in_row, self.position.step + 1
-        facts = {"step": step, "why": why, "losses": [str(loss) for loss in self._losses]}
-        path = dump_diagnosis(self.record, self.mesh, self.engine, facts)
-        error = NumericsError(
-            f"{count} steps in a row were not finite; the last is step {step}",
-            f"{why}; train.max_skipped is {self.config.train.max_skipped}",
-            f"see {path}; resume from {self.record.last_checkpoint or 'the start'} with a lower "
-            "optimizer.learning_rate or a longer warm-up",
-        )
-        error.agreed = True  # type: ignore[attr-defined]
-        raise error
 
     def _held(self) -> tuple[Engine, dict[str, Any]]:
         """What a save writes, after a look at whether the ranks still hold the same."""
