@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -13,6 +14,16 @@ from xdist.testing import RankPool, poisoned_empty
 _OF_JOBS = ("SLURM_", "SBATCH_", "PMI_", "PMIX_", "OMPI_", "MV2_")
 for _name in [name for name in os.environ if name.startswith(_OF_JOBS)]:
     del os.environ[_name]
+
+
+@pytest.fixture(autouse=True)
+def _no_group_is_left() -> Iterator[None]:
+    """A process group that a test leaves in pytest's own process fails that test, not later ones."""
+    yield
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_initialized():
+        distributed.destroy_process_group()
+        pytest.fail("this test left a default process group in pytest's process")
 
 
 def _pool(world_size: int) -> Iterator[RankPool]:

@@ -60,8 +60,9 @@ class DeepSpeedEngine:
         parameters = list(module.parameters())
         elements = sum(p.numel() for p in parameters if p.requires_grad)
         self._optimizers = [optimizer]
-        self._group: ProcessGroup = mesh.parameter_group or lone_group(mesh.device)
+        # First: nothing is left behind where it is absent.
         deepspeed = _imported(mesh)
+        self._group: ProcessGroup = mesh.parameter_group or lone_group(mesh.device)
         # Groups of its own would have torch's time limit instead of this run's.
         deepspeed.utils.groups._WORLD_GROUP = self._group
         settings = render(config.engine, elements=elements)
