@@ -18,7 +18,7 @@ for _name in [name for name in os.environ if name.startswith(_OF_JOBS)]:
 
 @pytest.fixture(autouse=True)
 def _no_group_is_left() -> Iterator[None]:
-    """A process group that a test leaves in pytest's own process fails that test, not later ones."""
+    """A process group left in pytest's own process fails the test that left it, not later ones."""
     yield
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_initialized():
