@@ -314,6 +314,8 @@ RANDOM = (
     f"train.curriculum=[{{length=61,batch=2,steps={RANDOM_STEPS}}}]",
     "checkpoint.every_steps=4",
     "evaluate.every_steps=9",
+    # Where rank 0 is killed before it listens, nobody but this limit ends rank 1.
+    "launch.init_timeout_s=10.0",
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -170,6 +171,26 @@ def test_two_processes_with_different_settings_both_end_with_3() -> None:
     outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [3, 3]
     assert all("a.b = 2 (rank 0: 1)" in out for out in outputs), outputs
+
+
+def test_a_rank_0_that_never_listens_is_named_after_the_join_timeout() -> None:
+    """It was killed before it opened its port; torch's client would wait several timeouts."""
+    code = "import xdist; xdist.init_mesh(join_timeout_s=1.0)"
+    with socket.socket() as held:
+        # Bound, so that nobody else takes it, and not listening.
+        held.bind(("127.0.0.1", 0))
+        port = str(held.getsockname()[1])
+        env = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env=os.environ | env | {"PYTHONPATH": PATHS},
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+    assert f"rank 0 does not listen at 127.0.0.1 port {port}" in done.stderr
+    assert "for 1 s" in done.stderr
 
 
 def test_ranks_that_met_on_one_host_listen_on_the_loopback_interface_only() -> None:

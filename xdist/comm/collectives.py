@@ -300,6 +300,8 @@ def _meeting_place(variables: RankVariables, timeout_s: float) -> dist.Store:
     address, port = variables.master_addr, variables.master_port
     # torch would listen on every interface; a socket that is bound already stays where it is.
     listener = sockets.listen(address, port).detach() if variables.rank == 0 else None
+    if listener is None:
+        sockets.knock(address, port, timeout_s=timeout_s)
     return dist.TCPStore(
         address,
         port,

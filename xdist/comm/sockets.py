@@ -1,14 +1,17 @@
-"""The one socket that xdist opens itself: where rank 0 listens for the others."""
+"""The one socket that xdist opens itself, where rank 0 listens, and the knock of the others."""
 
 from __future__ import annotations
 
 import errno
 import socket
+import time
 
 from xdist.errors import LaunchError, PortError
 from xdist.rank import is_loopback
 
 _BACKLOG = 1024  # ranks that may knock at the same moment
+_PAUSE_S = (0.01, 0.25)  # first and longest pause between two knocks
+_ANSWER_S = 5.0  # for one knock
 
 
 def listen(address: str, port: int) -> socket.socket:
@@ -29,6 +32,32 @@ def listen(address: str, port: int) -> socket.socket:
         listener.close()
         raise _refusal(error, address, port, where) from error
     return listener
+
+
+def knock(address: str, port: int, *, timeout_s: float) -> None:
+    """Return as soon as somebody listens at `address`.
+
+    torch's own client begins its whole timeout again and again when nobody does.
+
+    Raises:
+        LaunchError: nobody listens there after `timeout_s` seconds.
+    """
+    until = time.monotonic() + timeout_s
+    pause, longest = _PAUSE_S
+    while True:
+        try:
+            socket.create_connection((address, port), timeout=_ANSWER_S).close()
+            return
+        except OSError as error:
+            if time.monotonic() + pause > until:
+                raise LaunchError(
+                    f"rank 0 does not listen at {address} port {port}",
+                    f"asked from host {socket.gethostname()} for {timeout_s:g} s: {error}",
+                    "read what rank 0 printed, check that MASTER_ADDR can be reached from here, or "
+                    "give a slow start more time with launch.init_timeout_s=N",
+                ) from error
+        time.sleep(pause)
+        pause = min(2 * pause, longest)
 
 
 def _resolve(address: str, port: int) -> tuple[int, tuple[str, int]]:
