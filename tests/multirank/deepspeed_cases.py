@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.multirank.engine_cases import (
+    OPTIMIZERS,
     Case,
     Trained,
     batch,
@@ -296,3 +297,17 @@ def first_steps(case: Case, alone: bool = False) -> tuple[dict[str, Piece], list
         setting.engine.finish()
         setting.engine.update(0.01)
     return pieces, losses[3:]
+
+
+def losses_on_one_rank() -> list[list[float]]:
+    """The losses of six steps of AdamW on one rank, at stage 2 and at stage 3."""
+    found = []
+    for name in ("stage 2", "stage 3"):
+        setting = Setting(Case((1, 1, 1), OPTIMIZERS["adamw"] + ENGINES[name]), alone=True)
+        losses = []
+        for number in range(6):
+            losses.append(setting.step(number))
+            setting.engine.finish()
+            setting.engine.update(0.01)
+        found.append(losses)
+    return found
