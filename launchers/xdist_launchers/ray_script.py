@@ -49,6 +49,7 @@ def _head(need: Need) -> list[str]:
     options = " ".join(words).replace("FOLDER", '"$folder"')
     return [
         "umask 077",
+        "# Short, and not in TMPDIR: Ray's sockets lie below, of at most 107 bytes of path.",
         'folder="$(mktemp -d /tmp/xray-XXXXXX)"',
         'mkdir "$folder/ray"',
         "head -c 32 /dev/urandom | od -An -v -tx1 | tr -d ' \\n' > \"$folder/token\"",
