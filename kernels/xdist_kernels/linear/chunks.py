@@ -96,9 +96,10 @@ def border_decays(totals: Tensor, ids: DocumentIds | None, wide: torch.dtype) ->
 
 
 def carry(decays: Tensor, entries: Tensor) -> Tensor:
-    """States at all borders [rows, chunks+1, K, V] from what enters at each one (same shape)."""
+    """States at the borders that `decays` has rows for, [rows, borders, K, V], from what enters at
+    each border [rows, chunks+1, K, V]."""
     if decays.shape[1] == 1:
-        return torch.bmm(decays[:, 0], entries.flatten(2)).view(entries.shape)
+        return torch.bmm(decays[:, 0], entries.flatten(2)).unflatten(-1, entries.shape[2:])
     return torch.matmul(decays, entries.transpose(1, 2)).transpose(1, 2).contiguous()
 
 
