@@ -40,6 +40,10 @@ class Documents:
         _check(cuts, length)
         return cls(cuts)
 
+    def mirrored(self) -> Documents:
+        """The same documents seen from the end: the last one first, position p is N - 1 - p."""
+        return Documents(tuple(self.length - cut for cut in reversed(self.cu_seqlens)))
+
     @property
     def length(self) -> int:
         """Length of the sequence in tokens."""

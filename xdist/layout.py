@@ -100,6 +100,12 @@ class Layout:
                     )
         return cls(length, tuple(_filled(runs) for runs in held))
 
+    def mirrored(self) -> Layout:
+        """The same segments in the same local order, seen from the end: position p is N - 1 - p."""
+        n = self.length
+        held = tuple(tuple((n - stop, n - start) for start, stop in runs) for runs in self._held)
+        return Layout(n, held)
+
     @property
     def parts(self) -> int:
         """How many ranks share the sequence."""

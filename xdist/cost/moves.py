@@ -7,6 +7,7 @@ process group: a plan for 64 ranks is computed on one.
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from math import prod
 from typing import NamedTuple
@@ -135,12 +136,13 @@ def relayout_bytes(source: Layout, target: Layout, rank: int, other: int, itemsi
     )
 
 
-TRANSITIONS = ("none", "scalar", "diagonal", "matrix")
+TRANSITIONS = ("none", "scalar", "diagonal", "matrix", "logsumexp")
 
 
 def transition_elements(kind: str, key_dim: int) -> int:
     """Elements of one segment's transition for one state of `key_dim` rows."""
-    return {"none": 0, "scalar": 1, "diagonal": key_dim, "matrix": key_dim * key_dim}[kind]
+    moving = {"scalar": 1, "diagonal": key_dim, "matrix": key_dim * key_dim}
+    return {"none": 0, "logsumexp": 0, **moving}[kind]
 
 
 class ScanRoute(NamedTuple):
@@ -167,7 +169,7 @@ def scan_routes(layout: Layout, cu_seqlens: Sequence[int]) -> list[ScanRoute]:
     inner = sorted(cuts)
     enters = [p.start > 0 and p.start not in cuts for p in pieces]
     leaves = [p.stop < layout.length and p.stop not in cuts for p in pieces]
-    single = [not any(p.start < cut < p.stop for cut in inner) for p in pieces]
+    single = [bisect_right(inner, p.start) == bisect_left(inner, p.stop) for p in pieces]
     passes = [a and b and c for a, b, c in zip(enters, leaves, single, strict=True)]
     later: list[set[int]] = [set() for _ in pieces]
     earlier: list[set[int]] = [set() for _ in pieces]
@@ -201,7 +203,7 @@ def scan_bytes(
     *,
     backward: bool = False,
 ) -> Moved:
-    """States to the ranks whose segments follow in the same document, transitions both ways.
+    """Gather-and-fold: states to the ranks that follow in the same document, transitions both ways.
 
     `state_shape` is `[..., K, V]` of one segment; `itemsize` that of sums. Backward sends adjoint
     states to the ranks before, and no transition again.
