@@ -180,10 +180,20 @@ def _add_scaled(total: Tensor, x: Tensor, factor: Tensor | None) -> None:
         total += _scaled(x, factor)
 
 
-def _inner(b: Block, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _outputs(b: Block, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """[R,C,V] inside the chunks, without scale."""
     if b.c is not None and b.c.shape[-1] > 1:
         return within_diagonal.outputs(q, k, v, b.c, b.ids)
     return within_scalar.outputs(q, k, v, b.c, b.ids)
+
+
+def _gradients(
+    b: Block, q: Tensor, k: Tensor, v: Tensor, dout: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv of `_outputs`."""
+    if b.c is not None and b.c.shape[-1] > 1:
+        return within_diagonal.gradients(q, k, v, dout, b.c, b.ids)
+    return within_scalar.gradients(q, k, v, dout, b.c, b.ids)
 
 
 def _sums(b: Block, left: Tensor, right: Tensor) -> Tensor:
@@ -257,7 +267,7 @@ def ahead(p: Prepared) -> Prepared:
     for b in p.blocks:
         q, k, v = (_chunks(b, x) for x in (b.q, b.k, b.v))
         entries = _sums(b, _scaled(k, b.until_end), v)
-        blocks.append(b._replace(inner=_inner(b, q, k, v), entries=entries))
+        blocks.append(b._replace(inner=_outputs(b, q, k, v), entries=entries))
     return p._replace(blocks=tuple(blocks))
 
 
@@ -268,7 +278,7 @@ def run(p: Prepared, state: Tensor) -> tuple[Tensor, Tensor]:
         q, inner, entries = _chunks(b, b.q), b.inner, b.entries
         if inner is None or entries is None:
             k, v = _chunks(b, b.k), _chunks(b, b.v)
-            inner, entries = _inner(b, q, k, v), _sums(b, _scaled(k, b.until_end), v)
+            inner, entries = _outputs(b, q, k, v), _sums(b, _scaled(k, b.until_end), v)
         states = carry(b.borders, _with_first(own, entries))
         into = states[:, :-1].reshape(-1, *states.shape[2:]).to(q.dtype)
         queries = _scaled(q, b.since_start)
@@ -308,9 +318,7 @@ def _half(b: Block, state: Tensor, dout: Tensor, scale: float) -> Half:
     states = carry(b.borders, _with_first(state, entries))
     into = states[:, :-1].reshape(-1, *states.shape[2:]).to(q.dtype)
     asked = _sums(b, _scaled(q, b.since_start), douts)
-    diagonal = b.c is not None and b.c.shape[-1] > 1
-    inside = within_diagonal.gradients if diagonal else within_scalar.gradients
-    dq, dk, dv = inside(q, k, v, douts, b.c, b.ids)
+    dq, dk, dv = _gradients(b, q, k, v, douts)
     _add_scaled(dq, torch.bmm(douts, into.mT), b.since_start)
     return Half(q, k, v, dq, dk, dv, states, asked)
 
