@@ -116,5 +116,5 @@ def checkpointed_block(kind: str) -> None:
 
 
 def test_a_checkpointed_layer_repeats_no_exchange(pool3: RankPool) -> None:
-    pool3.run(checkpointed_block, "linear")
+    pool3.run(checkpointed_block, "gated_linear")
     pool3.run(checkpointed_block, "attention")

@@ -100,7 +100,7 @@ def test_model_memory_per_token_is_one_input_a_block() -> None:
 
 
 def test_registry_and_sizes_are_checked() -> None:
-    with pytest.raises(ConfigError, match="attention, linear"):
+    with pytest.raises(ConfigError, match="attention, deltanet, gated_deltanet"):
         build_mixer("mamba9", 32)
     with pytest.raises(ConfigError, match="head_dim"):
         build_mixer("linear", 33)

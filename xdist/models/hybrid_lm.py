@@ -192,4 +192,6 @@ def _block(kind: str, config: HybridConfig) -> Block:
     options: dict[str, Any] = {"head_dim": config.head_dim}
     options |= {"window": config.window} if kind == "attention" else {}
     options |= {"conv_width": config.conv_width} if kind == "linear" else {}
-    return Block(build_mixer(kind, config.dim, **options), config.dim, config.hidden)
+    # A pattern's "linear" is the layer that streams; the registry's is the published one.
+    name = "gated_linear" if kind == "linear" else kind
+    return Block(build_mixer(name, config.dim, **options), config.dim, config.hidden)

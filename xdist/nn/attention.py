@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from xdist import ops
 from xdist.mask import Mask
+from xdist.nn.heads import heads_of
 
 
 class Attention(nn.Module):
@@ -29,7 +30,7 @@ class Attention(nn.Module):
         strategy: str = "auto",
     ) -> None:
         super().__init__()
-        self.heads = dim // head_dim
+        self.heads = heads_of("attention", dim, head_dim)
         self.window = window
         self.causal = causal
         self.strategy = strategy

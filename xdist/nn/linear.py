@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xdist import ops
+from xdist.nn.heads import heads_of
 from xdist.nn.norm import RMSNorm
 
 
@@ -28,7 +29,7 @@ class GatedLinearAttention(nn.Module):
 
     def __init__(self, dim: int, *, head_dim: int = 32, conv_width: int = 4) -> None:
         super().__init__()
-        heads = dim // head_dim
+        heads = heads_of("gated_linear", dim, head_dim)
         self.heads = heads
         self.qkv = nn.Parameter(torch.randn(3 * dim, dim) * dim**-0.5)
         self.conv = nn.Parameter(torch.randn(3 * dim, conv_width) * conv_width**-0.5)
