@@ -194,6 +194,58 @@ def _prepared(done_bytes: int, total_bytes: int) -> None:
     print(f"\r{done_bytes / 1e6:.1f} of {total_bytes / 1e6:.1f} MB", end=end, file=sys.stderr)
 
 
+@prepare_app.command("task")
+def prepare_task(
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="mqar, passkey, copy or state_tracking")
+    ],
+    store: Annotated[str, typer.Argument(metavar="STORE", help="zarr store to write")],
+    length: Annotated[int, typer.Option(help="tokens of one sample")],
+    samples: Annotated[int, typer.Option(help="samples to train on")] = 10_000,
+    held_out: Annotated[int, typer.Option(help="samples to evaluate on")] = 256,
+    held_out_length: Annotated[
+        int | None, typer.Option(help="tokens of a held-out sample, if not --length")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="what the samples are drawn from")] = 0,
+    vocab: Annotated[int | None, typer.Option(help="mqar, copy: number of token ids")] = None,
+    pairs: Annotated[int | None, typer.Option(help="mqar: keys with a value")] = None,
+    queries: Annotated[int | None, typer.Option(help="mqar: keys that are asked for")] = None,
+    power: Annotated[float | None, typer.Option(help="mqar: exponent of the distances")] = None,
+    digits: Annotated[int | None, typer.Option(help="passkey: digits of the number")] = None,
+    group: Annotated[str | None, typer.Option(help="state_tracking: parity, s3, a5 or s5")] = None,
+    existing: Annotated[
+        Existing, typer.Option(help="what to do with a store that is there")
+    ] = Existing.KEEP,
+) -> None:
+    """Write samples of a synthetic task with the answers that are scored, drawn from a seed.
+
+    A store that was made with the same settings is kept.
+    """
+
+    def body() -> None:
+        from xdist.data.task_store import prepare_task
+
+        made = prepare_task(
+            name,
+            store,
+            length=length,
+            samples=samples,
+            held_out=held_out,
+            held_out_length=held_out_length,
+            seed=seed,
+            existing=existing.value,
+            vocab=vocab,
+            pairs=pairs,
+            queries=queries,
+            power=power,
+            digits=digits,
+            group=group,
+        )
+        print("\n".join(made.lines()))
+
+    _guarded(body)
+
+
 @app.command()
 def doctor(
     config: Annotated[

@@ -12,6 +12,7 @@ _HOME = {
     "TextStore": "xdist.data.store",
     "Split": "xdist.data.store",
     "prepare_text": "xdist.data.prepare",
+    "prepare_task": "xdist.data.task_store",
     "standard_library": "xdist.data.sources",
     "sample_start": "xdist.data.order",
     "evaluation_windows": "xdist.data.order",

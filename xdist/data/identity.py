@@ -10,6 +10,8 @@ from typing import Any
 from xdist.errors import DataError
 
 FORMAT = "xdist-text"
+# Answers beside the tokens: who knows only text must not read it as text.
+TASK_FORMAT = "xdist-task"
 VERSION = 1
 
 
@@ -17,7 +19,8 @@ def fingerprint(facts: Mapping[str, Any]) -> str:
     """sha256 (hex) of `facts` as canonical JSON.
 
     `facts` holds the format, its version, the vocabulary size, the dtype and, per split, its length
-    in tokens, its number of documents and the sha256 of tokens, document table and names.
+    in tokens, its number of documents and the sha256 of tokens, document table and names; of a
+    task also its name and options, and per split the sha256 of the labels.
     """
     text = json.dumps(facts, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()

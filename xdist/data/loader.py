@@ -1,7 +1,8 @@
 """Batches of each rank's own slice, read ahead by one thread.
 
 For a request (which samples, under which layout) a rank reads, of each of its rows, only its own
-segments and the one byte after each of them: labels are the next token by global position.
+segments and the one byte after each of them: labels are the next token by global position. A
+task's store has its own labels, which are read beside the same segments.
 """
 
 from __future__ import annotations
@@ -40,11 +41,12 @@ class Request:
 
     @classmethod
     def draw(
-        cls, seed: int, cursor: int, batch: int, layout: Layout, store_length: int, first: int = 0
-    ) -> Request:
+        cls, seed: int, cursor: int, batch: int, layout: Layout, store_length: int, first: int = 0,
+        unit: int = 1,
+    ) -> Request:  # fmt: skip
         """The batch at `cursor`: `batch` samples in the order of `order.sample_start`."""
         starts = tuple(
-            sample_start(seed, cursor + row, store_length, layout.length, first=first)
+            sample_start(seed, cursor + row, store_length, layout.length, first=first, unit=unit)
             for row in range(batch)
         )
         return cls(cursor, starts, layout)
@@ -58,7 +60,8 @@ class Batch:
         request: what was asked for.
         rows: which rows of the request these are.
         tokens, labels: int64 `[B, n]`, in the order of the rank's segments. A label is -100 at the
-            end of the store, at the end of a document (documents "separate"), and in bad rows.
+            end of the store, at the end of a document (documents "separate"), and in bad rows; of
+            a task, wherever no answer is scored, and at no end.
         cu_seqlens: the sample's documents when they are separate, else None.
         bad: `(row of this batch, why)` for rows whose slice could not be read here. Every sequence
             rank must drop the same rows: agree on them, then call `without`.
@@ -133,6 +136,7 @@ def read_batch(
     """
     rows = rows_of(len(request.starts), place.data_rank, place.data_size)
     check_documents(len(rows), documents)
+    check_samples(split, request.layout.length, documents)
     segments = request.layout.segments(place.sequence_rank)
     length = request.layout.local_length(place.sequence_rank)
     tokens = np.zeros((len(rows), length), dtype=np.int64)
@@ -155,8 +159,9 @@ def read_batch(
         # One token more than the sample: a document may start right after it.
         cuts = split.documents(start, min(start + whole + 1, split.length))[:-1]
         cu_seqlens = (*(cut for cut in cuts if cut < whole), whole)
-        following = request.layout.positions(place.sequence_rank) + 1
-        labels[:, np.isin(following, np.asarray(cuts, dtype=np.int64))] = IGNORED
+        if split.sample_length is None:
+            following = request.layout.positions(place.sequence_rank) + 1
+            labels[:, np.isin(following, np.asarray(cuts, dtype=np.int64))] = IGNORED
     return Batch(
         request, rows, torch.from_numpy(tokens), torch.from_numpy(labels), cu_seqlens, tuple(bad)
     )
@@ -185,6 +190,18 @@ def check_documents(rows: int, documents: str) -> None:
         )
 
 
+def check_samples(split: Split, length: int, documents: str) -> None:
+    """Refuse sequences that would cut a task's samples, or let them see each other."""
+    sample = split.sample_length
+    if sample is None or length == sample or (documents == "separate" and length % sample == 0):
+        return
+    raise DataError(
+        f"sequences of {length} tokens do not fit the samples of {split.name}",
+        f"a sample of this task has {sample} tokens; what is asked in one is told in it",
+        f"use length {sample}, or a multiple of it with data.documents=separate",
+    )
+
+
 def _fill(
     split: Split,
     start: int,
@@ -196,6 +213,13 @@ def _fill(
     offset = 0
     for first, last in segments:
         size = last - first
+        if split.sample_length is not None:
+            here = slice(offset, offset + size)
+            tokens[here] = split.read(start + first, start + last)
+            answers = split.labels(start + first, start + last)
+            labels[here] = np.where(answers < 0, IGNORED, answers)
+            offset += size
+            continue
         read = split.read(start + first, min(start + last + 1, split.length))
         tokens[offset : offset + size] = read[:size]
         labels[offset : offset + read.size - 1] = read[1 : size + 1]

@@ -19,8 +19,9 @@ _ROUNDS = 5
 
 
 def sample_start(
-    seed: int, sample_cursor: int, store_length: int, sequence_length: int, *, first: int = 0
-) -> int:
+    seed: int, sample_cursor: int, store_length: int, sequence_length: int, *, first: int = 0,
+    unit: int = 1,
+) -> int:  # fmt: skip
     """Where in the store the sample at `sample_cursor` starts, in tokens.
 
     Args:
@@ -30,6 +31,7 @@ def sample_start(
         sequence_length: tokens of a sample.
         first: the cursor from which epochs of this length are counted (the start of a stage of a
             curriculum), so that a stage shorter than an epoch repeats nothing.
+        unit: samples start at multiples of it (the length of a task's samples).
 
     Raises:
         DataError: the split is shorter than one sample.
@@ -50,7 +52,8 @@ def sample_start(
         )
     epoch, number = divmod(sample_cursor - first, windows)
     key = f"{seed}/{first}/{sequence_length}/{epoch}"
-    phase = _draw(key, "phase", 0) % (store_length - windows * sequence_length + 1)
+    phases = (store_length - windows * sequence_length) // unit + 1
+    phase = unit * (_draw(key, "phase", 0) % phases)
     return phase + sequence_length * permute(number, windows, key)
 
 

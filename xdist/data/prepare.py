@@ -120,10 +120,10 @@ def prepare_text(
         beside.chmod(0o750)
         meter = _Meter(on_progress, sources.total_bytes)
         _write(beside, splits, size, reader, chunk_bytes, meter, each)
-        _replace(beside, target)
+        put_in_place(beside, target)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-    return _describe(target, sources, kept=False)
+    return describe(target, sources.skipped, kept=False)
 
 
 def compression_figures(sample: NDArray[np.uint8]) -> dict[str, Any]:
@@ -206,7 +206,7 @@ def _write_split(
     lengths = [_length_of(source, reader) for source in files]
     table = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     chunk_length = max(1, chunk_bytes // dtype.itemsize)
-    tokens = _array(group, f"{name}/tokens", int(table[-1]), dtype, chunk_length)
+    tokens = make_array(group, f"{name}/tokens", int(table[-1]), dtype, chunk_length)
     if each is None:
         hashed = _write_tokens(
             tokens, files, lengths, dtype, vocabulary_size, reader, chunk_length, meter
@@ -214,10 +214,10 @@ def _write_split(
     else:
         read = functools.partial(_slice, reader, vocabulary_size)
         hashed = write_parts(folder, f"{name}/tokens", files, table, read, each, meter.add)
-    _array(group, f"{name}/documents", table.size, table.dtype, 1 << 15)[:] = table
+    make_array(group, f"{name}/documents", table.size, table.dtype, 1 << 15)[:] = table
     raw = b"".join(source.name.encode("utf-8", "surrogateescape") + b"\0" for source in files)
     names = np.frombuffer(raw, dtype=np.uint8)
-    _array(group, f"{name}/names", names.size, names.dtype, 1 << 18)[:] = names
+    make_array(group, f"{name}/names", names.size, names.dtype, 1 << 18)[:] = names
     return {
         "tokens": int(table[-1]),
         "documents": len(files),
@@ -274,9 +274,10 @@ def _slice(
     return found
 
 
-def _array(
+def make_array(
     group: zarr.Group, key: str, length: int, dtype: np.dtype[Any], chunk_length: int
 ) -> zarr.Array:
+    """An empty array of the one form that is read back: zstd with a checksum."""
     # Chunks of zeros are written like any other: a chunk that is absent is an error when reading.
     return group.create_array(
         key,
@@ -346,7 +347,7 @@ def _check_arguments(fraction: float, vocabulary_size: int | None, chunk_bytes: 
         raise ConfigError("a chunk holds from 1 KiB to 256 MiB", f"got {chunk_bytes} bytes")
 
 
-def _replace(beside: Path, target: Path) -> None:
+def put_in_place(beside: Path, target: Path) -> None:
     """Put the finished folder in the target's place; the old one goes only after that."""
     old = beside.with_name(f"{beside.name}.old")
     if target.exists() or target.is_symlink():
@@ -379,10 +380,11 @@ def _kept(
             "names, sizes, held-out share or vocabulary differ",
             "replace it, or name another folder",
         )
-    return _describe(target, sources, kept=True)
+    return describe(target, sources.skipped, kept=True)
 
 
-def _describe(target: Path, sources: Sources, *, kept: bool) -> Prepared:
+def describe(target: Path, skipped: tuple[str, ...] = (), *, kept: bool) -> Prepared:
+    """What a store that was made, or found, holds."""
     store = TextStore(target)
     facts = store.identity["facts"]["splits"]
     return Prepared(
@@ -392,6 +394,6 @@ def _describe(target: Path, sources: Sources, *, kept: bool) -> Prepared:
         stored_bytes=sum(file.stat().st_size for file in target.rglob("*") if file.is_file()),
         fingerprint=store.fingerprint,
         figures=store.figures,
-        skipped=sources.skipped,
+        skipped=skipped,
         kept=kept,
     )

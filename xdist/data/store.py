@@ -5,6 +5,7 @@ A store is a zarr v3 group with attributes under `xdist` and one group per split
     tokens     uint8 | uint16 | uint32 [length]   the documents, one after another
     documents  int64 [documents + 1]              cu_seqlens: where each document starts and ends
     names      uint8                              the documents' names, UTF-8, each ended by NUL
+    labels     uint8 | uint16 | uint32 [length]   tasks only: the answer at each token plus 1, or 0
 """
 
 from __future__ import annotations
@@ -19,14 +20,15 @@ import zarr
 from numpy.typing import NDArray
 
 from xdist.data.guard import GuardedStore, read_metadata
-from xdist.data.identity import FORMAT, VERSION, fingerprint
+from xdist.data.identity import FORMAT, TASK_FORMAT, VERSION, fingerprint
 from xdist.errors import DataError
 
-_REMEDY = "prepare the store again with `xdist prepare text`"
+_REMEDY = "prepare the store again with `xdist prepare text`, or `xdist prepare task`"
+FORMATS = (FORMAT, TASK_FORMAT)
 
 
 class TextStore:
-    """A token store made by `xdist prepare text`, opened for reading.
+    """A token store made by `xdist prepare text` or `task`, opened for reading.
 
     Attributes:
         path: the folder.
@@ -49,11 +51,11 @@ class TextStore:
                 "make one with `xdist prepare text`, or set data.store",
             )
         attributes = read_metadata(self.path, "", "group").get("attributes", {}).get("xdist", {})
-        if attributes.get("format") != FORMAT or attributes.get("version") != VERSION:
+        if attributes.get("format") not in FORMATS or attributes.get("version") != VERSION:
             raise DataError(
                 f"{path} is not a store this version reads",
                 f"format {attributes.get('format')!r} version {attributes.get('version')!r}, "
-                f"want {FORMAT!r} version {VERSION}",
+                f"want {' or '.join(map(repr, FORMATS))} version {VERSION}",
                 _REMEDY,
             )
         facts = attributes.get("facts", {})
@@ -105,7 +107,11 @@ class TextStore:
 
 
 class Split:
-    """One split of a store: `length` tokens, of dtype `dtype`."""
+    """One split of a store: `length` tokens, of dtype `dtype`.
+
+    sample_length: tokens of one sample of a task, which has answers of its own (`labels`); None of
+    text, where every token is the answer to those before it.
+    """
 
     def __init__(self, store: TextStore, name: str) -> None:
         self.name = name
@@ -113,17 +119,21 @@ class Split:
         self.vocabulary_size = store.vocabulary_size
         self._store = GuardedStore(store.path)
         self._arrays: dict[str, Any] = {}
-        for part in ("tokens", "documents", "names"):
+        self.sample_length: int | None = self.facts.get("sample_length")
+        answers = () if self.sample_length is None else ("labels",)
+        for part in ("tokens", "documents", "names", *answers):
             key = f"{name}/{part}"
             self._store.expect(key)
             self._arrays[part] = zarr.open_array(self._store, path=key, mode="r", zarr_format=3)
         self._key = f"{name}/tokens"
         self.length = self._store.facts[self._key].length
         self.dtype = np.dtype(self._arrays["tokens"].dtype)
-        if self.length != self.facts["tokens"]:
+        lengths = {self._store.facts[f"{name}/{part}"].length for part in ("tokens", *answers)}
+        if lengths != {self.facts["tokens"]}:
             raise DataError(
                 f"array {self._key} changed after it was prepared",
-                f"{self.length} tokens, want {self.facts['tokens']}",
+                f"{self.length} tokens, want {self.facts['tokens']}"
+                + (" of them and as many labels" if answers else ""),
                 _REMEDY,
             )
 
@@ -158,6 +168,23 @@ class Split:
                 )
         return tokens
 
+    def labels(self, start: int, stop: int) -> NDArray[np.int64]:
+        """The answers at tokens `[start, stop)` of a task, -1 where none is scored.
+
+        Raises:
+            DataError: as `read`.
+        """
+        stored = self._read("labels", start, stop).astype(np.int64)
+        bad = np.flatnonzero(stored > self.vocabulary_size)
+        if bad.size:
+            raise DataError(
+                f"array {self.name}/labels holds an answer outside the vocabulary",
+                f"{stored[bad[0]] - 1} at position {start + int(bad[0])}, vocabulary size "
+                f"{self.vocabulary_size}",
+                _REMEDY,
+            )
+        return stored - 1
+
     @cached_property
     def cu_seqlens(self) -> NDArray[np.int64]:
         """Where every document starts, and the end of the last: int64 `[documents + 1]`."""
@@ -186,18 +213,25 @@ class Split:
 
     def verify(self) -> None:
         """Compare tokens and document table with the recorded hashes (see `TextStore.verify`)."""
+        for part in ("tokens",) if self.sample_length is None else ("tokens", "labels"):
+            self._verify(part)
+        _ = self.cu_seqlens
+
+    def _verify(self, part: str) -> None:
         digest = hashlib.sha256()
-        step = self._store.facts[self._key].chunk_length
+        step = self._store.facts[f"{self.name}/{part}"].chunk_length
         for start in range(0, self.length, step):
-            digest.update(self.read(start, min(start + step, self.length)).tobytes())
-        if digest.hexdigest() != self.facts["tokens_sha256"]:
+            stop = min(start + step, self.length)
+            # Tokens are also held against the vocabulary.
+            read = self.read(start, stop) if part == "tokens" else self._read(part, start, stop)
+            digest.update(read.tobytes())
+        want = self.facts[f"{part}_sha256"]
+        if digest.hexdigest() != want:
             raise DataError(
-                f"array {self._key} is not the one that was prepared",
-                f"want sha256 {self.facts['tokens_sha256'][:16]}.., "
-                f"got {digest.hexdigest()[:16]}..",
+                f"array {self.name}/{part} is not the one that was prepared",
+                f"want sha256 {want[:16]}.., got {digest.hexdigest()[:16]}..",
                 _REMEDY,
             )
-        _ = self.cu_seqlens
 
     def _read(self, part: str, start: int, stop: int) -> NDArray[Any]:
         key = f"{self.name}/{part}"

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from xdist.comm.reduce import start_reduce
 from xdist.errors import ShapeError
+from xdist.memory.answers import count_answers
 from xdist.memory.normalise import normalised, normalised_backward
 
 TILE_TOKENS = 2048
@@ -35,6 +36,7 @@ def tile_loss(
     """
     kept = labels != ignore_index
     target = torch.where(kept, labels, 0).unsqueeze(1)
+    count_answers(logits, labels, kept)
     log_p = torch.log_softmax(logits, -1)
     total = -(log_p.gather(1, target).squeeze(1) * kept).sum()
     gradient = log_p.mul_(_LOG2_E).exp2_()

@@ -14,6 +14,8 @@ from xdist.comm.reduce import start_reduce
 from xdist.config import Config
 from xdist.data import Request, TextStore, evaluation_windows
 from xdist.data.loader import read_batch
+from xdist.data.store import Split
+from xdist.memory.answers import Answers, counting_answers
 from xdist.mesh import Mesh
 from xdist.train.agree import together
 from xdist.train.engines.protocol import Engine
@@ -28,6 +30,7 @@ class Evaluation:
     tokens: int  # tokens with a label that counts
     length: int  # tokens of one evaluated sequence
     read_tokens: int  # the first tokens of the split that were evaluated
+    accuracy: float | None = None  # of a task: share of the scored answers that are right
 
     @property
     def bits_per_token(self) -> float:
@@ -36,7 +39,8 @@ class Evaluation:
 
     def line(self) -> dict[str, Any]:
         """The `eval` object of metrics.jsonl."""
-        return {**dataclasses.asdict(self), "bits_per_token": self.bits_per_token}
+        line = {**dataclasses.asdict(self), "bits_per_token": self.bits_per_token}
+        return {key: value for key, value in line.items() if value is not None}
 
 
 def evaluate(
@@ -58,8 +62,9 @@ def evaluate(
     module = engine.module
     was_training = module.training
     module.eval()
-    with torch.no_grad():
-        for request, filled in _requests(config, mesh, split.length):
+    read = _read_tokens(config, split)
+    with torch.no_grad(), counting_answers() as answers:
+        for request, filled in _requests(config, mesh, read):
             stop = on_window()
             batch = together(
                 mesh,
@@ -85,8 +90,21 @@ def evaluate(
             total += float(loss) * valid
             tokens += valid
     module.train(was_training)
+    accuracy = None if split.sample_length is None else _accuracy(answers, tokens, mesh)
+    return Evaluation(total / max(tokens, 1), tokens, config.evaluate.length, read, accuracy)
+
+
+def _read_tokens(config: Config, split: Split) -> int:
+    """How many of the split's first tokens are evaluated; of a task whole samples."""
     read = min(split.length, config.evaluate.tokens)
-    return Evaluation(total / max(tokens, 1), tokens, config.evaluate.length, read)
+    return read - read % (split.sample_length or 1)
+
+
+def _accuracy(answers: Answers, tokens: int, mesh: Mesh) -> float | None:
+    """The share of right answers over all ranks; None where the model's loss is none of ours."""
+    mine = torch.tensor([int(answers.right), int(answers.seen)], dtype=torch.float64)
+    right, seen = start_reduce(mine.to(mesh.device), mesh.parameter_group).wait().tolist()
+    return right / seen if seen == tokens > 0 else None
 
 
 def _requests(config: Config, mesh: Mesh, available: int) -> Iterator[tuple[Request, int]]:

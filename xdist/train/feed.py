@@ -10,7 +10,7 @@ from torch import Tensor
 
 from xdist.config import Config, Stage
 from xdist.data import Batch, Loader, Request, TextStore
-from xdist.data.loader import Place
+from xdist.data.loader import Place, check_samples
 from xdist.errors import DataError
 from xdist.layout import Layout
 from xdist.mesh import Mesh
@@ -62,6 +62,7 @@ class Feed:
     def __init__(self, config: Config, mesh: Mesh, store: TextStore, position: Position) -> None:
         self._config = config
         self._split = store.split("train")
+        _check_samples(config, store)
         self._step, self._cursor = position.step, position.sample_cursor
         self._loader = Loader(
             self._split,
@@ -111,9 +112,19 @@ class Feed:
                         layout,
                         self._split.length,
                         first=first,
+                        unit=self._split.sample_length or 1,
                     )
                     cursor += stage.batch
             begins += stage.steps
+
+
+def _check_samples(config: Config, store: TextStore) -> None:
+    """Before the first step: every length that will be read fits the samples of a task."""
+    documents, held_out = config.data.documents, config.data.held_out
+    for stage in config.train.curriculum:
+        check_samples(store.split("train"), stage.length, documents)
+    if held_out in store.split_names:
+        check_samples(store.split(held_out), config.evaluate.length, documents)
 
 
 class Shards:

@@ -373,6 +373,7 @@ class Loop:
         self.progress.say(
             f"held out after step {step}: loss {result.loss:.4f}, "
             f"{result.bits_per_token:.3f} bits, {result.tokens:,} tokens in {elapsed:.1f} s"
+            + ("" if result.accuracy is None else f", {result.accuracy:.1%} of answers right")
         )
         return result
 

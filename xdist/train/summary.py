@@ -36,7 +36,7 @@ def finish_run(
 def compare(store: TextStore, split: str, final: Evaluation) -> dict[str, Any]:
     """The evaluation, and for bytes what order-0 entropy and xz make of the same bytes."""
     figures: dict[str, Any] = final.line()
-    if store.vocabulary_size != BYTES:
+    if store.vocabulary_size != BYTES or store.split(split).sample_length is not None:
         return figures
     sample = store.split(split).read(0, final.read_tokens)
     known = store.figures if store.figures.get("bytes") == sample.size else None
@@ -49,7 +49,9 @@ def compression_line(figures: dict[str, Any]) -> str:
     """One line: the model, and the two yardsticks where tokens are bytes."""
     said = f"held out: {figures['bits_per_token']:.3f} bits per "
     if "order0_bits_per_byte" not in figures:
-        return said + f"token over {figures['tokens']:,} tokens"
+        said += f"token over {figures['tokens']:,} tokens"
+        right = figures.get("accuracy")
+        return said if right is None else f"{said}, {right:.1%} of the answers right"
     return said + (
         f"byte over {figures['tokens']:,} bytes; the same bytes have order-0 entropy "
         f"{figures['order0_bits_per_byte']:.3f}, xz -9e makes {figures['xz_bits_per_byte']:.3f}"

@@ -34,6 +34,8 @@ class Board:
     def evaluation(self, step: int, result: Evaluation) -> None:
         """One evaluation after `step`."""
         self._writer.add_scalar("eval/loss", result.loss, step)
+        if result.accuracy is not None:
+            self._writer.add_scalar("eval/accuracy", result.accuracy, step)
 
     def close(self) -> None:
         """Flush and close the file."""
