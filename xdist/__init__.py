@@ -18,6 +18,8 @@ _HOME = {
     "Mask": "xdist.mask",
     "attention": "xdist.ops",
     "linear_attention": "xdist.ops",
+    "recurrence": "xdist.ops",
+    "Recurrence": "xdist.parallel.recurrence",
     "causal_conv1d": "xdist.ops",
     "cross_entropy": "xdist.ops",
     "mean": "xdist.ops",

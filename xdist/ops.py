@@ -11,7 +11,9 @@ from xdist.memory import loss as loss_memory
 from xdist.memory import mean as mean_memory
 from xdist.parallel import attention as attention_parallel
 from xdist.parallel import conv as conv_parallel
-from xdist.parallel import recurrent as recurrent_parallel
+from xdist.parallel import linear_attention as linear_attention_parallel
+from xdist.parallel import recurrent
+from xdist.parallel.recurrence import Recurrence
 from xdist.shard import SequenceShard, resolve
 
 
@@ -90,6 +92,8 @@ def linear_attention(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     strategy: str = "auto",
+    algorithm: str = "auto",
+    reverse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Gated linear attention.
 
@@ -109,6 +113,9 @@ def linear_attention(
             on all ranks, float32 (float64 with float64 inputs).
         strategy: "scan" moves states (bytes independent of the sequence), "switch" moves tokens,
             "auto" takes the one with fewer bytes.
+        algorithm: of the scan: "gather", "chain", "pipelined" or "auto" (docs/moves/scan.md).
+        reverse: from each document's last token to its first; the final state is then the one
+            after its first token.
 
     Returns:
         out `[B, n, H, V]` in the dtype of v, or `(out, final_state)`. Each document starts afresh.
@@ -124,16 +131,55 @@ def linear_attention(
     Source: Katharopoulos et al., "Transformers are RNNs" (2020); gated and chunked as Yang et al.,
     "Gated Linear Attention Transformers with Hardware-Efficient Training" (2023), eqs. 3 to 6.
     """
-    return recurrent_parallel.linear_attention(
+    shard = resolve(shard, v.shape[1])
+    request = linear_attention_parallel.request(
         q,
         k,
         v,
-        log_decay,
-        resolve(shard, v.shape[1]),
+        shard,
+        log_decay=log_decay,
         scale=scale,
-        states=recurrent_parallel.States(initial_state, output_final_state),
-        strategy=strategy,
+        initial_state=initial_state,
+        output_final_state=output_final_state,
+        reverse=reverse,
     )
+    return recurrent.run(request, shard, strategy=strategy, algorithm=algorithm)
+
+
+def recurrence(
+    op: Recurrence,
+    *inputs: Tensor | None,
+    shard: SequenceShard | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    strategy: str = "auto",
+    algorithm: str = "auto",
+    reverse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """A recurrence of your own over a sharded sequence: docs/add_a_recurrence.md.
+
+    Args:
+        op: what one tile of tokens does, a subclass of `xdist.Recurrence`.
+        inputs: as `op` wants them: `[B, n, heads, ...]`, this rank's tokens, or None; those whose
+            index is in `op.whole` are the same on every rank, and get this rank's part of their
+            gradient.
+        shard: where this rank's tokens lie; None is one device.
+        initial_state: `[B, H, K, V]`, or `[B, documents, H, K, V]` where the shard has documents;
+            equal on all ranks.
+        output_final_state, strategy, algorithm, reverse: as in `xdist.linear_attention`.
+
+    Returns:
+        out `[B, n, H, V]`, or `(out, final_state)`. Each document starts afresh.
+
+    Raises:
+        ShapeError: inputs of another length than the shard's, or a state of another shape.
+        StrategyError: an unknown strategy or algorithm.
+    """
+    length = next(x.shape[1] for i, x in enumerate(inputs) if x is not None and i not in op.whole)
+    request = recurrent.Request(
+        type(op).__name__, op, inputs, initial_state, output_final_state, reverse
+    )
+    return recurrent.run(request, resolve(shard, length), strategy=strategy, algorithm=algorithm)
 
 
 def causal_conv1d(

@@ -1,16 +1,18 @@
 """Bytes that a recurrence and a causal convolution move under each strategy. Pure integers.
 
-Symbols: B batch, H value heads, J key heads, K and V head dims, T transition elements a head (0
-without decay, 1 scalar, K diagonal), D documents, N tokens and n of them on this rank, P ranks, h
-and j this rank's heads under switch (j_p those of rank p), e bytes of an input element, w bytes of
-a state's (float32, or float64 for float64 inputs). Sent by one rank:
+Symbols: B batch, H heads of outputs and states, K and V dims of a state, U of an output, T elements
+of a transition a head that travel (0 without decay, 1 scalar, K diagonal, K x K matrix), D
+documents, N tokens and n of them on this rank, P ranks, h this rank's heads under switch; each
+input i has j_i heads of this rank, X_i elements a head and e_i bytes an element; e bytes of an
+output's element, w bytes of a state's (float32, or float64 for float64 inputs). Sent by one rank:
 
-    scan    forward   w B H KV x (other ranks with later tokens of its document), and w B H T x
+    scan    cost/scan.py says what each algorithm sends; gather-and-fold:
+            forward   w B H KV x (other ranks with later tokens of its document), and w B H T x
                       (other ranks with tokens of the document that passes through), a segment
             backward  w B H KV x (other ranks with earlier tokens of its document), a segment
-    switch  forward   B n sum over others p of (e (2 j_p K + h_p V) + w h_p T) + e B (N-n) h V
-            backward  e B n V (H-h) + B (N-n) (x 2 j K + e h V + w h T)
-                      x: w where several ranks share a key head, else e
+    switch  forward   B n sum over others p and inputs i of e_i j_i(p) X_i  +  e B (N-n) h U
+            backward  e B n U (H-h)  +  B (N-n) sum over inputs of x_i j_i X_i
+                      x_i: w where several ranks share a head of input i, else e_i
     final   scan      w B H KV (P-1) for each document that ends on it; back, w B H KV for each
                       that ends elsewhere
             switch    w B D h KV (P-1); back, w B D (H-h) KV
@@ -30,10 +32,10 @@ from xdist.cost.moves import (
     gather_bytes,
     halo_bytes,
     reduce_scatter_bytes,
-    scan_bytes,
     sum_itemsize,
     transition_elements,
 )
+from xdist.cost.scan import choose_algorithm, scan_bytes
 from xdist.documents import Documents
 from xdist.errors import StrategyError
 from xdist.layout import Layout, even_sizes
@@ -63,47 +65,120 @@ def overlaps(shares: Shares) -> bool:
 
 
 @dataclass(frozen=True)
+class TokenInput:
+    """An input with tokens, as strategy switch moves it."""
+
+    heads: int
+    head_elements: int
+    element_bytes: int
+
+
+@dataclass(frozen=True)
 class Problem:
-    """One call of linear attention. transition: "none", "scalar" or "diagonal"."""
+    """One call of a recurrence.
+
+    transition: what travels of M: "none", "scalar", "diagonal", "matrix" or "logsumexp" (nothing).
+    out_dim: U.
+    """
 
     layout: Layout
     documents: Documents
     batch: int
-    value_heads: int
-    key_heads: int
+    heads: int
     key_dim: int
     value_dim: int
+    out_dim: int
     transition: str
     element_bytes: int
+    inputs: tuple[TokenInput, ...]
     want_final: bool = False
+    reverse: bool = False
+    algorithm: str = "auto"
 
     @property
     def state_bytes(self) -> int:
         """Bytes of one element of a state: 8 with float64 inputs, else 4."""
         return sum_itemsize(self.element_bytes)
 
+    @property
+    def state_shape(self) -> tuple[int, int, int, int]:
+        """(B, H, K, V)."""
+        return self.batch, self.heads, self.key_dim, self.value_dim
+
+
+def linear_problem(
+    layout: Layout,
+    documents: Documents,
+    batch: int,
+    value_heads: int,
+    key_heads: int,
+    key_dim: int,
+    value_dim: int,
+    transition: str,
+    element_bytes: int,
+    *,
+    want_final: bool = False,
+    reverse: bool = False,
+    algorithm: str = "auto",
+) -> Problem:
+    """The problem of `xdist.linear_attention`; transition "none", "scalar" or "diagonal"."""
+    inputs = [TokenInput(key_heads, key_dim, element_bytes)] * 2
+    inputs.append(TokenInput(value_heads, value_dim, element_bytes))
+    decay = transition_elements(transition, key_dim)
+    if decay:
+        inputs.append(TokenInput(value_heads, decay, sum_itemsize(element_bytes)))
+    return Problem(
+        layout,
+        documents,
+        batch,
+        value_heads,
+        key_dim,
+        value_dim,
+        value_dim,
+        transition,
+        element_bytes,
+        tuple(inputs),
+        want_final,
+        reverse,
+        algorithm,
+    )
+
+
+def _mirrored_problem(problem: Problem) -> tuple[Layout, tuple[int, ...]]:
+    """Layout and cu_seqlens in positions of the scan."""
+    layout, documents = problem.layout, problem.documents
+    if problem.reverse:
+        layout, documents = layout.mirrored(), documents.mirrored()
+    return layout, documents.cu_seqlens
+
 
 def _documents_of(problem: Problem, rank: int) -> int:
     cuts = problem.documents.cu_seqlens
-    ends = [b for a, b in pairwise(cuts) if b > a]
-    return sum(problem.layout.owners(end - 1, end)[0].rank == rank for end in ends)
+    ends = [(a if problem.reverse else b - 1) for a, b in pairwise(cuts) if b > a]
+    return sum(problem.layout.owners(end, end + 1)[0].rank == rank for end in ends)
 
 
 def _scan(problem: Problem, rank: int, backward: bool) -> Moved:
     p = problem
+    layout, cuts = _mirrored_problem(p)
+    algorithm = p.algorithm
+    if algorithm == "auto":
+        choice = choose_algorithm(layout, cuts, p.state_shape, p.transition, p.state_bytes)
+        algorithm = choice.algorithm
     moved = scan_bytes(
-        p.layout,
-        p.documents.cu_seqlens,
+        layout,
+        cuts,
         rank,
-        (p.batch, p.value_heads, p.key_dim, p.value_dim),
+        p.state_shape,
         p.transition,
         p.state_bytes,
+        algorithm=algorithm,
         backward=backward,
     )
     if not p.want_final:
         return moved
     owned = [_documents_of(p, r) for r in range(p.layout.parts)]
-    each = p.batch * p.value_heads * p.key_dim * p.value_dim
+    each = p.batch * p.heads * p.key_dim * p.value_dim
     finals = reduce_scatter_bytes if backward else gather_bytes
     return moved + finals(owned, rank, each, p.state_bytes)
 
@@ -116,19 +191,20 @@ def _mirrored(sends: Callable[[int, int], int], ranks: int, rank: int) -> Moved:
 
 def _switch(problem: Problem, rank: int, backward: bool) -> Moved:
     p = problem
-    values = split_heads(p.value_heads, p.layout.parts)
-    keys = shared_heads(values, max(1, p.value_heads // max(1, p.key_heads)))
-    key_bytes = p.state_bytes if backward and overlaps(keys) else p.element_bytes
+    values = split_heads(p.heads, p.layout.parts)
+    shares = [shared_heads(values, max(1, p.heads // max(1, x.heads))) for x in p.inputs]
     n = p.layout.local_lengths
 
     def inputs(holder: int) -> int:
-        """Bytes a token of q, k, v and log_decay for the heads of `holder`."""
-        h, j = values[holder][1] - values[holder][0], keys[holder][1] - keys[holder][0]
-        decay = p.state_bytes * h * transition_elements(p.transition, p.key_dim)
-        return key_bytes * 2 * j * p.key_dim + p.element_bytes * h * p.value_dim + decay
+        """Bytes a token of all inputs for the heads of `holder`."""
+        total = 0
+        for x, share in zip(p.inputs, shares, strict=True):
+            each = p.state_bytes if backward and overlaps(share) else x.element_bytes
+            total += each * (share[holder][1] - share[holder][0]) * x.head_elements
+        return total
 
     def outputs(holder: int) -> int:
-        return p.element_bytes * (values[holder][1] - values[holder][0]) * p.value_dim
+        return p.element_bytes * (values[holder][1] - values[holder][0]) * p.out_dim
 
     def sends(sender: int, receiver: int) -> int:
         to_heads, to_tokens = (outputs, inputs) if backward else (inputs, outputs)
@@ -164,11 +240,12 @@ class Choice:
 
 
 @lru_cache(maxsize=256)
-def choose(problem: Problem) -> Choice:
-    """The strategy that sends fewest bytes, forward and backward, summed over ranks."""
+def choose(*problems: Problem) -> Choice:
+    """The strategy that sends fewest bytes, forward and backward, summed over ranks and calls."""
     total = {
         strategy: sum(
             recurrent_bytes(problem, strategy, rank, backward=backward).sent_bytes
+            for problem in problems
             for rank in range(problem.layout.parts)
             for backward in (False, True)
         )

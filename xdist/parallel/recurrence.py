@@ -1,4 +1,4 @@
-"""The interface by which one driver serves every recurrence; docs/add_a_recurrence.md shows its use.
+"""The interface by which one driver serves every recurrence; its use: docs/add_a_recurrence.md.
 
 A recurrence carries a state [B, H, K, V] along the sequence: S_out = M S_in + E for a run of
 tokens, and outputs that depend on S_in and the run's own tokens. The driver cuts a rank's share
@@ -37,9 +37,8 @@ class Recurrence:
     dim 1 and heads in dim 2, but for those whose index is in `whole`: they are the same on every
     rank, have no tokens, and heads in dim 0.
 
-    transition: the kind of M. rates: `rates_of` gives [.., K] numbers that turn the one logarithm
-    a state that travels into log M, with transition "diagonal". marks_documents: whether
-    `prepare` takes `starts`; else tiles are cut where a document starts.
+    transition: the kind of M. marks_documents: whether `prepare` takes `starts`; else tiles are
+    cut where a document starts.
     """
 
     transition: Transition = "diagonal"
@@ -143,8 +142,6 @@ class Recurrence:
             reached = [(r, g.to(r.dtype)) for r, g in made if r.requires_grad]
             outputs, grads = zip(*reached, strict=True)
             found = torch.autograd.grad(outputs, wanted, grads, allow_unused=True)
-        own = [
-            torch.zeros_like(x) if g is None else g for x, g in zip(wanted, found, strict=True)
-        ]
+        own = [torch.zeros_like(x) if g is None else g for x, g in zip(wanted, found, strict=True)]
         rest = iter(own[1:])
         return [None if x is None or not of_inputs else next(rest) for x in given], own[0]

@@ -15,20 +15,20 @@ from torch import Tensor
 
 from xdist.comm.collectives import ProcessGroup
 from xdist.comm.gather import start_gather, start_reduce_scatter
-from xdist.parallel.recurrent_segments import Segments, final_owners
+from xdist.parallel.recurrent_tiles import Share, final_owners
 
 
 @dataclass(frozen=True)
 class FinalStates:
-    """Final states [B, documents, ...] of a sequence whose ranks are those of `plan.layout`."""
+    """Final states [B, documents, ...] of a sequence whose ranks are those of `share.layout`."""
 
-    plan: Segments
+    share: Share
     group: ProcessGroup | None
 
     def _owned(self) -> list[list[int]]:
         """The non-empty documents whose last token each rank holds."""
-        found: list[list[int]] = [[] for _ in range(self.plan.layout.parts)]
-        for document, owner in enumerate(final_owners(self.plan.layout, self.plan.documents)):
+        found: list[list[int]] = [[] for _ in range(self.share.layout.parts)]
+        for document, owner in enumerate(final_owners(self.share)):
             if owner is not None:
                 found[owner].append(document)
         return found
@@ -36,7 +36,7 @@ class FinalStates:
     def collect(self, states: dict[int, Tensor], starting: Tensor) -> Tensor:
         """All final states, from this rank's own and the initial ones [B, documents, ...]."""
         owned = self._owned()
-        own = torch.stack([states[d] for d in owned[self.plan.rank]], 1) if states else None
+        own = torch.stack([states[d] for d in owned[self.share.rank]], 1) if states else None
         own = starting[:, :0] if own is None else own
         sizes = [len(documents) for documents in owned]
         gathered = start_gather(own.contiguous(), self.group, dim=1, sizes=sizes).wait()
@@ -49,8 +49,8 @@ class FinalStates:
         owned = self._owned()
         order = [d for documents in owned for d in documents]
         if dinitial is not None:
-            rest = sorted(set(range(self.plan.documents.count)) - set(order))
+            rest = sorted(set(range(self.share.documents.count)) - set(order))
             dinitial[:, rest] += dfinal[:, rest]
         sizes = [len(documents) for documents in owned]
         summed = start_reduce_scatter(dfinal[:, order], self.group, dim=1, sizes=sizes).wait()
-        return dict(zip(owned[self.plan.rank], summed.unbind(1), strict=True))
+        return dict(zip(owned[self.share.rank], summed.unbind(1), strict=True))

@@ -1,20 +1,20 @@
 """Strategy scan: tokens stay where they are, and only states of fixed size cross ranks.
 
 Sharded before and after: every input and the output along the sequence, in any layout.
-Moves: forward, the summary (M, E) of each segment whose document goes on, to the ranks that hold
-    later tokens of it, folded there; backward, dE of each segment whose document began earlier, to
-    the ranks that hold earlier ones (M is kept from forward). Final states, where asked for: one
-    copy to every rank, and the sum of their gradients back.
-Saved for backward: the inputs, one state per tile of tokens, the state entering each segment and
-    the transitions.
+Moves: forward, the summary (M, E) of each segment whose document goes on, or the state itself from
+    segment to segment, as the algorithm says (comm/scan.py); backward, the same for dE, and no M.
+    Several calls (the two directions of a bidirectional layer) share one exchange. Final states,
+    where asked for: one copy to every rank, and the sum of their gradients back.
+Saved for backward: the inputs, one state per tile of tokens, and the transitions.
 Must divide: nothing. The bytes do not depend on the sequence's length.
 
-The exchange is in flight while the local work that needs no incoming state is computed: forward
-the whole run from zero, backward the whole backward run with no gradient from later segments.
+The exchange is in flight while the work that needs no state from other ranks is done: documents
+that start on this rank, and of the other tiles what an op's `ahead` and `backward_ahead` make.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,142 +22,113 @@ import torch
 from torch import Tensor
 
 from xdist.comm.collectives import ProcessGroup
-from xdist.comm.scan import Scan, apply_transition
-from xdist.parallel import recurrent_local as local_work
+from xdist.comm.scan import Scan, start_adjoint_together, start_together
+from xdist.parallel.recurrent_call import Call, keep, restore, split
 from xdist.parallel.recurrent_final import FinalStates
-from xdist.parallel.recurrent_local import Part
-from xdist.parallel.recurrent_op import Local, RecurrentOp, Summary
-from xdist.parallel.recurrent_segments import Segments
-from xdist_kernels.linear import state_dtype
+from xdist.parallel.recurrent_work import Work
 
 
 @dataclass(frozen=True)
 class ScanRequest:
-    """One recurrence on one rank's share: everything about it that is no tensor."""
+    """Calls on one rank's share; group None is one rank, which moves nothing."""
 
-    op: RecurrentOp
-    plan: Segments
+    calls: tuple[Call, ...]
     group: ProcessGroup | None
-    want_final: bool
-
-    @property
-    def finals(self) -> FinalStates:
-        return FinalStates(self.plan, self.group)
+    algorithm: str
 
 
-def _forward(request: ScanRequest, parts: list[Part], inputs: Local) -> Scan | None:
-    """Run every part from its true state; what is returned serves the backward direction."""
-    op, plan = request.op, request.plan
-    if request.group is None:
-        local_work.forward_alone(op, parts)
-        return None
-    scan = Scan(
-        plan.layout,
+def _scan_of(request: ScanRequest, call: Call, work: Work) -> Scan:
+    return Scan(
+        call.share.scan_layout,
         request.group,
-        transition=op.transition,
-        cu_seqlens=plan.documents.cu_seqlens,
+        transition=call.op.transition,
+        cu_seqlens=call.share.scan_documents.cu_seqlens,
+        algorithm=request.algorithm,
+        rates=call.op.rates_of(work.inputs),
     )
-    like = _empty_state(op, inputs)
-    summaries = [_summary(op, part, like) for part in parts]
-    transitions = [s.transition for s in summaries if s.transition is not None]
-    pending = scan.start([s.entry for s in summaries], transitions, like)
-    for part in parts:
-        local_work.run_part(op, part)
-    for part, state in zip(parts, pending.wait(), strict=True):
-        if part.segment.enters:
-            part.runs[0].state = state
-        local_work.complete(op, part)
-    return scan
 
 
-def _empty_state(op: RecurrentOp, inputs: Local) -> Tensor:
-    like = op.out_like(inputs)
-    return like.new_empty(op.state_shape(inputs), dtype=state_dtype(like))
+def _forward(request: ScanRequest, works: Sequence[Work]) -> list[Scan]:
+    """Run every tile from its true state; the scans serve the backward direction."""
+    for work in works:
+        work.start_forward()
+    if request.group is None:
+        for work in works:
+            work.forward_alone()
+        return []
+    scans = [_scan_of(request, *pair) for pair in zip(request.calls, works, strict=True)]
+    asked = []
+    for scan, work in zip(scans, works, strict=True):
+        found = [work.summary(segment) for segment in work.segments]
+        transitions = [m for _, m in found if m is not None]
+        asked.append((scan, [entry for entry, _ in found], transitions, work.identity))
+    pending = start_together(asked)
+    for work in works:
+        work.ahead()
+    for work, entering in zip(works, pending.wait(), strict=True):
+        for segment, state in zip(work.segments, entering, strict=True):
+            work.complete(segment, state)
+    return scans
 
 
-def _summary(op: RecurrentOp, part: Part, like: Tensor) -> Summary:
-    """What later segments need of this one: its last run, from that run's state if known."""
-    run = part.runs[-1]
-    if not part.segment.leaves:
-        return Summary(op.transition_of(part.tokens(run)), torch.zeros_like(like))
-    found = op.summary(part.tokens(run))
-    if run.state is None:
-        return found
-    carried = apply_transition(op.transition, found.transition, run.state)
-    return Summary(found.transition, found.entry + carried)
-
-
-def _backward(
-    request: ScanRequest, parts: list[Part], inputs: Local, dout: Tensor, scan: Scan | None
-) -> None:
-    """Fill every part's gradients; the runs' `dstate` hold the gradients of final states."""
-    op = request.op
-    if scan is None:
-        local_work.backward_alone(op, parts, dout)
+def _backward(request: ScanRequest, works: Sequence[Work], scans: Sequence[Scan]) -> None:
+    if request.group is None:
+        for work in works:
+            work.backward_alone()
         return
-    like = _empty_state(op, inputs)
-    asked = [_asked(op, part, dout[:, part.segment.tokens], like) for part in parts]
-    pending = scan.start_adjoint(asked, like)
-    for part in parts:
-        own = dout[:, part.segment.tokens]
-        local_work.run_part_backward(op, part, own)
-        for run in part.runs:
-            local_work.through_start(op, part, run, own)
-    for part, dstate in zip(parts, pending.wait(), strict=True):
-        if part.segment.leaves:
-            part.runs[-1].dstate = dstate
-        for run in part.runs:
-            local_work.through_end(op, part, run)
-
-
-def _asked(op: RecurrentOp, part: Part, dout: Tensor, like: Tensor) -> Tensor:
-    """Gradient of the entering state as far as this segment alone causes it."""
-    if not part.segment.enters:
-        return torch.zeros_like(like)
-    run = part.runs[0]
-    found = op.adjoint_summary(part.tokens(run), dout[:, run.at])
-    if run.dstate is None:
-        return found
-    transition = op.transition_of(part.tokens(run))
-    return found + apply_transition(op.transition, transition, run.dstate, transposed=True)
+    asked = []
+    for scan, work in zip(scans, works, strict=True):
+        grads = [work.adjoint_summary(segment) for segment in work.segments]
+        asked.append((scan, grads, work.identity))
+    pending = start_adjoint_together(asked)
+    for work in works:
+        work.ahead_back()
+    for work, leaving in zip(works, pending.wait(), strict=True):
+        for segment, dstate in zip(work.segments, leaving, strict=True):
+            work.complete_back(segment, dstate)
 
 
 class ScanRecurrence(torch.autograd.Function):
-    """(request, starting, initial, *inputs) -> (out, final or None).
+    """(request, then starting, initial and inputs of each call) -> (out, final or None) of each.
 
-    starting, initial and final [B,documents,H,K,V]; `starting` is `initial` or
-    zeros, and None where no final state is wanted.
+    starting, initial and final [B,documents,H,K,V]; `starting` is `initial` or identities, and
+    None where no final state is wanted.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        request: ScanRequest,
-        starting: Tensor | None,
-        initial: Tensor | None,
-        *inputs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        parts = local_work.parts_of(request.plan, inputs, initial, request.want_final)
-        ctx.request, ctx.scan = request, _forward(request, parts, inputs)
-        local_work.keep(ctx, parts, inputs, initial)
-        final = None
-        if request.want_final:
-            assert starting is not None
-            states = local_work.final_states(request.op, parts)
-            final = request.finals.collect(states, starting)
-        out = local_work.joined([part.out for part in parts], request.op.out_like(inputs))
-        return out, final
+    def forward(ctx: Any, request: ScanRequest, *tensors: Any) -> tuple[Tensor | None, ...]:
+        given = split(request.calls, tensors)
+        works = [
+            Work(c.op, c.share, x.inputs, x.initial, want_final=c.want_final)
+            for c, x in zip(request.calls, given, strict=True)
+        ]
+        ctx.request, ctx.scans = request, _forward(request, works)
+        keep(ctx, works)
+        found: list[Tensor | None] = []
+        for call, work, own in zip(request.calls, works, given, strict=True):
+            final = None
+            if call.want_final:
+                assert own.starting is not None
+                final = FinalStates(call.share, request.group).collect(work.finals, own.starting)
+            found += [work.out, final]
+        return tuple(found)
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
-        request = ctx.request
-        parts, inputs, initial = local_work.restore(ctx, request.plan, request.want_final)
-        dinitial = None if initial is None else torch.zeros_like(initial)
-        if request.want_final:
-            assert dfinal is not None
-            own = request.finals.distribute(dfinal, dinitial)
-            local_work.set_final_gradients(parts, own)
-        _backward(request, parts, inputs, dout, ctx.scan)
-        if dinitial is not None:
-            local_work.initial_gradient(request.op, parts, dout, dinitial)
-        return None, None, dinitial, *local_work.input_gradients(parts, inputs)
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        request: ScanRequest = ctx.request
+        works = restore(ctx, request.calls, [call.share for call in request.calls])
+        rests = []
+        for number, (call, work) in enumerate(zip(request.calls, works, strict=True)):
+            dout, dfinal = grads[2 * number], grads[2 * number + 1]
+            rest = None if work.initial is None else torch.zeros_like(work.initial)
+            own = {}
+            if call.want_final:
+                own = FinalStates(call.share, request.group).distribute(dfinal, rest)
+            work.start_backward(dout, own)
+            rests.append(rest)
+        _backward(request, works, ctx.scans)
+        found: list[Tensor | None] = [None]
+        for work, rest in zip(works, rests, strict=True):
+            dinitial = None if rest is None or work.dinitial is None else rest + work.dinitial
+            found += [None, dinitial, *work.input_gradients()]
+        return tuple(found)

@@ -2,8 +2,8 @@
 
 Sharded before and after: every input and the output along the sequence, in any layout; inside,
 value heads are split as `tensor_split` and each rank holds the whole sequence of its own.
-Moves: forward, one exchange of all inputs and one of the output; backward, one of the output's
-    gradient and one of all the inputs'. A key head that several ranks need goes once to each of
+Moves: forward, one exchange of all inputs and one of the outputs; backward, one of the outputs'
+    gradients and one of all the inputs'. A key head that several ranks need goes once to each of
     them, and its gradients come back in float32 or wider to be added. Final states, where asked
     for: one gather over heads, and the sum of their gradients back.
 Saved for backward: the switched inputs and one state per tile of tokens.
@@ -12,112 +12,191 @@ Must divide: nothing. With fewer heads than ranks some ranks compute nothing.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from xdist.cost.recurrent import overlaps
-from xdist.documents import Documents
+from xdist.cost.recurrent import Shares, overlaps
 from xdist.layout import Layout
-from xdist.parallel import recurrent_local as local_work
+from xdist.parallel.recurrence import Inputs, state_dtype
+from xdist.parallel.recurrent_call import Call, Tensors, keep, restore, split
 from xdist.parallel.recurrent_final import FinalStates
 from xdist.parallel.recurrent_heads import HeadExchange
-from xdist.parallel.recurrent_op import Local, RecurrentOp
-from xdist.parallel.recurrent_segments import Segments
-from xdist_kernels.linear import state_dtype
+from xdist.parallel.recurrent_tiles import Share
+from xdist.parallel.recurrent_work import Work
 
 
 @dataclass(frozen=True)
 class SwitchRequest:
-    """One recurrence on one rank's share: everything about it that is no tensor."""
+    """Calls on one rank's share; the exchange knows the layout and the group."""
 
-    op: RecurrentOp
+    calls: tuple[Call, ...]
     exchange: HeadExchange
-    documents: Documents
-    want_final: bool
-
-    @property
-    def plan(self) -> Segments:
-        """The sequence as one rank's single segment."""
-        return Segments(Layout.contiguous(self.documents.length, 1), self.documents, 0)
-
-    @property
-    def finals(self) -> FinalStates:
-        return FinalStates(self.plan, None)
 
 
-def _present(tensors: Local, shares: tuple) -> tuple[list[Tensor], list]:
-    found = [(x, s) for x, s in zip(tensors, shares, strict=True) if x is not None]
-    return [x for x, _ in found], [s for _, s in found]
+@dataclass(frozen=True)
+class _Split:
+    """How the heads of one call are split: of outputs and states, of each input, and of which
+    inputs tokens travel."""
+
+    values: Shares
+    inputs: tuple[Shares | None, ...]
+    moved: tuple[int, ...]
+    heads: tuple[int, ...]  # of the moved inputs
+    total: int  # heads of the outputs
+
+    @classmethod
+    def of(cls, call: Call, inputs: Inputs, ranks: int) -> _Split:
+        values, shares = call.op.shares(inputs, ranks)
+        moved = tuple(i for i, x in enumerate(inputs) if x is not None and i not in call.op.whole)
+        heads = tuple(x.shape[2] for i in moved if (x := inputs[i]) is not None)
+        return cls(values, shares, moved, heads, call.op.state_shape(inputs)[1])
+
+    def moved_shares(self) -> list[Shares]:
+        return [share for i in self.moved if (share := self.inputs[i]) is not None]
 
 
-def _with_gaps(found: list[Tensor], like: Local) -> tuple[Tensor | None, ...]:
-    """`found` put back where `like` has tensors."""
-    rest = iter(found)
-    return tuple(None if x is None else next(rest) for x in like)
+def _whole_share(share: Share) -> Share:
+    """The sequence as one rank's single segment."""
+    return replace(share, layout=Layout.contiguous(share.documents.length, 1), rank=0)
+
+
+def _to_heads(
+    exchange: HeadExchange, splits: Sequence[_Split], given: Sequence[Inputs]
+) -> list[tuple[Tensor | None, ...]]:
+    """Every call's inputs of this rank's heads and all tokens, in one exchange."""
+    tensors = [x for s, own in zip(splits, given, strict=True) for i in s.moved
+               if (x := own[i]) is not None]  # fmt: skip
+    shares = [share for s in splits for share in s.moved_shares()]
+    arrived = iter(exchange.to_heads(tensors, shares))
+    found = []
+    for s, own in zip(splits, given, strict=True):
+        inputs: list[Tensor | None] = []
+        for index, (x, share) in enumerate(zip(own, s.inputs, strict=True)):
+            if x is None or share is None:
+                inputs.append(None)
+            else:
+                inputs.append(
+                    next(arrived) if index in s.moved else x[slice(*share[exchange.rank])]
+                )
+        found.append(tuple(inputs))
+    return found
 
 
 class SwitchRecurrence(torch.autograd.Function):
-    """(request, starting, initial, *inputs) -> (out, final or None).
+    """(request, then starting, initial and inputs of each call) -> (out, final or None) of each.
 
     starting, initial and final [B,documents,H,K,V] with all heads; `starting` is `initial` or
-    zeros, and None where no final state is wanted.
+    identities, and None where no final state is wanted.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        request: SwitchRequest,
-        starting: Tensor | None,
-        initial: Tensor | None,
-        *inputs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        op, exchange, plan = request.op, request.exchange, request.plan
-        ctx.values, ctx.shares = op.head_shares(inputs, exchange.layout.parts)
-        ctx.request, ctx.heads = request, [None if x is None else x.shape[2] for x in inputs]
-        whole = _with_gaps(exchange.to_heads(*_present(inputs, ctx.shares)), inputs)
-        own_heads = slice(*ctx.values[exchange.rank])
-        own = None if initial is None else initial[:, :, own_heads]
-        parts = local_work.parts_of(plan, whole, own, request.want_final)
-        local_work.forward_alone(op, parts)
-        local_work.keep(ctx, parts, whole, own)
-        final = None
-        if request.want_final:
-            assert starting is not None
-            states = local_work.final_states(op, parts)
-            final = request.finals.collect(states, starting[:, :, own_heads])
-            final = exchange.gather_states(final, ctx.values)
-        out = local_work.joined([part.out for part in parts], op.out_like(whole))
-        (out,) = exchange.to_tokens([out], [ctx.values], [op.out_like(inputs).shape[2]])
-        return out, final
+    def forward(ctx: Any, request: SwitchRequest, *tensors: Any) -> tuple[Tensor | None, ...]:
+        exchange = request.exchange
+        given = split(request.calls, tensors)
+        ctx.splits = [
+            _Split.of(call, own.inputs, exchange.layout.parts)
+            for call, own in zip(request.calls, given, strict=True)
+        ]
+        ctx.request = request
+        switched = _to_heads(exchange, ctx.splits, [own.inputs for own in given])
+        works, finals = [], []
+        for call, s, own, inputs in zip(request.calls, ctx.splits, given, switched, strict=True):
+            works.append(_run(call, inputs, _own_heads(own.initial, s, exchange)))
+            finals.append(_final(call, s, own, works[-1], exchange))
+        keep(ctx, works)
+        outs = exchange.to_tokens(
+            [work.out for work in works],
+            [s.values for s in ctx.splits],
+            [s.total for s in ctx.splits],
+        )
+        return tuple(x for pair in zip(outs, finals, strict=True) for x in pair)
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
-        request = ctx.request
-        op, exchange = request.op, request.exchange
-        parts, whole, own = local_work.restore(ctx, request.plan, request.want_final)
-        (dout,) = exchange.to_heads([dout], [ctx.values])
-        dinitial = None if own is None else torch.zeros_like(own)
-        if request.want_final:
-            assert dfinal is not None
-            mine = exchange.scatter_states(dfinal, ctx.values)
-            local_work.set_final_gradients(parts, request.finals.distribute(mine, dinitial))
-        local_work.backward_alone(op, parts, dout)
-        if dinitial is not None:
-            local_work.initial_gradient(op, parts, dout, dinitial)
-            # This rank's part: zero for the heads that other ranks have.
-            counts = ctx.values[-1][1]
-            full = dinitial.new_zeros(*dinitial.shape[:2], counts, *dinitial.shape[3:])
-            full[:, :, slice(*ctx.values[exchange.rank])] = dinitial
-            dinitial = full
-        grads, shares = _present(local_work.input_gradients(parts, whole), ctx.shares)
-        # Heads that several ranks used are added, so they travel wide.
-        grads = [
-            x.to(state_dtype(x)) if overlaps(s) else x for x, s in zip(grads, shares, strict=True)
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        request: SwitchRequest = ctx.request
+        exchange, splits = request.exchange, ctx.splits
+        works = restore(ctx, request.calls, [_whole_share(c.share) for c in request.calls])
+        douts = exchange.to_heads(list(grads[::2]), [s.values for s in splits])
+        dinitials = [
+            _back(call, s, work, dout, dfinal, exchange)
+            for call, s, work, dout, dfinal in zip(
+                request.calls, splits, works, douts, grads[1::2], strict=True
+            )
         ]
-        heads = [count for count in ctx.heads if count is not None]
-        back = exchange.to_tokens(grads, shares, heads)
-        back = [x.to(y.dtype) for x, y in zip(back, _present(whole, ctx.shares)[0], strict=True)]
-        return None, None, dinitial, *_with_gaps(back, whole)
+        moved = [(s, i, work) for s, work in zip(splits, works, strict=True) for i in s.moved]
+        own = [work.grads[i] for _, i, work in moved]
+        shares = [s.inputs[i] for s, i, _ in moved]
+        # Heads that several ranks used are added, so they travel wide.
+        wide = [
+            x.to(state_dtype([x])) if overlaps(share) else x
+            for x, share in zip(own, shares, strict=True)
+        ]
+        heads = [count for s in splits for count in s.heads]
+        arrived = iter(exchange.to_tokens(wide, shares, heads))
+        found: list[Tensor | None] = [None]
+        for s, work, dinitial in zip(splits, works, dinitials, strict=True):
+            found += [None, dinitial]
+            for index, x in enumerate(work.inputs):
+                if x is None:
+                    found.append(None)
+                elif index in s.moved:
+                    found.append(next(arrived).to(x.dtype))
+                else:
+                    found.append(_own_part(work.grads[index], s, s.inputs[index], exchange, x))
+        return tuple(found)
+
+
+def _own_heads(states: Tensor | None, s: _Split, exchange: HeadExchange) -> Tensor | None:
+    return None if states is None else states[:, :, slice(*s.values[exchange.rank])]
+
+
+def _run(call: Call, inputs: Inputs, initial: Tensor | None) -> Work:
+    work = Work(call.op, _whole_share(call.share), inputs, initial, want_final=call.want_final)
+    work.start_forward()
+    work.forward_alone()
+    return work
+
+
+def _final(
+    call: Call, s: _Split, own: Tensors, work: Work, exchange: HeadExchange
+) -> Tensor | None:
+    if not call.want_final:
+        return None
+    starting = _own_heads(own.starting, s, exchange)
+    assert starting is not None
+    final = FinalStates(_whole_share(call.share), None).collect(work.finals, starting)
+    return exchange.gather_states(final, s.values)
+
+
+def _back(
+    call: Call, s: _Split, work: Work, dout: Tensor, dfinal: Tensor | None, exchange: HeadExchange
+) -> Tensor | None:
+    """The work's backward; the gradient of the initial states, zero for other ranks' heads."""
+    rest = None if work.initial is None else torch.zeros_like(work.initial)
+    own = {}
+    if call.want_final:
+        assert dfinal is not None
+        mine = exchange.scatter_states(dfinal, s.values)
+        own = FinalStates(_whole_share(call.share), None).distribute(mine, rest)
+    work.start_backward(dout, own)
+    work.backward_alone()
+    if rest is None or work.dinitial is None:
+        return None
+    full = rest.new_zeros(*rest.shape[:2], s.total, *rest.shape[3:])
+    full[:, :, slice(*s.values[exchange.rank])] = rest + work.dinitial
+    return full
+
+
+def _own_part(
+    grad: Tensor | None, s: _Split, share: Shares | None, exchange: HeadExchange, x: Tensor
+) -> Tensor:
+    """The gradient of an input held whole: this rank's part, zero for other ranks' heads."""
+    assert grad is not None
+    assert share is not None
+    full = grad.new_zeros(max(stop for _, stop in share), *grad.shape[1:])
+    full[slice(*share[exchange.rank])] = grad
+    return full.to(x.dtype)
