@@ -21,9 +21,9 @@ from xdist.cost.recurrent import Shares, shared_heads, split_heads
 
 Inputs = Sequence[Tensor | None]
 
-# Rows (batch x heads) x tokens of a tile: enough for the matrix products, small enough for a cache.
-TILE_ROWS = 8 * 4096
-LEAST_TILE_TOKENS = 2048
+# Tokens of a tile: enough for the matrix products, small enough for a cache with 8 rows of batch x
+# heads; with more rows fewer, down to the least.
+TILE_TOKENS, LEAST_TILE_TOKENS = 4096, 2048
 
 
 def state_dtype(inputs: Inputs) -> torch.dtype:
@@ -84,7 +84,8 @@ class Recurrence:
     def tile_tokens(self, inputs: Inputs) -> int:
         """Tokens of a tile; one state is kept for each."""
         batch, heads, _, _ = self.state_shape(inputs)
-        return max(LEAST_TILE_TOKENS, TILE_ROWS // max(1, batch * heads))
+        fitting = 8 * TILE_TOKENS // max(1, batch * heads)
+        return min(TILE_TOKENS, max(LEAST_TILE_TOKENS, fitting))
 
     # --- one tile forward ----------------------------------------------------------------------
 
