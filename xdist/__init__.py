@@ -19,6 +19,7 @@ _HOME = {
     "attention": "xdist.ops",
     "linear_attention": "xdist.ops",
     "recurrence": "xdist.ops",
+    "bidirectional": "xdist.ops",
     "Recurrence": "xdist.parallel.recurrence",
     "causal_conv1d": "xdist.ops",
     "cross_entropy": "xdist.ops",

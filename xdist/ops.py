@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 from torch import Tensor
 
 from xdist.comm import switch as switch_move
 from xdist.comm.collectives import ProcessGroup
+from xdist.errors import StrategyError
 from xdist.mask import Mask
 from xdist.memory import loss as loss_memory
 from xdist.memory import mean as mean_memory
@@ -182,6 +185,77 @@ def recurrence(
     return recurrent.run(request, resolve(shard, length), strategy=strategy, algorithm=algorithm)
 
 
+@overload
+def bidirectional(
+    op: Callable[..., Any] | Recurrence,
+    forward: Mapping[str, Any] | Sequence[Tensor | None],
+    backward: Mapping[str, Any] | Sequence[Tensor | None] | None = None,
+    shard: SequenceShard | None = None,
+    *,
+    strategy: str = "auto",
+    algorithm: str = "auto",
+) -> tuple[Any, Any]:
+    """A recurrence from both ends of the sequence, with ONE exchange for the two directions.
+
+    Args:
+        op: `xdist.linear_attention`, `delta_rule`, `ssd`, `selective_scan` or `prefix_attention`,
+            or a `xdist.Recurrence` of your own.
+        forward: the arguments of the direction of positions by name (for a Recurrence: its inputs
+            in order), in the order of this rank's tokens.
+        backward: those of the other direction, also in the order of this rank's tokens: other
+            gates, another A; None takes the same as forward.
+        shard, strategy, algorithm: as in `xdist.linear_attention`.
+
+    Returns:
+        (out of the forward direction, out of the backward direction), each as `op` returns it, in
+        the order of this rank's tokens. The current token counts in both.
+
+    Moves what the two calls move; each pair of ranks exchanges one message where two calls would
+    exchange two.
+
+    Raises:
+        StrategyError: `op` has no directions, an unknown strategy or algorithm.
+        ShapeError: as `op`.
+
+    Source: scans in both directions as in Zhu et al., "Vision Mamba" (2024), section 3.3.
+    """
+    given = forward if backward is None else backward
+    sides = ((forward, False), (given, True))
+    if isinstance(op, Recurrence):
+        token = next(
+            x
+            for i, x in enumerate(cast("Sequence[Tensor | None]", forward))
+            if x is not None and i not in op.whole
+        )
+        shard = resolve(shard, token.shape[1])
+        requests = [
+            recurrent.Request(type(op).__name__, op, tuple(cast("Any", own)), reverse=reverse)
+            for own, reverse in sides
+        ]
+    else:
+        build, tokens_of = _directed(op)
+        shard = resolve(shard, cast("Any", forward)[tokens_of].shape[1])
+        requests = [
+            build(**cast("Any", own), shard=shard, reverse=reverse) for own, reverse in sides
+        ]
+    first, second = recurrent.run_together(requests, shard, strategy=strategy, algorithm=algorithm)
+    return first, second
+
+
+def _directed(op: Callable[..., Any]) -> tuple[Callable[..., recurrent.Request], str]:
+    """How the request of a public recurrence is made, and which argument holds its tokens."""
+    known: dict[Callable[..., Any], tuple[Callable[..., recurrent.Request], str]] = {
+        linear_attention: (linear_attention_parallel.request, "v"),
+    }
+    if op not in known:
+        raise StrategyError(
+            "bidirectional() needs a recurrence",
+            f"it was given {getattr(op, '__name__', op)!r}",
+            f"use one of {', '.join(function.__name__ for function in known)}",
+        )
+    return known[op]
+
+
 def causal_conv1d(
     x: Tensor,
     weight: Tensor,
@@ -189,7 +263,37 @@ def causal_conv1d(
     shard: SequenceShard | None = None,
     *,
     activation: str | None = None,
-) -> Tensor:
+    initial_state: Tensor | None = None,
+    output_final_state: Literal[False] = False,
+    reverse: bool = False,
+) -> Tensor: ...
+
+
+@overload
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    shard: SequenceShard | None = None,
+    *,
+    activation: str | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: Literal[True],
+    reverse: bool = False,
+) -> tuple[Tensor, Tensor]: ...
+
+
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    shard: SequenceShard | None = None,
+    *,
+    activation: str | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    reverse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Causal depthwise convolution: y_t = activation(bias + sum_w weight[:, w] x_{t-W+1+w}).
 
     Args:
@@ -198,19 +302,34 @@ def causal_conv1d(
         bias: `[C]` or None.
         shard: where this rank's tokens lie; None is one device.
         activation: None or "silu".
+        initial_state: `[B, W - 1, C]`, the tokens before the first one in position order, or
+            `[B, documents, W - 1, C]` where the shard has documents; equal on all ranks. Its
+            gradient is this rank's part. None is zeros.
+        output_final_state: also return the last W - 1 tokens (of each document), behind the end of
+            the initial state where there are fewer; valid on all ranks, in the dtype of x.
+        reverse: token t reads t, ..., t + W - 1 of its document, weight[:, W - 1] being its own;
+            the state's tokens then lie behind the last one, and the final state is the first W - 1.
 
     Returns:
-        `[B, n, C]` in the dtype of x. Each document starts afresh.
+        `[B, n, C]` in the dtype of x, or `(out, final_state)`. Each document starts afresh.
 
     Moves a halo: each segment receives the W - 1 tokens before it in position order, from as many
-    ranks as hold them; backward sends their gradients back, in float32 or wider. Saved for
-    backward: x and the halo. Nothing needs to divide anything.
+    ranks as hold them; backward sends their gradients back, in float32 or wider. A final state
+    moves each document's last W - 1 tokens once to every rank. Saved for backward: x and the halo.
+    Nothing needs to divide anything.
 
     Raises:
         ShapeError: shapes that do not fit together or with the shard, or another activation.
     """
     return conv_parallel.causal_conv1d(
-        x, weight, bias, resolve(shard, x.shape[1]), activation=activation
+        x,
+        weight,
+        bias,
+        resolve(shard, x.shape[1]),
+        activation=activation,
+        initial_state=initial_state,
+        output_final_state=output_final_state,
+        reverse=reverse,
     )
 
 
