@@ -96,7 +96,7 @@ def chunked(
     found["out ahead"], found["end ahead"] = delta.run(delta.ahead(tile), state)
     grads, found["d_state"] = delta.backward(tile, state, dout, dstate)
     _, found["d_state ahead"] = delta.backward(
-        tile, state, dout, dstate, delta.ready(tile, state, dout)
+        delta.backward_ahead(tile, state, dout), state, dout, dstate
     )
     found.update({f"d_{n}": y for n, y in grads._asdict().items() if y is not None})
     if starts is None:
@@ -195,9 +195,13 @@ def test_strong_decays_are_exact(kind: str, low: float) -> None:
     for share in (1.0, 0.3):
         x["log_decay"] = torch.where(torch.rand(weak.shape) < share, low, weak).float().double()
         for dtype, bound in ((torch.float64, 1e-10), (torch.float32, 3e-6)):
-            found = errors(x, (0, 150), dtype)
-            # A gradient that underflows has no relative error: it must be finite and tiny.
-            assert all(size <= bound for size in found.values()), (share, dtype, found)
+            want = wanted(x, (0, 150))
+            for name, y in chunked(x, want, dtype).items():
+                right = want[names(name)]
+                # Where every token forgets, decays' gradients are differences of large sums
+                # that cancel: measured against those, which are of order 1 here.
+                size = error(y, right) * min(1.0, float(right.abs().max()))
+                assert size <= bound, (share, dtype, name, size)
 
 
 def test_transition_matters_for_keys_of_low_rank_and_dies_for_random_ones() -> None:

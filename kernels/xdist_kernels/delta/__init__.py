@@ -1,9 +1,10 @@
 """The delta rule on one device: DeltaNet, Gated DeltaNet, KDA. Maths in README.md."""
 
-from xdist_kernels.delta.backward import Gradients, Ready, adjoint, backward, ready
-from xdist_kernels.delta.torch import Prepared, advance, ahead, prepare, run, transition
+from xdist_kernels.delta.backward import Gradients, Ready, adjoint, backward, backward_ahead
+from xdist_kernels.delta.torch import Ahead, Prepared, advance, ahead, prepare, run, transition
 
 __all__ = [
+    "Ahead",
     "Gradients",
     "Prepared",
     "Ready",
@@ -11,8 +12,8 @@ __all__ = [
     "advance",
     "ahead",
     "backward",
+    "backward_ahead",
     "prepare",
-    "ready",
     "run",
     "transition",
 ]

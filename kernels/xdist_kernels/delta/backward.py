@@ -30,13 +30,20 @@ from xdist_kernels.delta.products import scores_adjoint
 from xdist_kernels.delta.torch import Chain, Prepared, by_chunk, chain, queries, wide_dtype
 
 
-class Ready(NamedTuple):
-    """What of the backward pass needs no gradient of the state after the tile."""
+class Asked(NamedTuple):
+    """What a tile's outputs ask of it."""
 
     dout: Tensor  # [N, C, V] dO
     of_writes: Tensor  # [N, C, V] A^T dO
     of_state: Tensor  # [N, K, V] Q'^T dO
-    forward: Chain | None  # None: not recomputed
+
+
+class Ready(NamedTuple):
+    """What of the backward pass needs no gradient of the state after the tile."""
+
+    tile: Prepared
+    asked: Asked
+    forward: Chain
 
 
 class Gradients(NamedTuple):
@@ -50,17 +57,15 @@ class Gradients(NamedTuple):
     log_decay: Tensor | None
 
 
-def ready(p: Prepared, state: Tensor | None, dout: Tensor) -> Ready:
-    """Everything before the chain back, from dout [B,T,H,V]; with `state`, the one before the
-    tile, also the chain forward."""
+def _asked(p: Prepared, dout: Tensor) -> Asked:
     chunk = p.v.shape[1]
     own = fused(to_chunks(dout, chunk), wide_dtype(p.v))
-    return Ready(
-        own,
-        torch.bmm(p.scores[:, :chunk].mT, own),
-        torch.bmm(queries(p).mT, own),
-        None if state is None else chain(p, p.entry, state.flatten(0, 1)),
-    )
+    return Asked(own, torch.bmm(p.scores[:, :chunk].mT, own), torch.bmm(queries(p).mT, own))
+
+
+def backward_ahead(p: Prepared, state: Tensor, dout: Tensor) -> Ready:
+    """All of a tile's backward pass before the chain back; state: the one before the tile."""
+    return Ready(p, _asked(p, dout), chain(p.links, state.flatten(0, 1)))
 
 
 def _keys_to_end(p: Prepared) -> Tensor:
@@ -69,16 +74,16 @@ def _keys_to_end(p: Prepared) -> Tensor:
     return keys if p.decays is None else keys * p.decays.until_end
 
 
-def _chain_back(p: Prepared, r: Ready, dstate: Tensor) -> Chain:
+def _chain_back(p: Prepared, asked: Asked, dstate: Tensor) -> Chain:
     """The chain from the tile's end: gradients of the states at all borders, and dN."""
     rows, _, width = dstate.shape
-    weight, keys = by_chunk(p.weight * p.beta, rows), by_chunk(_keys_to_end(p), rows)
-    of_writes, of_state = by_chunk(r.of_writes, rows), by_chunk(r.of_state, rows)
+    weight, keys = by_chunk(p.links.weight * p.beta, rows), by_chunk(_keys_to_end(p), rows)
+    of_writes, of_state = by_chunk(asked.of_writes, rows), by_chunk(asked.of_state, rows)
     count, _, chunk, _ = keys.shape
     dstates = dstate.new_empty(count + 1, *dstate.shape)
     dwrites = dstate.new_empty(count, rows, chunk, width)
     dstates[count] = dstate
-    whole = None if p.decays is None else by_chunk(p.decays.whole(), rows)
+    whole = None if p.links.whole is None else by_chunk(p.links.whole, rows)
     for i in range(count - 1, -1, -1):
         after = dstates[i + 1]
         torch.baddbmm(of_writes[i], keys[i], after, out=dwrites[i])
@@ -90,21 +95,21 @@ def _chain_back(p: Prepared, r: Ready, dstate: Tensor) -> Chain:
 def adjoint(p: Prepared, dout: Tensor, dstate: Tensor) -> Tensor:
     """Gradient of the state before the tile, from those of its outputs [B,T,H,V] and of the state
     after it [B,H,K,V]."""
-    back = _chain_back(p, ready(p, None, dout), dstate.to(p.v.dtype).flatten(0, 1))
+    back = _chain_back(p, _asked(p, dout), dstate.to(p.v.dtype).flatten(0, 1))
     return back.states[0].view(dstate.shape)
 
 
 def backward(
-    p: Prepared, state: Tensor, dout: Tensor, dstate: Tensor, r: Ready | None = None
+    tile: Prepared | Ready, state: Tensor, dout: Tensor, dstate: Tensor
 ) -> tuple[Gradients, Tensor]:
-    """Gradients of a tile's inputs and of the state before it; r: `ready`'s, if it was called."""
-    chunk = p.v.shape[1]
-    r = ready(p, state, dout) if r is None else r
-    states, lacks = r.forward or chain(p, p.entry, state.flatten(0, 1))
-    dstates, dwrites = _chain_back(p, r, dstate.to(p.v.dtype).flatten(0, 1))
+    """Gradients of a tile's inputs and of the state before it."""
+    p, outputs, forward = tile if isinstance(tile, Ready) else backward_ahead(tile, state, dout)
+    chunk, (states, lacks) = p.v.shape[1], forward
+    dstates, dwrites = _chain_back(p, outputs, dstate.to(p.v.dtype).flatten(0, 1))
 
-    asked = r.dout.new_empty(r.dout.shape[0], 2 * chunk, r.dout.shape[2])
-    asked[:, :chunk] = r.dout
+    own = outputs.dout
+    asked = own.new_empty(own.shape[0], 2 * chunk, own.shape[2])
+    asked[:, :chunk] = own
     dv = torch.bmm(p.inverse.mT, dwrites * p.beta)
     torch.neg(dv, out=asked[:, chunk:])
     dbeta = torch.linalg.vecdot(torch.baddbmm(dwrites, p.scores[:, chunk:].mT, dv, alpha=-1), lacks)

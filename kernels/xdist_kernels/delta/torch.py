@@ -45,6 +45,15 @@ class Inputs(NamedTuple):
     starts: Tensor | None
 
 
+class Links(NamedTuple):
+    """What the chain over a tile's chunks needs."""
+
+    entry: Tensor  # [N, C, V] U
+    weight: Tensor  # [N, C, K] W
+    writes: Tensor  # [N, C, K] b K"
+    whole: Tensor | None  # [N, Kd, 1] g; None: 1
+
+
 class Prepared(NamedTuple):
     """What of a tile needs no state."""
 
@@ -55,11 +64,16 @@ class Prepared(NamedTuple):
     decays: Decays | None  # None: no decay, and no document starts inside
     scores: Tensor  # [N, 2C, C] A above L
     inverse: Tensor  # [N, C, C] P
-    entry: Tensor  # [N, C, V] U
-    weight: Tensor  # [N, C, K] W
-    writes: Tensor  # [N, C, K] b K"
-    own: Tensor | None = None  # [N, C, V] A b U, after `ahead`
-    reads: Tensor | None = None  # [N, C, K] Q' - A b W, after `ahead`
+    links: Links
+
+
+class Ahead(NamedTuple):
+    """All of a tile that `run` still needs once the part without a state is made."""
+
+    inputs: Inputs
+    links: Links
+    own: Tensor  # [N, C, V] A b U
+    reads: Tensor  # [N, C, K] Q' - A b W
 
 
 def wide_dtype(x: Tensor) -> torch.dtype:
@@ -117,18 +131,13 @@ def prepare(
     writes = both[:, chunk:] * b
     if decays is not None:
         writes.mul_(decays.until_end)
-    return Prepared(
-        x,
-        both,
-        values,
-        b,
-        decays,
-        found,
-        inverse,
+    links = Links(
         torch.bmm(inverse, values),
         torch.bmm(inverse, since_start(both[:, chunk:], decays)),
         writes,
+        None if decays is None else decays.whole(),
     )
+    return Prepared(x, both, values, b, decays, found, inverse, links)
 
 
 def since_start(x: Tensor, decays: Decays | None) -> Tensor:
@@ -153,16 +162,16 @@ def by_chunk(x: Tensor, rows: int) -> Tensor:
     return x.view(-1, rows, *x.shape[1:])
 
 
-def chain(p: Prepared, entry: Tensor | None, state: Tensor) -> Chain:
-    """Run `state` [rows, K, V] through the tile, with U = `entry` (None: zero)."""
+def chain(links: Links, state: Tensor, *, entering: bool = True) -> Chain:
+    """Run `state` [rows, K, V] through the tile; without `entering` as if U were zero."""
     rows, _, width = state.shape
-    weight, writes = by_chunk(p.weight, rows), by_chunk(p.writes, rows)
+    weight, writes = by_chunk(links.weight, rows), by_chunk(links.writes, rows)
     count, _, chunk, _ = weight.shape
     states = state.new_empty(count + 1, *state.shape)
     lacks = state.new_empty(count, rows, chunk, width)
     states[0] = state
-    whole = None if p.decays is None else by_chunk(p.decays.whole(), rows)
-    own = None if entry is None else by_chunk(entry, rows)
+    whole = None if links.whole is None else by_chunk(links.whole, rows)
+    own = by_chunk(links.entry, rows) if entering else None
     for i in range(count):
         if own is None:
             torch.bmm(weight[i], states[i], out=lacks[i]).neg_()
@@ -177,28 +186,28 @@ def transition(p: Prepared) -> Tensor:
     """M [B,H,K,K] of a tile in which no document starts."""
     batch, heads, key_dim = p.inputs.v.shape[0], p.inputs.v.shape[2], p.both.shape[-1]
     one = torch.eye(key_dim, dtype=p.v.dtype, device=p.v.device).expand(batch * heads, -1, -1)
-    return chain(p, None, one).states[-1].view(batch, heads, key_dim, key_dim)
+    found = chain(p.links, one, entering=False).states[-1]
+    return found.view(batch, heads, key_dim, key_dim)
 
 
 def advance(p: Prepared, state: Tensor) -> Tensor:
     """The state after the tile [B,H,K,V] from the one before it."""
-    return chain(p, p.entry, state.flatten(0, 1)).states[-1].view(state.shape)
+    return chain(p.links, state.flatten(0, 1)).states[-1].view(state.shape)
 
 
-def ahead(p: Prepared) -> Prepared:
-    """With the part of the outputs that needs no state."""
-    chunk = p.v.shape[1]
-    seen = p.scores[:, :chunk] * p.beta.mT
-    reads = torch.baddbmm(queries(p), seen, p.weight, alpha=-1)
-    return p._replace(own=torch.bmm(seen, p.entry), reads=reads)
+def ahead(p: Prepared) -> Ahead:
+    """The part of the outputs that needs no state."""
+    seen = p.scores[:, : p.v.shape[1]] * p.beta.mT
+    reads = torch.baddbmm(queries(p), seen, p.links.weight, alpha=-1)
+    return Ahead(p.inputs, p.links, torch.bmm(seen, p.links.entry), reads)
 
 
-def run(p: Prepared, state: Tensor) -> tuple[Tensor, Tensor]:
+def run(p: Prepared | Ahead, state: Tensor) -> tuple[Tensor, Tensor]:
     """out [B,T,H,V] in the dtype of v, and the state after the tile [B,H,K,V]."""
     batch, n, heads, _ = p.inputs.v.shape
-    states, lacks = chain(p, p.entry, state.flatten(0, 1))
+    states, lacks = chain(p.links, state.flatten(0, 1))
     into = states[:-1].flatten(0, 1)
-    if p.own is not None and p.reads is not None:
+    if isinstance(p, Ahead):
         out = torch.baddbmm(p.own, p.reads, into)
     else:
         own = torch.bmm(p.scores[:, : p.v.shape[1]], lacks.mul_(p.beta))
