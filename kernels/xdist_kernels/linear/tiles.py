@@ -288,7 +288,8 @@ def run(p: Prepared, state: Tensor) -> tuple[Tensor, Tensor]:
             out = (inner + torch.bmm(queries, into)).mul_(p.scale)
         batch, n, heads, _ = b.v.shape
         outs.append(to_tokens(out.to(b.v.dtype), batch, heads, n))
-        ends.append(states[:, -1])
+        # A copy: a view would keep the states of all chunks of the tile until backward.
+        ends.append(states[:, -1].clone())
     return _joined_tokens(outs, p, p.v, p.v.dtype), _joined_states(ends, p)
 
 
@@ -373,4 +374,4 @@ def _complete(b: Block, half: Half, dstate: Tensor) -> _Gradients:
         if b.c.shape[-1] == 1:
             slope, ends = slope.sum(-1, keepdim=True), ends.sum(-1, keepdim=True)
         grads.append(to_tokens(gate_gradient(slope, ends, b.ids), batch, heads, n))
-    return _Gradients(tuple(grads), dstates[:, 0])
+    return _Gradients(tuple(grads), dstates[:, 0].clone())
