@@ -17,6 +17,7 @@ from xdist.parallel.attention_call import Call
 from xdist.parallel.attention_fetch import FetchAttention
 from xdist.parallel.attention_ring import RingAttention
 from xdist.parallel.attention_ulysses import UlyssesAttention
+from xdist.parallel.noted import Noted, notes
 from xdist.shard import SequenceShard, resolve
 
 _log = logging.getLogger(__name__)
@@ -41,6 +42,10 @@ def attention(
     problem = problem_of(q, k, v, shard, mask=mask, sinks=sinks, key_shard=key_shard)
     if softcap is not None and not softcap > 0:
         raise ShapeError("softcap must be positive", f"got {softcap}", "leave it None for no cap")
+    noted = notes()
+    if noted is not None:
+        noted.append(Noted((problem,), strategy))
+        return q.new_empty(*q.shape[:3], v.shape[3])
     if strategy == "auto":
         choice = choose(problem)
         _log.debug("%s", choice)

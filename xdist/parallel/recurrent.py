@@ -18,6 +18,7 @@ from torch import Tensor
 from xdist.comm.checks import raise_together
 from xdist.cost import recurrent as cost
 from xdist.errors import NumericsError, ShapeError, StrategyError
+from xdist.parallel.noted import Noted, notes
 from xdist.parallel.recurrence import Inputs, Recurrence, state_dtype
 from xdist.parallel.recurrent_call import Call
 from xdist.parallel.recurrent_heads import HeadExchange
@@ -70,6 +71,11 @@ def run_together(
     _check_strategy(requests[0].name, strategy, algorithm)
     for request in requests:
         _check_length(request, shard)
+    noted = notes()
+    if noted is not None:
+        problems = tuple(problem_of(request, shard, algorithm) for request in requests)
+        noted.append(Noted(problems, "scan" if algorithm != "auto" else strategy))
+        return [request.finish(_without_values(request, shard)) for request in requests]
     chosen = _chosen(requests, shard, strategy, algorithm)
     calls, tensors = [], []
     for request in requests:
@@ -90,6 +96,20 @@ def run_together(
         else:
             results.append(request.finish(out))
     return results
+
+
+def _without_values(request: Request, shard: SequenceShard) -> Result:
+    """Outputs, and the final state, of the right shapes."""
+    op, inputs = request.op, request.inputs
+    like = next(x for x in inputs if x is not None)
+    batch, heads, *state = op.state_shape(inputs)
+    shape = (batch, shard.local_length, heads, op.value_dim(inputs))
+    out = like.new_empty(shape, dtype=op.output_dtype(inputs))
+    if not request.want_final:
+        return out
+    documents = (shard.documents.count,) if shard.packed else ()
+    final = like.new_empty((batch, *documents, heads, *state), dtype=state_dtype(inputs))
+    return out, final
 
 
 def problem_of(request: Request, shard: SequenceShard, algorithm: str = "auto") -> cost.Problem:
