@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, cast, overload
 
 from torch import Tensor
 
@@ -12,10 +13,12 @@ from xdist.errors import StrategyError
 from xdist.mask import Mask
 from xdist.memory import loss as loss_memory
 from xdist.memory import mean as mean_memory
+from xdist.memory.carry import Carry, whole_sequence
 from xdist.parallel import attention as attention_parallel
 from xdist.parallel import conv as conv_parallel
 from xdist.parallel import linear_attention as linear_attention_parallel
 from xdist.parallel import recurrent
+from xdist.parallel.carried import carried_convolution
 from xdist.parallel.recurrence import Recurrence
 from xdist.shard import SequenceShard, resolve
 
@@ -70,6 +73,7 @@ def attention(
     "Ring Attention with Blockwise Transformers" (2023); ulysses as Jacobs et al., "DeepSpeed
     Ulysses" (2023).
     """
+    whole_sequence("attention", shard)
     return attention_parallel.attention(
         q,
         k,
@@ -185,7 +189,6 @@ def recurrence(
     return recurrent.run(request, resolve(shard, length), strategy=strategy, algorithm=algorithm)
 
 
-@overload
 def bidirectional(
     op: Callable[..., Any] | Recurrence,
     forward: Mapping[str, Any] | Sequence[Tensor | None],
@@ -256,6 +259,7 @@ def _directed(op: Callable[..., Any]) -> tuple[Callable[..., recurrent.Request],
     return known[op]
 
 
+@overload
 def causal_conv1d(
     x: Tensor,
     weight: Tensor,
@@ -321,6 +325,9 @@ def causal_conv1d(
     Raises:
         ShapeError: shapes that do not fit together or with the shard, or another activation.
     """
+    if isinstance(shard, Carry):
+        plain = initial_state is None and not output_final_state and not reverse
+        return carried_convolution(x, weight, bias, shard, activation=activation, plain=plain)
     return conv_parallel.causal_conv1d(
         x,
         weight,
