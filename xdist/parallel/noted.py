@@ -1,4 +1,4 @@
-"""What a layer's calls would move, without making them: its problems, as the cost formulas see them.
+"""The calls of a layer as the cost formulas see them, without making them.
 
 Inside `noting()` a recurrence, a convolution or an attention leaves its problem in a list and gives
 outputs without values. Run on the meta device, a layer of any size costs nothing.
