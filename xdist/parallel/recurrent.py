@@ -18,6 +18,8 @@ from torch import Tensor
 from xdist.comm.checks import raise_together
 from xdist.cost import recurrent as cost
 from xdist.errors import NumericsError, ShapeError, StrategyError
+from xdist.memory.carry import Carry
+from xdist.parallel.carried import carried_recurrence
 from xdist.parallel.noted import Noted, notes
 from xdist.parallel.recurrence import Inputs, Recurrence, state_dtype
 from xdist.parallel.recurrent_call import Call
@@ -62,7 +64,8 @@ def run_together(
 ) -> list[Result]:
     """Several recurrences over one sequence, with one exchange of states between them.
 
-    One rank has nothing to move and runs its segments one after another.
+    One rank has nothing to move and runs its segments one after another. A chunk (memory/carry.py)
+    goes from the state it carries.
 
     Raises:
         StrategyError: no such strategy or algorithm, or an algorithm beside strategy switch.
@@ -71,6 +74,8 @@ def run_together(
     _check_strategy(requests[0].name, strategy, algorithm)
     for request in requests:
         _check_length(request, shard)
+    if isinstance(shard, Carry):
+        return [carried_recurrence(request, shard) for request in requests]
     noted = notes()
     if noted is not None:
         problems = tuple(problem_of(request, shard, algorithm) for request in requests)
