@@ -43,7 +43,7 @@ class KDA(nn.Module):
         heads: int | None = None,
         conv_width: int = 4,
         gate_rank: int | None = None,
-        eps: float = 1e-6,
+        eps: float = 1e-5,
         strategy: str = "auto",
     ) -> None:
         super().__init__()
