@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import count, product
+from itertools import count, cycle, product
 from statistics import median
 from typing import Any
 
@@ -52,8 +52,8 @@ class Op:
     draw: (variant, generator) -> inputs by parameter name, whole, float64, N tokens in dim 1 of
     those not in `whole`. reference: (inputs, initial_state or None, cu_seqlens) -> out and final
     states [B, documents, ...], a token loop in float64; initial states have documents too. state:
-    [B, ...]. whole: inputs that every rank holds. like: the input that has the outputs' shape.
-    states: whether the operation takes and gives states.
+    [B, ...]. whole: inputs that every rank holds, beside those of one dim. like: the input that has
+    the outputs' shape. states: whether the operation takes and gives states.
     """
 
     name: str
@@ -64,6 +64,10 @@ class Op:
     variants: tuple[str, ...] = ("",)
     like: str = "v"
     states: bool = True
+
+    def is_whole(self, name: str, x: Tensor) -> bool:
+        """Whether every rank holds this input, or its gradient."""
+        return x.dim() == 1 or name in (*self.whole, "initial_state", "dfinal")
 
 
 @dataclass(frozen=True)
@@ -92,28 +96,32 @@ class Case:
         return replace(self, layout=(((0, N),),), strategy="scan", algorithm="auto", tile=8)
 
 
-def grid(op: Op, parts: int, dtype: torch.dtype, seeds: int = 1, **fixed: Any) -> list[Case]:
-    """Every kind of layout x way x variant; documents, states, direction and tile take turns."""
+def grid(op: Op, parts: int, dtype: torch.dtype, *, seeds: int = 1, each: int = 0) -> list[Case]:
+    """Every kind of layout x way x variant; documents, states, direction and tile take turns.
+
+    each: only so many variants for each layout and way, in turn; 0 is all of them.
+    """
     kinds = [
         tuple(tuple(layout.segments(r)) for r in range(parts))
         for seed in range(seeds)
         for layout in layouts(N, parts, seed).values()
     ]
-    cases, turn = [], count()
-    for segments, variant, (strategy, algorithm) in product(kinds, op.variants, WAYS):
-        number = next(turn)
-        case = Case(
-            segments,
-            variant,
-            strategy,
-            algorithm,
-            packed=number % 2 == 1,
-            states=op.states and number % 3 != 0,
-            reverse=number % 7 in (2, 5),
-            tile=(64, 8, 5)[number // 2 % 3],
-            dtype=dtype,
-        )
-        cases.append(replace(case, **fixed))
+    cases, turn, variant = [], count(parts), cycle(op.variants)
+    for segments, (strategy, algorithm) in product(kinds, WAYS):
+        for _ in range(each or len(op.variants)):
+            number = next(turn)
+            case = Case(
+                segments,
+                next(variant),
+                strategy,
+                algorithm,
+                packed=number % 2 == 1,
+                states=op.states and number % 3 != 0,
+                reverse=number % 7 in (2, 5),
+                tile=(64, 8, 5)[number // 2 % 3],
+                dtype=dtype,
+            )
+            cases.append(case)
     return cases
 
 
@@ -149,9 +157,8 @@ def shard_of(case: Case) -> xdist.SequenceShard:
 
 def own_inputs(op: Op, case: Case, shard: xdist.SequenceShard) -> Inputs:
     """`drawn` of this rank, in the case's dtype."""
-    whole = {*op.whole, "initial_state", "dfinal"}
     return {
-        name: (x if name in whole else x[:, shard.positions]).to(case.dtype)
+        name: (x if op.is_whole(name, x) else x[:, shard.positions]).to(case.dtype)
         for name, x in drawn(op, case).items()
     }
 
@@ -191,7 +198,7 @@ def run_cases(op: Op, cases: list[Case]) -> list[Inputs]:
 
 
 def _mirrored(op: Op, inputs: Inputs) -> Inputs:
-    return {name: x if name in op.whole else x.flip(1) for name, x in inputs.items()}
+    return {name: x if op.is_whole(name, x) else x.flip(1) for name, x in inputs.items()}
 
 
 def reference_call(
@@ -245,7 +252,7 @@ def errors(op: Op, case: Case, ranks: list[Inputs]) -> dict[str, float]:
             for one in ranks[1:]:
                 assert torch.equal(one["final"], ranks[0]["final"]), f"final differs in {case}"
             found[name] = relative_error(ranks[0]["final"], want)
-        elif name[1:] in (*op.whole, "initial_state"):
+        elif op.is_whole(name[1:], want):
             parts = torch.stack([one[name].double() for one in ranks])
             size = float(parts.abs().sum(0).max())
             found[name] = float((parts.sum(0) - want).abs().max()) / size if size else 0.0
@@ -364,7 +371,7 @@ def leaks(op: Op, case: Case, changed: int) -> tuple[bool, bool]:
         own = own_inputs(op, case, shard)
         inputs = {k: x.clone() for k, x in own.items() if k not in ("dout", "dfinal")}
         for name, x in inputs.items():
-            if name not in (*op.whole, "initial_state"):
+            if not op.is_whole(name, x):
                 x[:, at == touched] *= 3.0
         with torch.no_grad():
             found = call(op, case, one, inputs)
