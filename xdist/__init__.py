@@ -18,6 +18,7 @@ _HOME = {
     "Mask": "xdist.mask",
     "attention": "xdist.ops",
     "linear_attention": "xdist.ops",
+    "delta_rule": "xdist.ops",
     "recurrence": "xdist.ops",
     "bidirectional": "xdist.ops",
     "Recurrence": "xdist.parallel.recurrence",

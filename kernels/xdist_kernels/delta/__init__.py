@@ -1,7 +1,16 @@
 """The delta rule on one device: DeltaNet, Gated DeltaNet, KDA. Maths in README.md."""
 
 from xdist_kernels.delta.backward import Gradients, Ready, adjoint, backward, backward_ahead
-from xdist_kernels.delta.torch import Ahead, Prepared, advance, ahead, prepare, run, transition
+from xdist_kernels.delta.torch import (
+    Ahead,
+    Prepared,
+    advance,
+    ahead,
+    check,
+    prepare,
+    run,
+    transition,
+)
 
 __all__ = [
     "Ahead",
@@ -13,6 +22,7 @@ __all__ = [
     "ahead",
     "backward",
     "backward_ahead",
+    "check",
     "prepare",
     "run",
     "transition",

@@ -26,9 +26,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from xdist_kernels import linear
 from xdist_kernels.delta.chunks import Decays, chunk_size, fused, to_chunks, to_tokens
 from xdist_kernels.delta.inverse import unit_inverse
 from xdist_kernels.delta.products import scores
+from xdist_kernels.errors import KernelError
 
 CHUNK_TOKENS = 64
 
@@ -74,6 +76,16 @@ class Ahead(NamedTuple):
     links: Links
     own: Tensor  # [N, C, V] A b U
     reads: Tensor  # [N, C, K] Q' - A b W
+
+
+def check(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None) -> None:
+    """Raise KernelError unless shapes and dtypes fit; log_decay may be `[H]` too."""
+    linear.check(q, k, v, log_decay)
+    if beta.shape != v.shape[:3] or not beta.is_floating_point():
+        raise KernelError(
+            f"beta must be [B,n,H] = {list(v.shape[:3])} and floating; "
+            f"got {list(beta.shape)}, {beta.dtype}"
+        )
 
 
 def wide_dtype(x: Tensor) -> torch.dtype:
