@@ -178,7 +178,7 @@ def errors(same: Same, dtype: torch.dtype) -> dict[str, float]:
     wanted = renamed(ours, dict(zip(held, wants, strict=True)))
     assert set(own) == set(wanted)
     found = {name: relative_error(own[name], wanted[name]) for name in own}
-    return found | {"out": relative_error(out, want), "x": relative_error(dx, want_dx)}
+    return found | {"y": relative_error(out, want), "dx": relative_error(dx, want_dx)}
 
 
 @pytest.mark.parametrize("name", SAME)
