@@ -22,7 +22,8 @@ from pydantic import (
     model_validator,
 )
 
-from xdist.config_checks import parse_pattern, problems, raise_problems
+from xdist.config_checks import problems, raise_problems
+from xdist.config_pattern import parse_pattern
 
 if TYPE_CHECKING:
     from xdist.config_load import load, override, parse, to_toml
@@ -79,11 +80,15 @@ class Run(Section):
 class Model(Section):
     """The model; `kind` names its file in xdist/models."""
 
-    kind: Literal["hybrid_lm"] = setting("hybrid_lm", "which model")
+    kind: Literal["hybrid_lm", "mixer_lm"] = setting(
+        "hybrid_lm",
+        "hybrid_lm: linear and window attention, streamed; mixer_lm: any mixers and MLPs",
+    )
     vocab_size: Annotated[int, Field(ge=2)] = setting(256, "number of token ids; 256 for bytes")
     dim: Count = setting(96, "width of the residual stream, channels")
     pattern: str = setting(
-        "linear*3,attention*1", "layers from bottom to top: kind*count, comma separated"
+        "linear*3,attention*1",
+        "layers from bottom to top: kind*count, comma separated; (kind,kind)*count repeats several",
     )
     head_dim: Count = setting(32, "channels of one head; must divide dim")
     mlp_ratio: Annotated[float, Field(gt=0)] = setting(2.0, "hidden width of the MLPs over dim")
@@ -96,11 +101,17 @@ class Model(Section):
     )
     ngram_buckets: Count = setting(32768, "rows of each n-gram embedding table")
     dtype: Literal["float32", "float64"] = setting("float32", "dtype of the parameters")
+    options: Annotated[dict[str, Any], AfterValidator(Table)] = setting(
+        Table(), "mixer_lm: options of a mixer by its name, e.g. {gla = {expand_k = 1.0}}"
+    )
+    recompute: bool = setting(
+        True, "mixer_lm: keep each layer's input and what it received, compute the rest again"
+    )
 
     @property
     def layers(self) -> tuple[str, ...]:
         """The kind of each layer, bottom to top."""
-        return parse_pattern(self.pattern)
+        return parse_pattern(self.pattern, self.kind)
 
 
 class Parallel(Section):

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
+from xdist.config_pattern import parse_pattern
 from xdist.errors import ConfigError, GeometryError, StrategyError
 
 if TYPE_CHECKING:
     from xdist.config import Config
     from xdist.config_text import Path
-
-LAYER_KINDS = ("linear", "attention")
 
 
 @dataclass(frozen=True)
@@ -50,31 +48,6 @@ def raise_problems(found: list[Problem], source: str) -> None:
         "\n".join(f"  {problem.line}" for problem in found),
         "mend them all; docs/config.md lists every key with its type and default",
     )
-
-
-def parse_pattern(pattern: str) -> tuple[str, ...]:
-    """`"linear*3,attention*1"` as `("linear", "linear", "linear", "attention")`.
-
-    Raises ConfigError for an unknown kind, a count below 1 or an empty pattern.
-    """
-    layers: list[str] = []
-    for item in pattern.split(","):
-        kind, star, count = (part.strip() for part in item.partition("*"))
-        if kind not in LAYER_KINDS:
-            near = get_close_matches(kind, LAYER_KINDS, 1)
-            raise ConfigError(
-                f"model.pattern: unknown layer {kind!r} in {pattern!r}",
-                f"known layers: {', '.join(LAYER_KINDS)}",
-                f"did you mean {near[0]!r}?" if near else 'write e.g. "linear*3,attention*1"',
-            )
-        if star and not (count.isascii() and count.isdigit() and int(count) > 0):
-            raise ConfigError(
-                f"model.pattern: {item.strip()!r} in {pattern!r} has no count of at least 1",
-                "a layer is kind*count, or kind for one",
-                'write e.g. "linear*3,attention*1"',
-            )
-        layers += [kind] * (int(count) if star else 1)
-    return tuple(layers)
 
 
 def nearest(value: int, choices: Iterable[int], count: int = 2) -> list[int]:
@@ -173,10 +146,11 @@ def model_shape(config: Config) -> list[Problem]:
     model = config.model
     found = []
     try:
-        parse_pattern(model.pattern)
+        parse_pattern(model.pattern, model.kind)
     except ConfigError as error:
         found.append(Problem((("model", "pattern"),), error.what, error.why, error.do))
-    if model.dim % model.head_dim:
+    # Mixers check their heads themselves: some fill a multiple of the width, some none of it.
+    if model.dim % model.head_dim and model.kind == "hybrid_lm":
         dims = {model.dim // model.head_dim * model.head_dim}
         dims.add(-(-model.dim // model.head_dim) * model.head_dim)
         settings = [f"model.dim={d}" for d in sorted(dims) if d]
@@ -196,7 +170,9 @@ def model_shape(config: Config) -> list[Problem]:
 def strategies(config: Config) -> list[Problem]:
     """hybrid_lm streams its layers over tiles: windows by halo, recurrences by scan, no others."""
     model, parallel = config.model, config.parallel
-    found = []
+    found: list[Problem] = []
+    if model.kind != "hybrid_lm":
+        return found
     try:
         layers = parse_pattern(model.pattern)
     except ConfigError:
@@ -271,10 +247,12 @@ def problems(config: Config) -> list[Problem]:
     found = shape + ([] if shape else batches(config))
     # They build on this module.
     from xdist.config_deepspeed import engine_problems
+    from xdist.config_mixers import mixer_problems
     from xdist.config_optimizer import optimizer_problems
     from xdist.config_ray import ray_problems
 
-    found += model_shape(config) + strategies(config) + combinations(config)
+    found += model_shape(config) + strategies(config) + mixer_problems(config)
+    found += combinations(config)
     found += optimizer_problems(config)
     return found + engine_problems(config) + ray_problems(config)
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from xdist.config_checks import parse_pattern
+from xdist.config_pattern import parse_pattern
 from xdist.errors import ConfigError
 from xdist.memory.exchange import exchange_of
 from xdist.memory.loss import TiledCrossEntropy, count_valid, sum_of_ranks
