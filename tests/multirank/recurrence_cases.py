@@ -391,11 +391,17 @@ def leaks(op: Op, case: Case, changed: int) -> tuple[bool, bool]:
 # --- order of events ----------------------------------------------------------------------------
 
 
-def order_of_events(op: Op, case: Case) -> tuple[list[str], list[str]]:
-    """What happens between the start of the exchange and its wait, forward and backward.
+LOCAL_WORK = ("ahead", "run", "backward_ahead", "backward")
 
-    "local work" is a tile's `ahead`, `run`, `backward_ahead` or `backward`.
-    """
+
+def _kinds(kind: type[Recurrence] = Recurrence) -> list[type[Recurrence]]:
+    """Every subclass there is."""
+    return [one for sub in kind.__subclasses__() for one in (sub, *_kinds(sub))]
+
+
+def order_of_events(op: Op, case: Case) -> tuple[list[str], list[str]]:
+    """What happens forward and backward, in order: "start" of the exchange, a tile's "ahead",
+    "run", "backward_ahead" or "backward" as the operation's own class has them, and "wait"."""
     shard = shard_of(case)
     own = own_inputs(op, case, shard)
     dout = own.pop("dout")
@@ -410,17 +416,35 @@ def order_of_events(op: Op, case: Case) -> tuple[list[str], list[str]]:
 
         return noted
 
-    with pytest.MonkeyPatch.context() as patch:
+    getattr(xdist, op.name)  # loads its recurrence
+    own_methods = [
+        (kind, name, name) for kind in _kinds() for name in LOCAL_WORK if name in vars(kind)
+    ]
+    with pytest.MonkeyPatch.context() as patch, tiles_of(case.tile):
         for owner, attribute, name in (
             (recurrent_scan, "start_together", "start"),
             (recurrent_scan, "start_adjoint_together", "start"),
-            (recurrent_work.Work, "ahead", "local work"),
-            (recurrent_work.Work, "ahead_back", "local work"),
             (Pending, "wait", "wait"),
+            *own_methods,
         ):
             patch.setattr(owner, attribute, noting(name, getattr(owner, attribute)))
         out = call(op, case, shard, leaves)
         forward, events[:] = list(events), []
-        with tiles_of(case.tile):
-            (out * dout).sum().backward()
+        (out * dout).sum().backward()
     return forward, events
+
+
+def check_overlap(op: Op, pool: RankPool, algorithm: str) -> None:
+    """Two ranks: while states travel, each computes what needs none of them."""
+    segments = (((0, 19),), ((19, N),))
+    case = Case(segments, op.variants[-1], "scan", algorithm)
+    first, second = pool.run(order_of_events, op, case)
+    for rank, direction in product((0, 1), (0, 1)):
+        events = (first, second)[rank][direction]
+        start, wait = events.index("start"), events.index("wait")
+        between = set(events[start + 1 : wait])
+        # The rank that knows its state runs its tiles; the other makes what needs no state.
+        knows = rank == direction
+        made = ("run", "ahead") if direction == 0 else ("backward", "backward_ahead")
+        assert between == {made[0] if knows else made[1]}, (rank, direction, events)
+        assert (made[0] in events[wait:]) == (not knows), (rank, direction, events)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -13,13 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import xdist
-from xdist.comm.pending import Pending
-from xdist.comm.scan import Scan
 from xdist.cost.recurrent import choose, linear_problem, recurrent_bytes
 from xdist.documents import Documents
 from xdist.errors import NumericsError, ShapeError, StrategyError
 from xdist.parallel import recurrent_work
-from xdist.parallel.recurrences.linear import LinearAttention
 from xdist.testing import RankPool, count_c10d_bytes, layouts, relative_error
 
 N = 41
@@ -116,7 +113,9 @@ def test_auto_takes_fewer_bytes_and_says_so() -> None:
     seen = set()
     for n in (8, 64, 512, 1 << 16):
         documents = Documents.of(None, n)
-        problem = linear_problem(xdist.Layout.contiguous(n, 4), documents, 1, 8, 8, 64, 64, "scalar", 2)
+        problem = linear_problem(
+            xdist.Layout.contiguous(n, 4), documents, 1, 8, 8, 64, 64, "scalar", 2
+        )
         choice = choose(problem)
         sums = {
             strategy: sum(
@@ -278,43 +277,6 @@ def test_a_state_handed_on_chains_exactly(pool3: RankPool) -> None:
     """Outputs and every gradient, through the state, across calls and ranks, in float64."""
     for strategy in ("scan", "switch"):
         assert max(pool3.run(chained, strategy)) < 1e-10
-
-
-def order_of_events() -> tuple[list[str], list[str]]:
-    """What happens between the start of each exchange and its wait, forward and backward."""
-    mesh = xdist.init_mesh(ring=2)
-    layout = xdist.Layout.zigzag(N, 2)
-    x = inputs(layout, mesh.sequence_rank, 1, 1, torch.float32)
-    shard = xdist.SequenceShard(mesh, layout)
-    events: list[str] = []
-
-    def noting(name: str, inner: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **options: Any) -> Any:
-            events.append(name)
-            return inner(*args, **options)
-
-        return call
-
-    with pytest.MonkeyPatch.context() as patch:
-        for owner, attribute, name in (
-            (Scan, "start", "start"),
-            (Scan, "start_adjoint", "start"),
-            (LinearAttention, "run", "local work"),
-            (LinearAttention, "run_backward", "local work"),
-            (Pending, "wait", "wait"),
-        ):
-            patch.setattr(owner, attribute, noting(name, getattr(owner, attribute)))
-        out = xdist.linear_attention(*x[:3], shard, log_decay=x[3], strategy="scan")
-        forward, events[:] = list(events), []
-        out.sum().backward()
-    return forward, events
-
-
-def test_local_work_is_done_while_states_travel(pool2: RankPool) -> None:
-    for forward, backward in pool2.run(order_of_events):
-        for events in (forward, backward):
-            assert events[:3] == ["start", "local work", "local work"]
-            assert set(events[3:]) == {"wait"}
 
 
 def refuse(strategy: str, tokens: int) -> str:
