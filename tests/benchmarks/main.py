@@ -9,6 +9,7 @@ import argparse
 import sys
 
 import checkpoints
+import mixers
 import overhead
 import record
 import startup
@@ -38,6 +39,15 @@ BENCHMARKS = {
         "the loop, with the check that replicas are equal, and with checkpoint.asynchronous the "
         "later moments at which a save in flight goes on. step is the median of steps that no save "
         "precedes; while a thread writes it shares the cores with the ranks.",
+    ),
+    "mixers": (
+        mixers,
+        "Mixers beside the torch paths of HuggingFace Transformers",
+        "The same layer with the same weights, dim 128, float32, one sequence, two threads: "
+        "medians of interleaved passes; ratio is Transformers / xdist, with the lowest and highest "
+        "of the pairs. Their Mamba is a loop over tokens whose backward grows with the square of "
+        "the length, so that its backward is measured on short sequences. Memory is the growth of "
+        "the highest resident set of a process of its own, weights and input not counted.",
     ),
 }
 
