@@ -184,5 +184,5 @@ def test_pieces_chain_exactly() -> None:
 
 def test_states_of_another_shape_say_what_was_needed() -> None:
     x, weight = torch.zeros(2, 11, 3), torch.zeros(3, 4)
-    with pytest.raises(ShapeError, match=r"\[B, W - 1, C\] = \[2, 3, 3\].*got \[2, 4, 3\]"):
+    with pytest.raises(ShapeError, match=r"(?s)\[B, W - 1, C\] = \[2, 3, 3\].*got \[2, 4, 3\]"):
         xdist.causal_conv1d(x, weight, initial_state=torch.zeros(2, 4, 3))

@@ -24,6 +24,7 @@ from xdist_kernels.selective_scan.blocks import (
     as_rows,
     before_chunks,
     blocks,
+    chunk_decay,
     to_steps,
     to_tokens,
 )
@@ -43,7 +44,10 @@ class _Gradients(NamedTuple):
 def backward(
     p: Prepared, state: Tensor, dout: Tensor, dstate: Tensor
 ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """Gradients of u, delta, A (this tile's part, float32 or wider), B, C; of the state before."""
+    """Gradients of u, delta, A (this tile's part), B, C, and of the state before the tile.
+
+    All are float32, or float64 with float64 inputs.
+    """
     wide, (batch, tokens) = p.delta.dtype, p.u.shape[:2]
     douts = to_steps(dout.squeeze(3).to(wide), p.delta.shape[0]).unsqueeze(2)
     made = _Gradients(
@@ -53,21 +57,24 @@ def backward(
         torch.zeros_like(p.B, memory_format=torch.contiguous_format),
         torch.zeros_like(p.B, memory_format=torch.contiguous_format),
     )
-    dbefore = torch.empty_like(inner(dstate), memory_format=torch.contiguous_format)
+    p = backward_ahead(p, dout)
+    assert p.ends is not None
+    assert p.asked is not None
+    decays = chunk_decay(p)
+    before = as_rows(before_chunks(p, p.ends, decays, inner(state))[:-1])
+    dbefore, *after = after_chunks(p, p.asked, decays, inner(dstate))
+    dafter = as_rows(after)
     for block in blocks(p):
-        at = block.at
-        dy = douts[..., at].contiguous()
-        ends, asked, decays = _chunk_ends(block, dy)
-        before = as_rows(before_chunks(p, ends, decays, inner(state)[..., at])[:-1])
-        dbefore[..., at], *after = after_chunks(p, asked, decays, inner(dstate)[..., at])
-        _walk_back(block, _states(block, before), dy, as_rows(after), made)
+        states = _states(block, before[..., block.at])
+        dy = douts[..., block.at].contiguous()
+        _walk_back(block, states, dy, dafter[..., block.at].contiguous(), made)
     ddelta = made.exponents.squeeze(2)
     u = to_steps(p.u.squeeze(3).to(wide), p.delta.shape[0])
     ddelta.addcmul_(made.inputs.squeeze(2), u)
     du = made.inputs.mul_(p.delta).squeeze(2)
 
     def tokens_of(x: Tensor, dim: int) -> Tensor:
-        return to_tokens(x, batch, tokens).to(p.u.dtype).unsqueeze(dim)
+        return to_tokens(x, batch, tokens).unsqueeze(dim)
 
     grads = (
         tokens_of(du, 3),
@@ -79,8 +86,19 @@ def backward(
     return grads, outer(dbefore)
 
 
-def _chunk_ends(block: Block, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What each chunk makes of zero, what its outputs ask of the state before it, and its M."""
+def backward_ahead(p: Prepared, dout: Tensor) -> Prepared:
+    """With what every chunk makes of zero and what its outputs ask of the state before it."""
+    if p.ends is not None and p.asked is not None:
+        return p
+    douts = to_steps(dout.squeeze(3).to(p.delta.dtype), p.delta.shape[0]).unsqueeze(2)
+    rows = p.delta.shape[1]
+    ends, asked = p.A.new_empty(rows, *p.A.shape), p.A.new_empty(rows, *p.A.shape)
+    for block in blocks(p):
+        ends[..., block.at], asked[..., block.at] = _chunk_ends(block, douts[..., block.at])
+    return p._replace(ends=ends, asked=asked)
+
+
+def _chunk_ends(block: Block, dout: Tensor) -> tuple[Tensor, Tensor]:
     ends, asked = block.new_state(), block.new_state()
     decay, term = torch.empty_like(ends), torch.empty_like(ends)
     through = torch.ones_like(ends)
@@ -89,7 +107,7 @@ def _chunk_ends(block: Block, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         block.passes(ends, i).mul_(decay).addcmul_(x, b)
         block.passes(through, i).mul_(decay)
         asked.addcmul_(torch.mul(block.C[i].mT, dout[i], out=term), through)
-    return ends, asked, through
+    return ends, asked
 
 
 def _states(block: Block, before: Tensor) -> Tensor:
@@ -107,7 +125,7 @@ def _states(block: Block, before: Tensor) -> Tensor:
 
 def _walk_back(block: Block, states: Tensor, dout: Tensor, g: Tensor, made: _Gradients) -> None:
     """Writes the block's part of `made`; g [rows, N, channels] is overwritten."""
-    at, g = block.at, g.contiguous()
+    at = block.at
     decay, w = torch.empty_like(g), torch.empty_like(g)
     dA = torch.zeros_like(g)
     for i in range(len(block.delta) - 1, -1, -1):

@@ -34,6 +34,7 @@ class Prepared(NamedTuple):
     C: Tensor  # [L, rows, 1, N]
     starts: Tensor | None  # bool [L, rows, 1, 1], a document starts at the token
     ends: Tensor | None = None  # [rows, N, C] the state each chunk makes of zero
+    asked: Tensor | None = None  # [rows, N, C] what its outputs ask of the state before it
 
 
 class Block(NamedTuple):
@@ -75,12 +76,14 @@ def chunk_tokens(tokens: int) -> int:
 def to_steps(x: Tensor, chunk: int) -> Tensor:
     """[B, T, D] as [L, rows, D], T filled up with zeros."""
     x = pad(x, (0, 0, 0, -x.shape[1] % chunk))
-    return x.reshape(-1, chunk, x.shape[2]).transpose(0, 1)
+    batch, tokens, size = x.shape
+    return x.reshape(batch * (tokens // chunk), chunk, size).transpose(0, 1)
 
 
 def to_tokens(steps: Tensor, batch: int, tokens: int) -> Tensor:
     """[L, rows, D] as [B, T, D]."""
-    return steps.transpose(0, 1).reshape(batch, -1, steps.shape[2])[:, :tokens]
+    chunk, rows, size = steps.shape
+    return steps.transpose(0, 1).reshape(batch, chunk * (rows // batch), size)[:, :tokens]
 
 
 def prepare(
@@ -149,7 +152,7 @@ def _along_chunks(
     p: Prepared, ends: Tensor, decays: Tensor, state: Tensor, *, step: int
 ) -> list[Tensor]:
     """state -> end + M state over the chunks; a chunk in which a document starts has M = 0."""
-    split = (state.shape[0], -1)
+    split = (state.shape[0], ends.shape[0] // state.shape[0])
     own, passed = (x.unflatten(0, split).unbind(1)[::step] for x in (ends, decays))
     cuts = [False] * len(own)
     if p.starts is not None:

@@ -33,7 +33,8 @@ from xdist_kernels.selective_scan.blocks import (
 
 def transition(p: Prepared) -> Tensor:
     """sum of delta, [B, C]: with A it gives log M = A * sum of delta."""
-    return p.delta.sum((0, 2)).unflatten(0, (p.u.shape[0], -1)).sum(1)
+    batch, rows = p.u.shape[0], p.delta.shape[1]
+    return p.delta.sum((0, 2)).unflatten(0, (batch, rows // batch)).sum(1)
 
 
 def ahead(p: Prepared) -> Prepared:
@@ -87,8 +88,8 @@ def run(p: Prepared, state: Tensor) -> tuple[Tensor, Tensor]:
     return to_tokens(out.squeeze(2), *p.u.shape[:2]).unsqueeze(3), outer(after)
 
 
-def adjoint(p: Prepared, state: Tensor, dout: Tensor, dstate: Tensor) -> Tensor:
-    """Gradient of the state before the tile; `state` itself has no influence."""
+def adjoint(p: Prepared, dout: Tensor, dstate: Tensor) -> Tensor:
+    """Gradient of the state before the tile, from those of outputs and of the state after."""
     steps = to_steps(dout.squeeze(3).to(p.delta.dtype), p.delta.shape[0]).unsqueeze(2)
     found = torch.empty_like(inner(dstate), memory_format=torch.contiguous_format)
     for block in blocks(p):

@@ -1,0 +1,69 @@
+"""The selective scan (Mamba-1) as a recurrence: a decay for every channel and state."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from xdist.parallel.recurrence import Inputs, Recurrence, state_dtype
+from xdist_kernels import selective_scan
+from xdist_kernels.selective_scan import Prepared
+
+
+class _Inputs(NamedTuple):
+    u: Tensor  # [B, n, C, 1]
+    delta: Tensor  # [B, n, C, 1]
+    A: Tensor  # [C, N]
+    B: Tensor  # [B, n, 1, N]
+    C: Tensor  # [B, n, 1, N]
+
+
+def _named(inputs: Inputs) -> _Inputs:
+    return _Inputs(*(x for x in inputs if x is not None))
+
+
+class SelectiveScan(Recurrence):
+    """h_t = exp(delta_t A) h_{t-1} + delta_t B_t u_t, y_t = <C_t, h_t>.
+
+    inputs: u, delta [B,n,C,1], A [C,N] (whole), B, C [B,n,1,N]; a state is [B,C,N,1]. What travels
+    of a transition is the sum of delta, one number a channel: A is on every rank.
+    """
+
+    transition = "diagonal"
+    whole = frozenset({2})
+    marks_documents = True
+
+    def state_shape(self, inputs: Inputs) -> tuple[int, int, int, int]:
+        x = _named(inputs)
+        return x.u.shape[0], x.A.shape[0], x.A.shape[1], 1
+
+    def rates_of(self, inputs: Inputs) -> Tensor | None:
+        return _named(inputs).A.to(state_dtype(inputs))
+
+    def prepare(self, inputs: Inputs, starts: Tensor | None) -> Prepared:
+        return selective_scan.prepare(*_named(inputs), starts)
+
+    def transition_of(self, tile: Prepared) -> Tensor:
+        return selective_scan.transition(tile)
+
+    def advance(self, tile: Prepared, state: Tensor) -> Tensor:
+        return selective_scan.advance(tile, state)
+
+    def ahead(self, tile: Prepared) -> Prepared:
+        return selective_scan.ahead(tile)
+
+    def run(self, tile: Prepared, state: Tensor) -> tuple[Tensor, Tensor]:
+        return selective_scan.run(tile, state)
+
+    def adjoint(self, tile: Prepared, state: Tensor, dout: Tensor, dstate: Tensor) -> Tensor:
+        return selective_scan.adjoint(tile, dout, dstate)
+
+    def backward_ahead(self, tile: Prepared, state: Tensor, dout: Tensor) -> Prepared:
+        return selective_scan.backward_ahead(tile, dout)
+
+    def backward(
+        self, tile: Prepared, state: Tensor, dout: Tensor, dstate: Tensor
+    ) -> tuple[Sequence[Tensor | None], Tensor]:
+        return selective_scan.backward(tile, state, dout, dstate)
