@@ -79,6 +79,7 @@ class Recorder:
         self._lock = threading.Lock()
         self._moves: deque[Move] = deque(maxlen=KEPT)
         self._groups: WeakKeyDictionary[Any, _Group] = WeakKeyDictionary()
+        self._held: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
         self._number = 0
         self._file: mmap.mmap | None = None
         self._path: Path | None = None
@@ -116,6 +117,11 @@ class Recorder:
         Returns the move and a tag for each message, from its place among the messages of the two
         ranks, the move, its size and dtype: messages of calls that differ never meet.
         """
+        if group in self._held:
+            raise RuntimeError(
+                f"{name} was started on a group on which a scan's chain is under way: wait for "
+                "that scan first, or start scans together"
+            )
         with self._lock:
             known = self._groups.get(group)
             if known is None:
@@ -137,6 +143,17 @@ class Recorder:
             self._moves.append(move)
         self._write(move)
         return move, _tags(name, out), _tags(name, into)
+
+    def hold(self, group: Any) -> None:
+        """Let nobody begin a move in `group` until `release`: one under way has messages to post.
+
+        Messages of two ranks must be posted in one order on both; one in between would hang.
+        """
+        self._held[group] = True
+
+    def release(self, group: Any) -> None:
+        """Moves may begin in `group` again."""
+        self._held.pop(group, None)
 
     def wait(self, move: Move) -> None:
         """This process goes no further until the move has its data."""

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from xdist.comm.collectives import ProcessGroup, start_pairs
 from xdist.comm.pending import Pending
+from xdist.comm.recorder import RECORDER
 from xdist.comm.scan_maps import Maps
 from xdist.cost.moves import ScanRoute
 from xdist.cost.scan import Parcel, block_sizes
@@ -205,9 +206,14 @@ def run_together(
 ) -> Pending[list[list[Tensor]]]:
     """Start the exchange of several folds: in each round one message a pair of ranks.
 
-    Between this and the end of `wait` no other move is made on the group unless every fold
-    gathers: the later rounds are posted while waiting.
+    The later rounds of a chain are posted in `wait`: until it ends no other move may be made on
+    the group (a rank with rounds left refuses it).
+
+    Raises:
+        PeerLost: here or on `wait()`, a rank of the group died or hung.
     """
+    if group is None:
+        return Pending.done([fold.states() for fold in folds])
     under_way = _UnderWay(folds, group, like)
     under_way.post()
 
@@ -221,7 +227,7 @@ def run_together(
 class _UnderWay:
     """The rounds of one exchange on this rank."""
 
-    def __init__(self, folds: Sequence[Fold], group: ProcessGroup | None, like: Tensor) -> None:
+    def __init__(self, folds: Sequence[Fold], group: ProcessGroup, like: Tensor) -> None:
         self.group, self.like = group, like
         rounds: dict[int, _Round] = {}
         for fold in folds:
@@ -236,9 +242,11 @@ class _UnderWay:
 
     def post(self) -> None:
         """Post the next rounds, up to one that sends what is still on its way."""
+        RECORDER.release(self.group)
         while self._to_post:
             waiting = any(one.receives for one, _ in self._posted)
             if waiting and self._to_post[0].sends:
+                RECORDER.hold(self.group)
                 return
             one = self._to_post.pop(0)
             self._posted.append((one, self._started(one)))
