@@ -272,3 +272,12 @@ def test_bfloat16_inputs_are_computed_in_float32() -> None:
     grads, _ = delta.backward(tile, state.float(), want["dout"].float(), want["dstate"].float())
     assert grads.q.dtype == grads.beta.dtype == torch.bfloat16
     assert grads.log_decay.dtype == torch.float32
+
+
+def test_results_hold_nothing_but_themselves() -> None:
+    """A state that is kept for backward must not keep the states of every chunk alive."""
+    x = draw(300, "scalar")
+    want = wanted(x, (0, 300))
+    found = chunked(x, want, torch.float64)
+    for name in ("advance", "end", "end ahead", "adjoint", "d_state"):
+        assert found[name].untyped_storage().nbytes() == found[name].nbytes, name

@@ -96,7 +96,7 @@ def adjoint(p: Prepared, dout: Tensor, dstate: Tensor) -> Tensor:
     """Gradient of the state before the tile, from those of its outputs [B,T,H,V] and of the state
     after it [B,H,K,V]."""
     back = _chain_back(p, _asked(p, dout), dstate.to(p.v.dtype).flatten(0, 1))
-    return back.states[0].view(dstate.shape)
+    return back.states[0].clone().view(dstate.shape)
 
 
 def backward(
@@ -129,7 +129,7 @@ def backward(
     dkeys += dboth[:, chunk:]
     dq = dboth[:, :chunk] * p.inputs.scale
     grads = _as_inputs(p, dq, dkeys, dv, dbeta[..., None], dlog)
-    return grads, dstates[0].view(state.shape)
+    return grads, dstates[0].clone().view(state.shape)
 
 
 def _decay_gradient(p: Prepared, dboth: Tensor, dkeys: Tensor, ends: Tensor) -> Tensor:

@@ -198,13 +198,14 @@ def transition(p: Prepared) -> Tensor:
     """M [B,H,K,K] of a tile in which no document starts."""
     batch, heads, key_dim = p.inputs.v.shape[0], p.inputs.v.shape[2], p.both.shape[-1]
     one = torch.eye(key_dim, dtype=p.v.dtype, device=p.v.device).expand(batch * heads, -1, -1)
-    found = chain(p.links, one, entering=False).states[-1]
+    found = chain(p.links, one, entering=False).states[-1].clone()
     return found.view(batch, heads, key_dim, key_dim)
 
 
 def advance(p: Prepared, state: Tensor) -> Tensor:
     """The state after the tile [B,H,K,V] from the one before it."""
-    return chain(p.links, state.flatten(0, 1)).states[-1].view(state.shape)
+    # A copy: a view would keep the states at all borders.
+    return chain(p.links, state.flatten(0, 1)).states[-1].clone().view(state.shape)
 
 
 def ahead(p: Prepared) -> Ahead:
@@ -225,4 +226,4 @@ def run(p: Prepared | Ahead, state: Tensor) -> tuple[Tensor, Tensor]:
         own = torch.bmm(p.scores[:, : p.v.shape[1]], lacks.mul_(p.beta))
         out = torch.baddbmm(own, queries(p), into)
     out = to_tokens(out.to(p.inputs.v.dtype), batch, heads, n)
-    return out, states[-1].view(state.shape)
+    return out, states[-1].clone().view(state.shape)
