@@ -9,7 +9,7 @@ from torch import nn
 
 from xdist.certify.judge import Report
 from xdist.certify.run import certify
-from xdist.config import Config, Model
+from xdist.config import Config, Model, Parallel
 from xdist.models import build
 from xdist.plan import pass_bytes
 from xdist.testing import RankPool
@@ -43,7 +43,7 @@ def certify_config(config: Config, *, pools: Mapping[int, RankPool] | None = Non
         return pass_bytes(here, length, BATCH, precision=precision, documents=documents)
 
     return certify(
-        functools.partial(_model, config.model, tile_tokens * BATCH),
+        functools.partial(_model, config.model, config.parallel, tile_tokens * BATCH),
         vocab_size=config.model.vocab_size,
         length=length,
         ranks=config.certify.ranks,
@@ -58,9 +58,12 @@ def certify_config(config: Config, *, pools: Mapping[int, RankPool] | None = Non
     )
 
 
-def _model(section: Model, tile_tokens: int, precision: str) -> nn.Module:
+def _model(section: Model, parallel: Parallel, tile_tokens: int, precision: str) -> nn.Module:
     """The model with its parameters in the dtype that the precision asks for."""
     dtype = "float64" if precision == "float64" else "float32"
     return build(
-        section.model_copy(update={"dtype": dtype}), precision=precision, tile_tokens=tile_tokens
+        section.model_copy(update={"dtype": dtype}),
+        precision=precision,
+        tile_tokens=tile_tokens,
+        parallel=parallel,
     )

@@ -93,6 +93,7 @@ def _rehearse(config: Config, index: int, stage: Stage, rank: int) -> Rehearsal:
                     config.model,
                     precision=config.train.precision,
                     tile_tokens=config.train.tile_tokens,
+                    parallel=config.parallel,
                 )
             _step(config, shard, stage.batch // mesh.data_size, module)
     # Every engine's rehearsal holds whole parameters.

@@ -2,6 +2,49 @@
 
 from __future__ import annotations
 
-from xdist.models.hybrid_lm import HybridLM, build
+from typing import Any
 
-__all__ = ["HybridLM", "build"]
+from xdist.errors import ConfigError
+from xdist.models import hybrid_lm, mixer_lm
+from xdist.models.hybrid_lm import HybridConfig, HybridLM
+from xdist.models.mixer_lm import MixerConfig, MixerLM
+
+__all__ = ["HybridConfig", "HybridLM", "MixerConfig", "MixerLM", "build", "sizes_of"]
+
+
+def sizes_of(section: Any, parallel: Any = None) -> HybridConfig | MixerConfig:
+    """The sizes of a config's section [model] (or of themselves); parallel: its section of
+    strategies."""
+    if isinstance(section, HybridConfig | MixerConfig):
+        return section
+    if section.kind == "mixer_lm":
+        return MixerConfig.of(section, parallel)
+    return HybridConfig.of(section)
+
+
+def build(
+    config: Any,
+    *,
+    precision: str | None = None,
+    tile_tokens: int = 1024,
+    seed: int | None = None,
+    parallel: Any = None,
+) -> HybridLM | MixerLM:
+    """The model of a config's section [model], or of a HybridConfig or MixerConfig.
+
+    precision: dtype of the matrix products (None: that of the parameters); seed: of the initial
+    values (None: torch's generator as it stands); the same on every rank. parallel: the config's
+    section [parallel], whose strategies a mixer_lm takes.
+
+    Raises:
+        ConfigError: sizes, options or a precision that the model cannot have.
+    """
+    sizes = sizes_of(config, parallel)
+    if isinstance(sizes, HybridConfig):
+        return hybrid_lm.build(sizes, precision=precision, tile_tokens=tile_tokens, seed=seed)
+    if precision not in (None, sizes.dtype):
+        raise ConfigError(
+            f"precision {precision!r} does not fit a mixer_lm with parameters in {sizes.dtype}",
+            "its mixers compute in the dtype of their parameters",
+        )
+    return mixer_lm.build(sizes, tile_tokens=tile_tokens, seed=seed)

@@ -17,7 +17,9 @@ from math import prod
 
 from xdist.config import Config
 from xdist.cost.engine import EngineBytes, Units
-from xdist.cost.model import TOKEN_BYTES, Streamed, activation_bytes
+from xdist.cost.model import TOKEN_BYTES
+from xdist.layout import Layout
+from xdist.plan import model as models
 from xdist.plan.result import Memory
 
 # Resident memory of a training process in its steps, tensors left out: Python, torch 2.13 (CPU
@@ -36,20 +38,23 @@ class Work:
     heap: int  # of kept and transients, what lies in the heap
 
 
-def work_of(config: Config, rows: int, tokens: int) -> Work:
-    """One stage whose micro-step has `rows` sequences, of which this rank holds `tokens` each."""
-    model = Streamed.of(config.model)
+def work_of(config: Config, rows: int, layout: Layout, rank: int) -> Work:
+    """One stage whose micro-step has `rows` sequences, of which sequence rank `rank` holds its
+    share."""
+    model = models.sizes(config)
     segments = config.parallel.sequence_ranks * (2 if config.parallel.layout == "zigzag" else 1)
-    found = activation_bytes(
+    tokens = layout.local_length(rank)
+    found = models.activations(
         model,
-        tokens=tokens,
+        layout,
+        rank,
         rows=rows,
         tile_tokens=config.train.tile_tokens,
-        crosses=segments > 1 and "linear" in model.kinds,
+        segments=segments,
     )
     # Tokens and labels of the batches that are read ahead.
     kept = found.kept_bytes + config.data.prefetch * 2 * rows * tokens * TOKEN_BYTES
-    stream = rows * tokens * model.dim * model.element_bytes
+    stream = rows * tokens * model.dim * models.element_bytes(model)
     all_small = stream < HEAP_BLOCK_BYTES
     heap = kept + found.transient_bytes if all_small else found.tile_bytes
     return Work(kept, found.transient_bytes, heap)

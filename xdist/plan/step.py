@@ -15,14 +15,20 @@ import torch
 from xdist.config import Config, Stage
 from xdist.cost.engine import Units, engine_moves, held_bytes
 from xdist.cost.fsdp import Held
-from xdist.cost.model import SUM_BYTES, Streamed, loss_bytes
-from xdist.cost.model import pass_bytes as moves_of_pass
+from xdist.cost.model import SUM_BYTES, loss_bytes
 from xdist.cost.moves import Moved, reduce_bytes
 from xdist.documents import Documents
 from xdist.layout import Layout
-from xdist.models import build
-from xdist.models.hybrid_lm import HybridConfig, flops_per_token
 from xdist.plan.memory import initial_heap, memory_of, work_of
+from xdist.plan.model import (
+    Sizes,
+    element_bytes,
+    flops_per_token,
+    meta_model,
+    pass_moves,
+    passes,
+    sizes,
+)
 from xdist.plan.result import Memory, Moves, Plan, StagePlan
 from xdist.plan.zero import zero_traffic
 
@@ -77,14 +83,15 @@ def pass_bytes(
     """
     parts = config.parallel.sequence_ranks
     dtype = "float64" if precision == "float64" else "float32"
-    model = Streamed.of(config.model.model_copy(update={"dtype": dtype}))
+    section = config.model.model_copy(update={"dtype": dtype})
+    model = sizes(config.model_copy(update={"model": section}))
     layout, cuts = layout_of(config, length, parts), _cuts(documents, length)
     count = parameter_count(config)
     found = []
     for rank in range(parts):
-        moves = moves_of_pass(model, layout, cuts, rank, rows)
+        moves = pass_moves(model, layout, cuts, rank, rows)
         reduced = loss_bytes(parts, rank, counted=True)
-        reduced += reduce_bytes(count, parts, rank, model.element_bytes)
+        reduced += reduce_bytes(count, parts, rank, element_bytes(model))
         found.append(_sent(moves | {"reduce": reduced}))
     return found
 
@@ -103,14 +110,12 @@ def parameter_count(config: Config) -> int:
 
 def units_of(config: Config) -> Units:
     """The parameters of the config's model, by what fsdp gathers together."""
-    return _units(HybridConfig.of(config.model))
+    return _units(sizes(config))
 
 
 @lru_cache(maxsize=8)
-def _units(sizes: HybridConfig) -> Units:
-    # On the meta device nothing is allocated.
-    with torch.device("meta"):
-        model = build(sizes)
+def _units(of: Sizes) -> Units:
+    model = meta_model(of)
     blocks = [tuple(block.parameters()) for block in model.blocks]
     inside = {id(p) for block in blocks for p in block}
     rest = tuple(p for p in model.parameters() if id(p) not in inside)
@@ -136,7 +141,8 @@ def _sent(moves: Moves) -> int:
 
 def _stage(config: Config, stage: Stage) -> StagePlan:
     ranks = range(config.ranks)
-    per_token = flops_per_token(HybridConfig.of(config.model))
+    model = sizes(config)
+    per_token = passes(model) * flops_per_token(model, stage.length)
     rows = stage.batch // config.data_degree * config.train.accumulation
     tokens = [rows * _share(config, stage, rank) for rank in ranks]
     return StagePlan(
@@ -145,8 +151,7 @@ def _stage(config: Config, stage: Stage) -> StagePlan:
         steps=stage.steps,
         moves=[step_moves(config, stage, rank) for rank in ranks],
         memory=[step_memory(config, stage, rank) for rank in ranks],
-        # Forward, its recomputation in each tile, and backward, which is twice forward.
-        flops=[4 * per_token * count for count in tokens],
+        flops=[per_token * count for count in tokens],
         library=[library_moves(config, rank) for rank in ranks],
     )
 
@@ -165,7 +170,7 @@ def step_moves(
     part of it.
     """
     parts, ranks = config.parallel.sequence_ranks, config.ranks
-    model = Streamed.of(config.model)
+    model = sizes(config)
     layout = layout_of(config, stage.length, parts)
     total: Moves = {"reduce": reduce_bytes(STEP_NUMBERS, ranks, rank, SUM_BYTES)}
     if engine:
@@ -174,7 +179,7 @@ def step_moves(
     rows = stage.batch // config.data_degree
     for cut in documents or [JOINED] * config.train.accumulation:
         cuts = _cuts(cut, stage.length)
-        moves = moves_of_pass(model, layout, cuts, rank % parts, rows)
+        moves = pass_moves(model, layout, cuts, rank % parts, rows)
         moves["reduce"] = loss_bytes(ranks, rank, counted=False)
         _add(total, moves)
     return {name: moved for name, moved in total.items() if any(moved)}
@@ -200,8 +205,14 @@ def step_memory(config: Config, stage: Stage, rank: int) -> Memory:
     """
     stages = config.train.curriculum
     upto = stages[: stages.index(stage)] if stage in stages else ()
+    parts = config.parallel.sequence_ranks
     works = [
-        work_of(config, one.batch // config.data_degree, _share(config, one, rank))
+        work_of(
+            config,
+            one.batch // config.data_degree,
+            layout_of(config, one.length, parts),
+            rank % parts,
+        )
         for one in [*upto, stage]
     ]
     units = units_of(config)

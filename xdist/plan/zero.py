@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-import torch
-
 from xdist.config import Config
 from xdist.cost.moves import Moved
 from xdist.cost.zero import PERSISTENT_ELEMENTS, micro_step, optimizer_step
-from xdist.models import build
-from xdist.models.hybrid_lm import HybridConfig
+from xdist.plan.model import Sizes, meta_model, sizes
 
 PERSIST = "stage3_param_persistence_threshold"
 # Up to this many parameters DeepSpeed gathers each once a micro-step, by its own defaults, and
@@ -41,14 +38,12 @@ def zero_traffic(config: Config) -> Moved | None:
 def groups_of(config: Config) -> list[list[int]]:
     """Elements of each parameter, in the groups of `xdist.train.optimizer`: matrices decay, and
     tables and everything else do not."""
-    return [list(group) for group in _groups(HybridConfig.of(config.model))]
+    return [list(group) for group in _groups(sizes(config))]
 
 
 @lru_cache(maxsize=8)
-def _groups(sizes: HybridConfig) -> tuple[tuple[int, ...], ...]:
-    # On the meta device nothing is allocated.
-    with torch.device("meta"):
-        model = build(sizes)
+def _groups(of: Sizes) -> tuple[tuple[int, ...], ...]:
+    model = meta_model(of)
     roles = model.parameter_roles()
     held = [(n, p) for n, p in model.named_parameters() if p.numel()]
     decayed = [n for n, p in held if p.ndim >= 2 and roles[n] != "table"]

@@ -53,6 +53,7 @@ def build_model(config: Config) -> nn.Module:
         precision=config.train.precision,
         tile_tokens=config.train.tile_tokens,
         seed=config.run.seed,
+        parallel=config.parallel,
     )
 
 
