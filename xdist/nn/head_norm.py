@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xdist.errors import ConfigError
-from xdist.nn.decay import wide
-
-GATES = {"silu": F.silu, "sigmoid": torch.sigmoid}
+from xdist.nn.gated_norm import GATES, NormThenGate, Unit
 
 
 def unit(x: Tensor, eps: float = 1e-6) -> Tensor:
-    """`x / sqrt(sum(x^2) + eps)` over the last dim, [..., K], in float32 or wider inside."""
-    width = x.shape[-1]
-    # The same as the RMS norm but for a factor; one fused pass instead of four over x.
-    return torch.rms_norm(wide(x), (width,), None, eps / width).mul(width**-0.5).to(x.dtype)
+    """`x / sqrt(sum(x^2) + eps)` over the last dim, [B, n, H, K], in float32 or wider inside."""
+    made: Tensor = Unit.apply(x, eps)
+    return made
 
 
 class HeadNorm(nn.Module):
@@ -35,8 +31,5 @@ class HeadNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim)) if affine else None
 
     def forward(self, y: Tensor, z: Tensor | None = None) -> Tensor:
-        weight = None if self.weight is None else wide(self.weight)
-        normed = torch.rms_norm(wide(y), (y.shape[-1],), weight, self.eps)
-        if z is not None:
-            normed = normed * GATES[self.gate](wide(z))
-        return normed.to(y.dtype)
+        made: Tensor = NormThenGate.apply(y, z, self.weight, self.gate, self.eps)
+        return made

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from xdist import ops
 from xdist.nn.decay import wide
+from xdist.nn.gated_norm import GateThenNorm
 from xdist.nn.heads import heads_of, scaled_dim, shared_heads
 from xdist.nn.initial import matrix, rate_log, step_bias, taps
 
@@ -87,10 +88,5 @@ class Mamba2(nn.Module):
             strategy=self.strategy,
         )
         assert isinstance(y, Tensor)
-        return F.linear(self.normed(y.flatten(2), z), self.out, self.out_bias)
-
-    def normed(self, y: Tensor, z: Tensor) -> Tensor:
-        """norm(y * silu(z)) over the channels of each group, [B, n, E]."""
-        gated = (wide(y) * F.silu(wide(z))).unflatten(-1, (self.groups, -1))
-        normed = torch.rms_norm(gated, gated.shape[-1:], None, self.eps).flatten(-2)
-        return (normed * wide(self.norm)).to(y.dtype)
+        y = GateThenNorm.apply(y.flatten(2), z, self.norm, self.groups, self.eps)
+        return F.linear(y, self.out, self.out_bias)

@@ -73,7 +73,7 @@ class SparseStateExpansion(nn.Module):
         self.extra_down = matrix(2 * head_dim, dim)
         self.extra_up = nn.Parameter(torch.stack([matrix(width, head_dim) for _ in range(2)]))
         self.gate_down = matrix(memories * gate_rank, dim)
-        ups = [matrix(width, gate_rank) for _ in range(memories)]
+        ups: list[Tensor] = [matrix(width, gate_rank) for _ in range(memories)]
         self.gate_up = nn.Parameter(torch.stack(ups))
         self.gate_bias = nn.Parameter(torch.zeros(memories, width))
         self.out_down, self.out_up = matrix(head_dim, dim), matrix(width, head_dim)
