@@ -21,6 +21,7 @@ inputs: the chain of transitions loses digits that narrower products cannot spar
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -174,38 +175,55 @@ def by_chunk(x: Tensor, rows: int) -> Tensor:
     return x.view(-1, rows, *x.shape[1:])
 
 
-def chain(links: Links, state: Tensor, *, entering: bool = True) -> Chain:
-    """Run `state` [rows, K, V] through the tile; without `entering` as if U were zero."""
-    rows, _, width = state.shape
+def _steps(
+    links: Links, state: Tensor, *, entering: bool = True
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """R and the state behind it [rows, K, V] for each chunk, in order; without `entering` as if U
+    were zero."""
+    rows = state.shape[0]
     weight, writes = by_chunk(links.weight, rows), by_chunk(links.writes, rows)
-    count, _, chunk, _ = weight.shape
-    states = state.new_empty(count + 1, *state.shape)
-    lacks = state.new_empty(count, rows, chunk, width)
-    states[0] = state
     whole = None if links.whole is None else by_chunk(links.whole, rows)
     own = by_chunk(links.entry, rows) if entering else None
-    for i in range(count):
+    for i in range(weight.shape[0]):
         if own is None:
-            torch.bmm(weight[i], states[i], out=lacks[i]).neg_()
+            lacks = torch.bmm(weight[i], state).neg_()
         else:
-            torch.baddbmm(own[i], weight[i], states[i], alpha=-1, out=lacks[i])
-        kept = states[i] if whole is None else states[i] * whole[i]
-        torch.baddbmm(kept, writes[i].mT, lacks[i], out=states[i + 1])
+            lacks = torch.baddbmm(own[i], weight[i], state, alpha=-1)
+        kept = state if whole is None else state * whole[i]
+        state = torch.baddbmm(kept, writes[i].mT, lacks)
+        yield lacks, state
+
+
+def chain(links: Links, state: Tensor) -> Chain:
+    """Run `state` [rows, K, V] through the tile."""
+    rows, chunk = state.shape[0], links.weight.shape[1]
+    count = links.weight.shape[0] // max(1, rows)
+    states = state.new_empty(count + 1, *state.shape)
+    lacks = state.new_empty(count, rows, chunk, state.shape[2])
+    states[0] = state
+    for i, (lack, behind) in enumerate(_steps(links, state)):
+        lacks[i], states[i + 1] = lack, behind
     return Chain(states, lacks.flatten(0, 1))
+
+
+def _end(links: Links, state: Tensor, *, entering: bool) -> Tensor:
+    """The state [rows, K, V] behind the tile."""
+    behind = state
+    for _, behind in _steps(links, state, entering=entering):  # noqa: B007
+        pass
+    return behind
 
 
 def transition(p: Prepared) -> Tensor:
     """M [B,H,K,K] of a tile in which no document starts."""
     batch, heads, key_dim = p.inputs.v.shape[0], p.inputs.v.shape[2], p.both.shape[-1]
     one = torch.eye(key_dim, dtype=p.v.dtype, device=p.v.device).expand(batch * heads, -1, -1)
-    found = chain(p.links, one, entering=False).states[-1].clone()
-    return found.view(batch, heads, key_dim, key_dim)
+    return _end(p.links, one, entering=False).view(batch, heads, key_dim, key_dim)
 
 
 def advance(p: Prepared, state: Tensor) -> Tensor:
     """The state after the tile [B,H,K,V] from the one before it."""
-    # A copy: a view would keep the states at all borders.
-    return chain(p.links, state.flatten(0, 1)).states[-1].clone().view(state.shape)
+    return _end(p.links, state.flatten(0, 1), entering=True).view(state.shape)
 
 
 def ahead(p: Prepared) -> Ahead:
