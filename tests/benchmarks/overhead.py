@@ -21,18 +21,19 @@ from torch import Tensor
 
 import xdist
 from xdist.documents import Documents
+from xdist_kernels import linear
 from xdist_kernels.attention.torch import (
     attention_backward,
     attention_delta,
     attention_forward,
 )
 from xdist_kernels.conv.torch import causal_conv_backward, causal_conv_forward
-from xdist_kernels.linear.torch import linear_attention_backward, linear_attention_forward
 
 PAIRS = 20
 SAMPLE_S = 0.3  # CPU time of one sample at least: a sample is as many calls as that takes
 TOKENS = 16384
 WINDOW = 256
+LINEAR_TILE = 4096  # tokens, as xdist's
 
 
 class PlainAttention(torch.autograd.Function):
@@ -58,19 +59,40 @@ class PlainAttention(torch.autograd.Function):
 
 
 class PlainLinear(torch.autograd.Function):
-    """The linear-attention kernel."""
+    """The linear-attention kernels, tile by tile."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
-        scale = q.shape[-1] ** -0.5
-        out, _, ctx.saved = linear_attention_forward(q, k, v, log_decay[..., None], scale=scale)
+        ctx.save_for_backward(q, k, v, log_decay)
+        out, ctx.states = torch.empty_like(v), []
+        state = v.new_zeros(v.shape[0], v.shape[2], k.shape[3], v.shape[3])
+        for at in _linear_tiles(q):
+            ctx.states.append(state)
+            out[:, at], state = linear.run(_prepared(at, q, k, v, log_decay), state)
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple:
-        dq, dk, dv, dlog, _ = linear_attention_backward(ctx.saved, dout, None)
-        assert dlog is not None
-        return dq, dk, dv, dlog[..., 0]
+        grads = [torch.empty_like(x) for x in ctx.saved_tensors]
+        dstate = torch.zeros_like(ctx.states[0])
+        spans = _linear_tiles(dout)
+        for at, state in zip(reversed(spans), reversed(ctx.states), strict=True):
+            tile = _prepared(at, *ctx.saved_tensors)
+            found, dstate = linear.backward(tile, state, dout[:, at], dstate)
+            *own, dlog = found
+            assert dlog is not None
+            for grad, part in zip(grads, (*own, dlog[..., 0]), strict=True):
+                grad[:, at] = part
+        return tuple(grads)
+
+
+def _linear_tiles(x: Tensor) -> list[slice]:
+    return [slice(start, start + LINEAR_TILE) for start in range(0, x.shape[1], LINEAR_TILE)]
+
+
+def _prepared(at: slice, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> linear.Prepared:
+    inputs = (q[:, at], k[:, at], v[:, at], log_decay[:, at, :, None])
+    return linear.prepare(*inputs, scale=q.shape[-1] ** -0.5)
 
 
 class PlainConvolution(torch.autograd.Function):

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from xdist_kernels import linear
 from xdist_kernels.errors import KernelError
 from xdist_kernels.linear.reference import linear_attention_reference
 
-DECAYS = ("none", "fixed", "scalar", "diagonal")
+DECAYS = ("none", "scalar", "diagonal")
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-6, torch.bfloat16: 2e-2}
+SCALE = 8**-0.5
 
 
 def error(a: Tensor, b: Tensor) -> float:
@@ -22,87 +25,109 @@ def error(a: Tensor, b: Tensor) -> float:
 
 def draw_decay(kind: str, shape: tuple[int, ...], strength: float = 0.05) -> Tensor | None:
     batch, n, heads, key_dim = shape
-    sizes = {
-        "fixed": (heads,),
-        "scalar": (batch, n, heads),
-        "diagonal": (batch, n, heads, key_dim),
-    }
     if kind == "none":
         return None
-    return (-strength * torch.rand(sizes[kind], dtype=torch.float64)).requires_grad_()
+    sizes = {"scalar": (batch, n, heads, 1), "diagonal": (batch, n, heads, key_dim)}
+    # Numbers that float32 holds: they are given as such, whatever the dtype of the rest.
+    return (-strength * torch.rand(sizes[kind])).double().requires_grad_()
 
 
-def draw(n: int, kind: str, dtype: torch.dtype, *, shared: int = 1) -> dict:
-    batch, heads, key_dim, width = 2, 4, 8, 6
-    inputs = {
-        name: torch.randn(batch, n, count, dim, dtype=torch.float64).to(dtype).requires_grad_()
-        for name, count, dim in (
-            ("q", heads // shared, key_dim),
-            ("k", heads // shared, key_dim),
-            ("v", heads, width),
-        )
-    }
-    inputs["log_decay"] = draw_decay(kind, (batch, n, heads, key_dim))
-    state = torch.randn(batch, heads, key_dim, width, dtype=torch.float64)
-    inputs["initial_state"] = state.requires_grad_()
-    return inputs
+def draw(
+    n: int, kind: str, dtype: torch.dtype, shared: int = 1, batch: int = 2, heads: int = 4
+) -> list[Tensor | None]:
+    """q, k, v, log_decay and the state before, float64 with values that `dtype` holds."""
+    key_dim, width = 8, 6
+    keys, values = (batch, n, heads // shared, key_dim), (batch, n, heads, width)
+    found: list[Tensor | None] = [
+        torch.randn(shape).to(dtype).double().requires_grad_() for shape in (keys, keys, values)
+    ]
+    found.append(draw_decay(kind, (batch, n, heads, key_dim)))
+    found.append(torch.randn(batch, heads, key_dim, width).double().requires_grad_())
+    return found
 
 
 def cut_at(n: int) -> tuple[int, ...]:
-    """Documents with an empty one, single tokens, and cuts on and beside chunk borders."""
+    """Single tokens, and cuts on and beside chunk borders."""
     return tuple(sorted({0, min(3, n), min(4, n), min(63, n), min(64, n), min(130, n), n}))
 
 
-def run_case(n: int, kind: str, dtype: torch.dtype, shared: int, packed: bool) -> dict[str, float]:
-    x = draw(n, kind, dtype, shared=shared)
-    q, k, v, log_decay, state = x.values()
-    cuts = cut_at(n) if packed else (0, n)
-    resets = None
-    if packed:
-        resets = torch.zeros(n, dtype=torch.bool)
-        resets[list(cuts[1:-1])] = True
-    starts = torch.cat([state[:, None], torch.zeros(2, len(cuts) - 2, *state.shape[1:])], 1)
+def token_loop(
+    inputs: list[Tensor | None], cuts: tuple[int, ...]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor | None]]:
+    """out, the last state, random gradients of both, and the gradients of q, k, v, decay, state."""
+    q, k, v, log_decay, state = inputs
+    assert q is not None
+    assert k is not None
+    assert v is not None
+    assert state is not None
+    if log_decay is not None and log_decay.shape[3] == 1 != q.shape[3]:
+        log_decay = log_decay[..., 0]
+    zeros = state.new_zeros(state.shape[0], len(cuts) - 2, *state.shape[1:])
+    starts = torch.cat([state[:, None], zeros], 1)
     out, finals = linear_attention_reference(
-        q, k, v, log_decay, initial_state=starts, cu_seqlens=cuts
+        q, k, v, log_decay, initial_state=starts, cu_seqlens=cuts, scale=SCALE
     )
     final = finals[:, -1]
-    dout, dfinal = torch.randn_like(out), torch.randn_like(final)
-    leaves = [y for y in x.values() if y is not None]
+    dout = torch.randn_like(out).bfloat16().double()
+    dfinal = torch.randn(final.shape).double()
+    leaves = [x for x in inputs if x is not None]
     loss = (out * dout).sum() + (final * dfinal).sum()
-    wanted = dict(zip(x, [None] * 5, strict=True))
     grads = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
-    wanted.update(zip([name for name, y in x.items() if y is not None], grads, strict=True))
+    rest = iter(grads)
+    return out, final, dout, dfinal, [None if x is None else next(rest) for x in inputs]
 
+
+def every_result(
+    inputs: list[Tensor | None], cuts: tuple[int, ...], dout: Tensor, dfinal: Tensor, dtype: Any
+) -> dict[str, list[Tensor | None]]:
+    """What each way through the grammar gives: out, final; or dq, dk, dv, dlog_decay, dstate."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    with torch.no_grad():
-        decay = None if log_decay is None else log_decay.to(wide)
-        canonical = linear.canonical_decay(decay, v, q.shape[3])
-        got_out, got_final, saved = linear.linear_attention_forward(
-            q, k, v, canonical, scale=8**-0.5, initial_state=state, resets=resets, tile=96
-        )
-        dq, dk, dv, dlog, dinitial = linear.linear_attention_backward(
-            saved, dout.to(dtype), dfinal.to(wide), tile=96
-        )
-        dlog = linear.reduce_decay_gradient(dlog, decay)
-    errors = {"out": error(got_out, out), "final": error(got_final, final)}
-    got = {"q": dq, "k": dk, "v": dv, "log_decay": dlog, "initial_state": dinitial}
-    for name, gradient in wanted.items():
-        if gradient is None:
-            assert got[name] is None
-        elif gradient.abs().max() > 0:
-            errors[f"d{name}"] = error(got[name], gradient)
-        else:
-            assert got[name].abs().max() == 0, name
-    return errors
+    q, k, v, log_decay, state = (None if x is None else x.detach() for x in inputs)
+    given = [x.to(dtype) for x in (q, k, v)]
+    log_decay = None if log_decay is None else log_decay.to(wide)
+    state, dout, dfinal = state.to(wide), dout.to(dtype), dfinal.to(wide)
+    starts = None
+    if len(cuts) > 2:
+        starts = torch.zeros(q.shape[1], dtype=torch.bool)
+        starts[list(cuts[1:-1])] = True
+    tile = linear.prepare(*given, log_decay, scale=SCALE, starts=starts)
+    early = linear.backward_ahead(tile, state, dout)
+    grads, dstate = linear.backward(tile, state, dout, dfinal)
+    later, dlater = linear.backward(early, state, dout, dfinal)
+    again, dagain = linear.backward(early, state, dout, dfinal)
+    assert all(a is b or torch.equal(a, b) for a, b in zip(later, again, strict=True))
+    assert torch.equal(dlater, dagain)
+    return {
+        "run": list(linear.run(tile, state)),
+        "ahead, run": list(linear.run(linear.ahead(tile), state)),
+        "advance": [None, linear.advance(tile, state)],
+        "backward": [*grads, dstate],
+        "ahead, backward": [*later, dlater],
+        "adjoint": [None, None, None, None, linear.adjoint(tile, dout, dfinal)],
+    }
 
 
 @pytest.mark.parametrize("kind", DECAYS)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.usefixtures("poisoned")
 def test_forward_and_every_gradient(kind: str, dtype: torch.dtype) -> None:
+    """Odd lengths, shared heads, documents, more rows than a block has; outputs start as NaN."""
     torch.manual_seed(0)
-    for n, shared, packed in itertools.product((1, 5, 64, 200), (1, 2), (False, True)):
-        for name, size in run_case(n, kind, dtype, shared, packed).items():
-            assert size <= TOLERANCE[dtype], (n, shared, packed, name, size)
+    sizes = [(n, shared, 4) for n in (1, 5, 64, 200) for shared in (1, 2)]
+    for (n, shared, heads), packed in itertools.product([*sizes, (77, 3, 9)], (False, True)):
+        inputs = draw(n, kind, dtype, shared, heads=heads)
+        cuts = cut_at(n) if packed else (0, n)
+        out, final, dout, dfinal, wanted = token_loop(inputs, cuts)
+        for way, found in every_result(inputs, cuts, dout, dfinal, dtype).items():
+            wants = [out, final] if len(found) == 2 else wanted
+            for index, (x, want) in enumerate(zip(found, wants, strict=True)):
+                if x is None or want is None:
+                    assert len(found) == 2 or way == "adjoint" or (x is None and want is None)
+                elif want.abs().max() == 0:
+                    assert x.abs().max() == 0
+                else:
+                    size = error(x, want)
+                    assert size <= TOLERANCE[dtype], (n, shared, packed, way, index, size)
 
 
 @pytest.mark.parametrize("kind", ["scalar", "diagonal"])
@@ -111,112 +136,149 @@ def test_any_decay_is_stable(kind: str, low: float) -> None:
     """Decays of 0 and of -50 a token, all of them or one in three: finite, and right."""
     torch.manual_seed(1)
     q, k, v = (torch.randn(1, 150, 2, 8) for _ in range(3))
-    shape = (1, 150, 2) if kind == "scalar" else (1, 150, 2, 8)
+    state = torch.randn(1, 2, 8, 8)
     for keep in (1.0, 0.3):
-        log_decay = low * (torch.rand(shape) < keep).float()
-        want, _ = linear_attention_reference(q, k, v, log_decay)
-        canonical = linear.canonical_decay(log_decay, v, 8)
-        out, final, saved = linear.linear_attention_forward(q, k, v, canonical, scale=8**-0.5)
+        log_decay = low * (torch.rand(1, 150, 2, 1 if kind == "scalar" else 8) < keep).float()
+        given = log_decay[..., 0] if kind == "scalar" else log_decay
+        want, last = linear_attention_reference(q, k, v, given, initial_state=state, scale=SCALE)
+        tile = linear.prepare(q, k, v, log_decay, scale=SCALE)
+        out, final = linear.run(tile, state)
         assert error(out, want) < 1e-5
-        grads = linear.linear_attention_backward(saved, torch.randn_like(out), final)
-        assert all(torch.isfinite(g).all() for g in grads if g is not None)
+        assert error(linear.advance(tile, state), last) < 1e-5
+        grads, dstate = linear.backward(tile, state, torch.randn_like(out), final)
+        assert all(torch.isfinite(g).all() for g in (*grads, dstate) if g is not None)
 
 
 @pytest.mark.parametrize("kind", DECAYS)
-def test_pieces_complete_a_run_from_zero(kind: str) -> None:
-    """run(state) = run(0) + apply_state, and the same for every adjoint, in float64."""
+def test_transition_and_advance_describe_a_tile(kind: str) -> None:
+    """State after = M state + what zero becomes; the adjoint uses M as well."""
     torch.manual_seed(2)
-    x = {name: y if y is None else y.detach() for name, y in draw(77, kind, torch.float64).items()}
-    q, k, v, state = x["q"], x["k"], x["v"], x["initial_state"]
-    decay = linear.canonical_decay(x["log_decay"], v, 8)
-    dout, dfinal = torch.randn_like(v), torch.randn_like(state)
-    out, final, saved = linear.linear_attention_forward(
-        q, k, v, decay, scale=0.4, initial_state=state
+    q, k, v, log_decay, state = (
+        None if x is None else x.detach() for x in draw(77, kind, torch.float64)
     )
-    whole = linear.linear_attention_backward(saved, dout, dfinal)
-
-    local, end, saved = linear.linear_attention_forward(q, k, v, decay, scale=0.4)
-    log_m, own = linear.summary(k, v, decay)
-    assert error(own, end) < 1e-12
-    assert error(own + linear.transition_times(log_m, state), final) < 1e-12
-    linear.apply_state(local, q, decay, state, 0.4)
-    assert error(local, out) < 1e-12
-
-    dq, dk, dv, dlog, dzero = linear.linear_attention_backward(saved, dout, None)
-    asked = linear.adjoint_summary(q, dout, decay, 0.4)
-    assert error(asked, dzero) < 1e-12
-    assert error(asked + linear.transition_times(log_m, dfinal), whole[4]) < 1e-12
-    linear.apply_state_adjoint(dq, dlog, q, decay, state, dout, 0.4)
-    linear.summary_adjoint(dk, dv, dlog, k, v, decay, dfinal)
-    linear.transition_adjoint(dlog, log_m, state, dfinal)
-    for got, want in zip((dq, dk, dv, dlog), whole, strict=False):
-        assert got is None or error(got, want) < 1e-11
+    tile = linear.prepare(q, k, v, log_decay, scale=0.4)
+    log_m, zero = linear.transition(tile), torch.zeros_like(state)
+    kept = state if log_m is None else log_m.exp()[..., None] * state
+    assert (log_m is None) == (kind == "none")
+    assert error(linear.advance(tile, zero) + kept, linear.run(tile, state)[1]) < 1e-12
+    dout = torch.randn_like(v)
+    down = state if log_m is None else log_m.exp()[..., None] * state
+    whole = linear.adjoint(tile, dout, state)
+    assert error(linear.adjoint(tile, dout, zero) + down, whole) < 1e-12
 
 
-@pytest.mark.usefixtures("poisoned")
-def test_every_element_is_written() -> None:
-    """Preallocated outputs start as NaN here: a hole would show."""
-    torch.manual_seed(3)
-    q, k = torch.randn(3, 130, 3, 8), torch.randn(3, 130, 3, 8)
-    v = torch.randn(3, 130, 9, 5)
-    out, final, saved = linear.linear_attention_forward(q, k, v, None, scale=1.0, tile=64)
-    grads = linear.linear_attention_backward(saved, torch.ones_like(out), final, tile=64)
-    assert all(torch.isfinite(x).all() for x in (out, final, *grads) if x is not None)
-
-
-@pytest.mark.parametrize("decay", [(), (8,)], ids=["scalar", "diagonal"])
-def test_tiles_can_be_compiled(decay: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("decay", [1, 8], ids=["scalar", "diagonal"])
+def test_tiles_can_be_compiled(decay: int) -> None:
     """One graph, without a break: nothing branches on data."""
     torch.manual_seed(4)
-    kernels = (linear.chunk_scalar_forward, linear.chunk_scalar_backward)
-    if decay:
-        kernels = (linear.chunk_diagonal_forward, linear.chunk_diagonal_backward)
     x, state = torch.randn(1, 150, 2, 8), torch.randn(1, 2, 8, 8)
-    log_decay, resets = -torch.rand(1, 150, 2, *decay), torch.arange(150) % 40 == 39
-    found = []
-    for compiled in (False, True):
-        forward, backward = (
-            torch.compile(f, backend="eager", fullgraph=True) if compiled else f for f in kernels
-        )
-        out, end = forward(x, x, x, log_decay, 0.3, state, resets=resets)
-        grads = backward(x, x, x, log_decay, 0.3, state, out, end, resets=resets)
-        found.append((out, end, *grads))
-    for eager, traced in zip(*found, strict=True):
-        torch.testing.assert_close(eager, traced)
+    log_decay, starts = -torch.rand(1, 150, 2, decay), torch.arange(150) % 40 == 39
+
+    def both() -> tuple[Any, ...]:
+        tile = linear.prepare(x, x, x, log_decay, scale=0.3, starts=starts)
+        out, end = linear.run(tile, state)
+        grads, dstate = linear.backward(tile, state, out, end)
+        return out, end, *grads, dstate
+
+    traced = torch.compile(both, backend="eager", fullgraph=True)()
+    for eager, compiled in zip(both(), traced, strict=True):
+        torch.testing.assert_close(eager, compiled)
 
 
-def test_memory_is_one_state_per_tile() -> None:
-    """What is saved beyond the inputs is one state per 4096 tokens."""
-    q = torch.randn(1, 10_000, 1, 16)
-    _, _, saved = linear.linear_attention_forward(q, q, q, None, scale=1.0)
-    assert saved.states.shape == (3, 1, 1, 16, 16)
-    assert saved.q is q
-    assert saved.k is q
-    assert saved.v is q
+class Calls(TorchDispatchMode):
+    """Names of the operators called, and the largest result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        self.names.append(str(func))
+        if isinstance(found, Tensor):
+            self.largest = max(self.largest, found.numel())
+        return found
+
+
+def test_states_and_adjoints_are_computed_without_outputs() -> None:
+    """`advance` and `adjoint` make no product of queries and keys, `run` after `ahead` none."""
+    x, state = torch.randn(1, 256, 2, 8), torch.randn(1, 2, 8, 8)
+    log_decay = -torch.rand(1, 256, 2, 1)
+    tile = linear.prepare(x, x, x, log_decay, scale=0.3)
+    ready, early = linear.ahead(tile), linear.backward_ahead(tile, state, x)
+
+    def products(call: Any, *args: Any) -> int:
+        with Calls() as calls:
+            call(*args)
+        return sum("bmm" in name for name in calls.names)
+
+    # Two products inside chunks forward (scores, values), five backward.
+    whole, after = products(linear.run, tile, state), products(linear.run, ready, state)
+    assert (whole, after) == (5, 2)
+    assert products(linear.advance, tile, state) == 2
+    assert products(linear.adjoint, tile, x, state) == 2
+    assert products(linear.backward, tile, state, x, state) == 13
+    # The chain of states, dk, dv, and the sum over a chunk that is the gradient of its decays.
+    assert products(linear.backward, early, state, x, state) == 4
+
+
+def test_state_after_a_tile_keeps_no_other_alive() -> None:
+    """The driver keeps one state a tile: each has memory of its own, without those of chunks."""
+    x, state = torch.randn(1, 640, 2, 8), torch.zeros(1, 2, 8, 8)
+    tile = linear.prepare(x, x, x, None, scale=1.0)
+    ends = (linear.run(tile, state)[1], linear.advance(tile, state), linear.adjoint(tile, x, state))
+    assert all(end.untyped_storage().nbytes() == state.nbytes for end in ends)
 
 
 def test_many_short_documents_cost_what_one_long_document_costs() -> None:
-    """A document per 3 tokens calls as many torch ops as one document: no loop over documents."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Count(TorchDispatchMode):
-        calls = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            self.calls += 1
-            return func(*args, **(kwargs or {}))
-
-    q = torch.randn(1, 600, 2, 8)
+    """A document per 3 tokens calls as many torch ops as one per 300: no loop over documents."""
+    x, state = torch.randn(1, 600, 2, 8), torch.zeros(1, 2, 8, 8)
     counts = []
     for step in (3, 300):
-        resets = torch.arange(600) % step == 0
-        with Count() as count:
-            out, final, saved = linear.linear_attention_forward(
-                q, q, q, None, scale=1.0, resets=resets
-            )
-            linear.linear_attention_backward(saved, out, final)
-        counts.append(count.calls)
+        starts = torch.arange(600) % step == step - 1
+        with Calls() as calls:
+            tile = linear.prepare(x, x, x, None, scale=1.0, starts=starts)
+            out, end = linear.run(tile, state)
+            linear.backward(tile, state, out, end)
+        counts.append(len(calls.names))
     assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("kind", DECAYS)
+def test_offsets_past_2_to_the_31(kind: str) -> None:
+    """Tokens whose last element lies 2^31 elements behind the first: views of pages that are
+    never touched, the values of a plain copy."""
+    torch.manual_seed(5)
+    n, heads, dim = 70, 2, 4
+    stride = 2**31 // (n - 1) + 1
+    views = []
+    for _ in range(3):
+        memory = torch.empty(stride * (n - 1) + heads * dim, dtype=torch.bfloat16)
+        view = memory.as_strided((1, n, heads, dim), (0, stride, dim, 1))
+        assert (n - 1) * view.stride(1) > 2**31
+        views.append(view.copy_(torch.randn(1, n, heads, dim)))
+    log_decay = draw_decay(kind, (1, n, heads, dim))
+    log_decay = None if log_decay is None else log_decay.detach().float()
+    state = torch.randn(1, heads, dim, dim)
+    found = []
+    for q, k, v in (views, [x.clone(memory_format=torch.contiguous_format) for x in views]):
+        tile = linear.prepare(q, k, v, log_decay, scale=SCALE)
+        out, end = linear.run(tile, state)
+        grads, dstate = linear.backward(tile, state, v, end)
+        found.append([out, end, *(g for g in grads if g is not None), dstate])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_no_heads_are_no_work() -> None:
+    """A rank of strategy switch may have no heads."""
+    x, state = torch.zeros(2, 5, 0, 4), torch.zeros(2, 0, 4, 4)
+    tile = linear.ahead(linear.prepare(x, x, x, None, scale=1.0))
+    out, end = linear.run(tile, state)
+    grads, dstate = linear.backward(tile, state, out, end)
+    assert out.shape == x.shape
+    assert end.shape == dstate.shape == linear.advance(tile, state).shape == state.shape
+    assert all(g is None or g.shape == x.shape for g in grads)
 
 
 def test_bad_shapes_say_what_was_got() -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from xdist.comm.scan import Transition
 from xdist.parallel.recurrence import Inputs, Recurrence
-from xdist_kernels.linear import tiles as linear
+from xdist_kernels import linear
 
 
 class LinearAttention(Recurrence):
