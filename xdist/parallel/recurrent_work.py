@@ -91,6 +91,8 @@ class Work:
         self.states = dict(zip(map(id, order), states, strict=True)) if states else {}
         first = next(x for i, x in enumerate(inputs) if x is not None and i not in op.whole)
         _, heads, _, _ = self.identity.shape
+        # Under switch a rank may have no head; kernels then have nothing to shape.
+        self._idle = heads == 0
         self._out_shape = (*first.shape[:2], heads, op.value_dim(inputs))
 
     @property
@@ -173,8 +175,9 @@ class Work:
                 state = self._start_of(tile)
             assert state is not None
             self.states[id(tile)] = state
-            out, state = self.op.run(self._prepared(tile), state)
-            tile.put(self.out, out)
+            if not self._idle:
+                out, state = self.op.run(self._prepared(tile), state)
+                tile.put(self.out, out)
             if tile.closes is not None:
                 self.finals[tile.closes] = state
         return self.identity if state is None else state
@@ -239,6 +242,8 @@ class Work:
     def _back(
         self, segment: Segment, first: int, last: int, dstate: Tensor | None
     ) -> Tensor | None:
+        if self._idle:
+            return self.identity
         for tile in reversed(segment.tiles[first:last]):
             found, dstate = self.op.backward(
                 self._prepared(tile),
