@@ -1,10 +1,10 @@
-"""Checkpoints on a grid of layers and tokens: kept and working bytes, and the grid that needs least.
+"""Checkpoints on a grid of layers and tokens: kept and working bytes, and the best grid.
 
 L layers over n tokens of a rank, in chunks of s tokens and groups of l layers:
 
-    kept       (groups - 1) n X           the stream between groups (the first one's is the caller's)
+    kept       (groups - 1) n X           the stream between groups (the first is the caller's)
                + (chunks - 1) sum S_i     the states before each chunk but those that are zero
-    working    s sum W_i                  one cell, chunk x group, with its graph; the largest group
+    working    s sum W_i                  a cell, chunk x group, with its graph; the largest group
                + (l - 1) n X              where states cross ranks: the group's streams once more
 
 X, S_i, W_i: bytes of a token of the stream, of layer i's states, of what autograd keeps of a token

@@ -28,11 +28,11 @@ from xdist.mesh import Mesh
 from xdist.shard import SequenceShard
 
 
-class NeedsWholeSequence(StrategyError):
+class NeedsWholeSequence(StrategyError):  # noqa: N818 - it says what is needed
     """A layer was given a chunk and cannot go on from a state."""
 
 
-class Enough(Exception):
+class Enough(Exception):  # noqa: N818 - it is not an error
     """Ends a layer's call whose carry has what it was asked for."""
 
 

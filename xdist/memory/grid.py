@@ -208,7 +208,10 @@ class _Grid(torch.autograd.Function):
                 seed = _head_seed(plan.head, dout) if top and plan.head is not None else None
                 d = _backward(plan, group, d, seed, sums, owned=not top)
         dx = d if ctx.needs_input_grad[1] else None
-        return None, dx, *(sums.of(p) if p.requires_grad else None for p in parameters)
+        # An empty share runs no layer, yet its gradients are zeros, as without checkpoints.
+        empty = not plan.segments
+        grads = [sums.of(p, of_nothing=empty) if p.requires_grad else None for p in parameters]
+        return None, dx, *grads
 
 
 def _forward(plan: _Plan, group: _Group, head: _HeadSum | None) -> Tensor:
@@ -266,7 +269,7 @@ def _backward(
         inputs.append(_stream(layer.output, group.x.shape[1]))
         sweep.again(inputs[-2], _writer(inputs[-1]))
         inputs[-1].requires_grad_(layer.output.is_floating_point())
-    for number in reversed(range(len(group.sweeps))):
+    while group.sweeps:
         x, sweep = inputs.pop(), group.sweeps.pop()
         target = None
         if x.requires_grad:

@@ -44,10 +44,12 @@ class Sums:
                 self._sums[id(p)] = torch.zeros(p.shape, dtype=wide, device=p.device)
             self._sums[id(p)] += grad
 
-    def of(self, p: Tensor) -> Tensor | None:
-        """The sum for one parameter in its dtype; None where nothing came."""
+    def of(self, p: Tensor, *, of_nothing: bool = False) -> Tensor | None:
+        """The sum for one parameter in its dtype; where nothing came None, or zeros."""
         found = self._sums.get(id(p))
-        return None if found is None else found.to(p.dtype)
+        if found is None:
+            return torch.zeros_like(p) if of_nothing else None
+        return found.to(p.dtype)
 
 
 def owned(x: Tensor) -> Tensor:
