@@ -24,6 +24,7 @@ _HOME = {
     "bidirectional": "xdist.ops",
     "Recurrence": "xdist.parallel.recurrence",
     "selective_scan": "xdist.ops",
+    "prefix_attention": "xdist.ops",
     "causal_conv1d": "xdist.ops",
     "cross_entropy": "xdist.ops",
     "mean": "xdist.ops",

@@ -1,0 +1,81 @@
+"""Prefix attention as a recurrence: softmax with a fixed query, its sums kept beside a maximum."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from xdist.parallel.recurrence import Inputs, Recurrence, state_dtype
+from xdist_kernels import prefix
+from xdist_kernels.prefix import Prepared
+
+
+class _Inputs(NamedTuple):
+    q: Tensor  # [H, D]
+    k: Tensor  # [B, n, H, D]
+    v: Tensor  # [B, n, H, V]
+
+
+def _named(inputs: Inputs) -> _Inputs:
+    return _Inputs(*(x for x in inputs if x is not None))
+
+
+class PrefixAttention(Recurrence):
+    """o_t = softmax_{i<=t}(scale * q . k_i) v_i.
+
+    inputs: q [H,D] (whole), k [B,n,H,D], v [B,n,H,V]. A state [B,H,1,2+V] is (m, u, w) for
+    e^m (u, w): the largest score, and the sums of e^(s-m) (1, v). Its gradient is (g, h, G) in the
+    same form, and both are added up at the larger exponent.
+    """
+
+    transition = "logsumexp"
+    whole = frozenset({0})
+    marks_documents = True
+
+    def __init__(self, scale: float) -> None:
+        self.scale = scale
+
+    def state_shape(self, inputs: Inputs) -> tuple[int, int, int, int]:
+        v = _named(inputs).v
+        return v.shape[0], v.shape[2], 1, 2 + v.shape[3]
+
+    def value_dim(self, inputs: Inputs) -> int:
+        return _named(inputs).v.shape[3]
+
+    def output_dtype(self, inputs: Inputs) -> torch.dtype:
+        return _named(inputs).v.dtype
+
+    def identity(self, inputs: Inputs) -> Tensor:
+        nothing = _named(inputs).v.new_zeros(self.state_shape(inputs), dtype=state_dtype(inputs))
+        nothing[..., 0] = -math.inf
+        return nothing
+
+    def prepare(self, inputs: Inputs, starts: Tensor | None) -> Prepared:
+        return prefix.prepare(*_named(inputs), scale=self.scale, starts=starts)
+
+    def transition_of(self, tile: Prepared) -> None:
+        return None
+
+    def advance(self, tile: Prepared, state: Tensor) -> Tensor:
+        return prefix.advance(tile, state)
+
+    def ahead(self, tile: Prepared) -> Prepared:
+        return prefix.ahead(tile)
+
+    def run(self, tile: Prepared, state: Tensor) -> tuple[Tensor, Tensor]:
+        return prefix.run(tile, state)
+
+    def adjoint(self, tile: Prepared, state: Tensor, dout: Tensor, dstate: Tensor) -> Tensor:
+        return prefix.adjoint(tile, state, dout, dstate)
+
+    def backward_ahead(self, tile: Prepared, state: Tensor, dout: Tensor) -> Prepared:
+        return prefix.backward_ahead(tile)
+
+    def backward(
+        self, tile: Prepared, state: Tensor, dout: Tensor, dstate: Tensor
+    ) -> tuple[Sequence[Tensor | None], Tensor]:
+        return prefix.backward(tile, state, dout, dstate)
