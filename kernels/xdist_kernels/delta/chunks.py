@@ -30,7 +30,7 @@ def to_chunks(x: Tensor, chunk: int, group: int = 1) -> Tensor:
     batch, n, heads, dim = x.shape
     if n % chunk:
         x = pad(x, (0, 0, 0, 0, 0, -n % chunk))
-    x = x.view(batch, -1, chunk, heads, dim).permute(1, 0, 3, 2, 4)
+    x = x.unflatten(1, (-1, chunk)).permute(1, 0, 3, 2, 4)
     if group == 1:
         return x
     shape = (x.shape[0], batch, heads, group, chunk, dim)
@@ -39,14 +39,15 @@ def to_chunks(x: Tensor, chunk: int, group: int = 1) -> Tensor:
 
 def fused(x: Tensor, wide: torch.dtype) -> Tensor:
     """[chunks,B,H,C,D] -> [N,C,D] contiguous in the states' dtype."""
-    return x.to(wide, memory_format=torch.contiguous_format).reshape(-1, *x.shape[3:])
+    # `to` leaves the strides alone where nothing is to be converted.
+    return x.to(wide, memory_format=torch.contiguous_format).reshape(-1, *x.shape[3:]).contiguous()
 
 
 def to_tokens(x: Tensor, batch: int, heads: int, n: int) -> Tensor:
     """[N,C,D] -> [B,n,H,D] contiguous, without the filling."""
-    count = x.shape[0] // max(1, batch * heads)
-    x = x.view(count, batch, heads, *x.shape[1:]).permute(1, 0, 3, 2, 4)
-    return x.reshape(batch, -1, heads, x.shape[-1])[:, :n]
+    count, (chunk, dim) = -(-n // x.shape[1]), x.shape[1:]
+    x = x.view(count, batch, heads, chunk, dim).permute(1, 0, 3, 2, 4)
+    return x.reshape(batch, count * chunk, heads, dim)[:, :n]
 
 
 class Decays(NamedTuple):
