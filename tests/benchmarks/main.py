@@ -9,6 +9,7 @@ import argparse
 import sys
 
 import checkpoints
+import memory
 import mixers
 import overhead
 import record
@@ -31,6 +32,13 @@ BENCHMARKS = {
         "The main job by length and ranks",
         "A step is forward, backward, gradient sum, clipping and update on one sequence; median "
         "without the first. Ranks have one thread each.",
+    ),
+    "memory": (
+        memory,
+        "Memory and time of long sequences on one rank",
+        "Forward and backward of four layers of width 128 under checkpoint_grid, float32, one "
+        "process a row; peak is the whole process's, bytes per token what it grew by over a run "
+        "of 1,024 tokens. Rows of 8 Mi take a head, the others make the output and its gradient.",
     ),
     "checkpoints": (
         checkpoints,

@@ -22,7 +22,7 @@ from functools import lru_cache
 
 import numpy as np
 
-CHUNK_STEP = 512  # tokens: candidates for s are its multiples
+CHUNK_STEP = 1024  # tokens: candidates for s are its multiples
 
 
 @dataclass(frozen=True)
