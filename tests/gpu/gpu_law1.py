@@ -30,7 +30,8 @@ Call = Callable[[Inputs, Inputs, "xdist.SequenceShard | None"], Tensor]
 class Case:
     """One operation with its shapes; `local` tensors are sharded, `whole` ones are not.
 
-    Shapes hold "N" where the sequence is; a name with the suffix "-" is drawn negative.
+    Shapes hold "N" where the sequence is; a name with the suffix "-" is drawn negative, one with
+    "+" between 0 and 0.3. like: the input that has the output's shape; "": queries by values.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Case:
     whole: dict[str, tuple]
     call: Call
     documents: tuple[float, ...] = ()
+    like: str = ""
 
 
 def _attention(strategy: str, **mask: Any) -> Call:
@@ -60,6 +62,16 @@ def _linear(strategy: str) -> Call:
     return call
 
 
+def _recurrence(name: str, strategy: str, algorithm: str) -> Call:
+    def call(local: Inputs, whole: Inputs, shard: Any) -> Tensor:
+        alone = shard is None or shard.mesh.sequence_size == 1
+        ways = {} if alone else {"strategy": strategy, "algorithm": algorithm}
+        given = {key.rstrip("+-"): x for key, x in (local | whole).items()}
+        return getattr(xdist, name)(**given, shard=shard, **ways)
+
+    return call
+
+
 def _convolution(local: Inputs, whole: Inputs, shard: Any) -> Tensor:
     return xdist.causal_conv1d(local["x"], whole["w"], whole["b"], shard, activation="silu")
 
@@ -68,6 +80,44 @@ Q, KV = (2, "N", 4, 16), (2, "N", 2, 16)
 QKV = {"q": Q, "k": KV, "v": (2, "N", 2, 24)}
 LINEAR = {"q": (2, "N", 4, 8), "k": (2, "N", 4, 8), "v": (2, "N", 4, 12)}
 CUTS = (0.0, 0.21, 0.21, 0.6, 1.0)
+DELTA = LINEAR | {"k": (2, "N", 4, 8), "beta+": (2, "N", 4)}
+# op, label, sharded inputs, inputs held whole, the input that has the output's shape
+RECURRENCES: tuple[tuple[str, str, dict, dict, str], ...] = (
+    ("delta_rule", "no decay", DELTA, {}, "v"),
+    ("delta_rule", "scalar decay", DELTA | {"log_decay-": (2, "N", 4)}, {}, "v"),
+    ("delta_rule", "diagonal decay", DELTA | {"log_decay-": (2, "N", 4, 8)}, {}, "v"),
+    (
+        "ssd",
+        "",
+        {
+            "x": (2, "N", 4, 12),
+            "dt+": (2, "N", 4),
+            "B": (2, "N", 2, 8),
+            "C": (2, "N", 2, 8),
+        },
+        {"A-": (4,), "D": (4,)},
+        "x",
+    ),
+    (
+        "selective_scan",
+        "",
+        {
+            "u": (2, "N", 6),
+            "delta+": (2, "N", 6),
+            "B": (2, "N", 4),
+            "C": (2, "N", 4),
+        },
+        {"A-": (6, 4), "D": (6,)},
+        "u",
+    ),
+    (
+        "prefix_attention",
+        "",
+        {"k": (2, "N", 4, 12), "v": (2, "N", 4, 12)},
+        {"q": (4, 12)},
+        "v",
+    ),
+)
 
 CASES = [
     *(
@@ -90,6 +140,18 @@ CASES = [
             ("diagonal decay", {"decay-": (2, "N", 4, 8)}, {}),
         )
     ),
+    *(
+        Case(
+            f"{name} {strategy} {algorithm} {label}".rstrip(),
+            local,
+            whole,
+            _recurrence(name, strategy, algorithm),
+            CUTS,
+            like,
+        )
+        for name, label, local, whole, like in RECURRENCES
+        for strategy, algorithm in (("scan", "gather"), ("scan", "chain"), ("switch", "auto"))
+    ),
     Case("causal_conv1d", {"x": (2, "N", 6)}, {"w": (6, 4), "b": (6,)}, _convolution, CUTS),
 ]
 
@@ -101,11 +163,15 @@ def draw(case: Case, length: int, seed: int) -> tuple[Inputs, Inputs, Tensor]:
     def tensor(name: str, shape: tuple) -> Tensor:
         sizes = [length if size == "N" else size for size in shape]
         x = torch.randn(sizes, generator=generator, dtype=torch.float64)
+        if name.endswith("+"):
+            return 0.3 * x.sigmoid()
         return -torch.nn.functional.softplus(x) if name.endswith("-") else x
 
     local = {name: tensor(name, shape) for name, shape in case.local.items()}
     whole = {name: tensor(name, shape) for name, shape in case.whole.items()}
     # Heads as the queries, features as the values; a convolution keeps the shape of x.
+    if case.like:
+        return local, whole, tensor("out", case.local[case.like])
     shapes = case.local if "q" in case.local else {"q": case.local["x"], "v": case.local["x"]}
     return local, whole, tensor("out", (*shapes["q"][:-1], shapes["v"][-1]))
 

@@ -1,0 +1,25 @@
+"""The public functions, with or without a shard. Thin: each checks nothing twice and delegates."""
+
+from xdist.ops.convolution import causal_conv1d
+from xdist.ops.linear import delta_rule, linear_attention
+from xdist.ops.losses import cross_entropy, mean
+from xdist.ops.moves import switch
+from xdist.ops.prefix import prefix_attention
+from xdist.ops.recurrences import bidirectional, recurrence
+from xdist.ops.softmax import attention
+from xdist.ops.state_space import selective_scan, ssd
+
+__all__ = [
+    "attention",
+    "bidirectional",
+    "causal_conv1d",
+    "cross_entropy",
+    "delta_rule",
+    "linear_attention",
+    "mean",
+    "prefix_attention",
+    "recurrence",
+    "selective_scan",
+    "ssd",
+    "switch",
+]

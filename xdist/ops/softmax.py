@@ -1,0 +1,74 @@
+"""Softmax attention, with or without a shard."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from xdist.mask import Mask
+from xdist.parallel import attention as attention_parallel
+from xdist.shard import SequenceShard
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    shard: SequenceShard | None = None,
+    *,
+    mask: Mask,
+    strategy: str = "auto",
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    key_shard: SequenceShard | str = "same",
+) -> Tensor:
+    """Softmax attention: softmax(softcap(scale * q k^T), mask) v.
+
+    Args:
+        q: `[B, n, H, D]`, this rank's queries, any float dtype.
+        k: `[B, m, G, D]`, the dtype of q. H is a multiple of G: each key head serves H / G query
+            heads.
+        v: `[B, m, G, E]`, the dtype of q; E may differ from D.
+        shard: where this rank's queries lie; None is one device.
+        mask: which keys a query sees, inside its own document.
+        strategy: "ulysses", "ring", "gather" or "halo" (masks of finite reach on both sides);
+            "auto" takes the one whose busiest rank moves the fewest bytes, forward and backward
+            together (`xdist.parallel.attention.explain` says which and why).
+        scale: None is `D ** -0.5`.
+        softcap: c > 0 turns a score s into `c * tanh(s / c)`, before the mask.
+        sinks: `[H]`, one extra logit per head that takes probability and adds no value; its
+            gradient is this rank's part.
+        key_shard: "same" (keys lie as the queries), "replicated" (every rank holds all keys; their
+            gradient is this rank's part) or the keys' own SequenceShard, whose document i the
+            queries' document i sees. Causal and window masks need "same".
+
+    Returns:
+        `[B, n, H, E]` in the dtype of q; a query that sees nothing gets 0. Scores and sums are
+        float32 inside, float64 for float64.
+
+    What moves, how many bytes and what is saved: docs/strategies/ulysses.md, ring.md, gather.md
+    and halo.md. Shares may be uneven or empty, H and G need not divide by the ranks.
+
+    Raises:
+        ShapeError: shapes, dtypes or devices that do not fit together or with the shard.
+        MaskError: a window list of another length, or a mask that keys elsewhere cannot serve.
+        StrategyError: an unknown strategy, or halo with a mask of unlimited reach.
+        NumericsError: inside `xdist.checks()`, inputs that are not finite.
+
+    Source: blockwise as Dao, "FlashAttention-2" (2023), algorithms 1 and 2; ring as Liu et al.,
+    "Ring Attention with Blockwise Transformers" (2023); ulysses as Jacobs et al., "DeepSpeed
+    Ulysses" (2023).
+    """
+    whole_sequence("attention", shard)
+    return attention_parallel.attention(
+        q,
+        k,
+        v,
+        shard,
+        mask=mask,
+        strategy=strategy,
+        scale=scale,
+        softcap=softcap,
+        sinks=sinks,
+        key_shard=key_shard,
+    )
