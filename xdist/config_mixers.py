@@ -41,6 +41,15 @@ def _of_mixers(config: Config) -> list[Problem]:
                 "nearest valid settings: train.precision=float32",
             )
         )
+    if config.engine.name == "deepspeed" and config.engine.zero_stage == 3 and model.recompute:
+        found.append(
+            Problem(
+                (("model", "recompute"), ("engine", "zero_stage")),
+                "mixer_lm cannot compute layers again under DeepSpeed's stage 3",
+                "a layer's parameters are let go of before the recomputation's gradients are made",
+                "nearest valid settings: model.recompute=false, or engine.zero_stage=2",
+            )
+        )
     try:
         layers = set(parse_pattern(model.pattern, model.kind))
     except ConfigError:
