@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from xdist.comm import collectives
+from xdist.comm import collectives, worlds
 from xdist.comm.collectives import DeviceMesh, ProcessGroup
 from xdist.errors import GeometryError
 from xdist.rank import RankVariables, read_rank
@@ -144,7 +144,7 @@ def init_mesh(
     chosen = _device(device, variables.local_rank)
     if not initialised and world > 1:
         backend = _backend(chosen, variables)
-        collectives.initialise(
+        worlds.initialise(
             backend,
             variables,
             settings=settings,
@@ -153,7 +153,7 @@ def init_mesh(
             device=chosen,
         )
     elif initialised:
-        collectives.sign_in()
+        worlds.sign_in()
     return _build(sizes, chosen, None)
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from xdist.comm.collectives import fake_world, is_initialised
+from xdist.comm.collectives import is_initialised
+from xdist.comm.worlds import fake_world
 from xdist.config import Config, load, parse
 from xdist.cost.moves import Moved
 from xdist.dry_run import dry_run

@@ -56,6 +56,8 @@ WITHIN = {("mask", "documents"), ("mask", "layout"), ("documents", "layout")}
 
 C10D = {
     "xdist/comm/collectives.py",
+    # Makes and leaves the default process groups that collectives.py moves data in.
+    "xdist/comm/worlds.py",
     # The backend's own collectives, which engines make through xdist.
     "xdist/comm/flat.py",
     # Only fully_shard's API: it moves through comm/flat.py.

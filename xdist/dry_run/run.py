@@ -15,9 +15,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from xdist.comm.collectives import fake_world
 from xdist.comm.ledger import Ledger, ledger
 from xdist.comm.reduce import start_reduce
+from xdist.comm.worlds import fake_world
 from xdist.config import Config, Engine, Stage
 from xdist.cost.moves import Moved
 from xdist.dry_run.meta import MetaRun

@@ -11,7 +11,7 @@ from multiprocessing.connection import Connection, wait
 from types import TracebackType
 from typing import Any
 
-from xdist.comm.collectives import Rendezvous
+from xdist.comm.worlds import Rendezvous
 from xdist.errors import PeerLost
 from xdist.testing.worker import Reply, encode, work
 

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from xdist.checkpoint.pieces import Piece, Spec
-from xdist.comm.collectives import ProcessGroup, lone_group, naming_lost_peers
+from xdist.comm.collectives import ProcessGroup, naming_lost_peers
 from xdist.comm.reduce import start_reduce
+from xdist.comm.worlds import lone_group
 from xdist.config import Config
 from xdist.errors import ConfigError, LaunchError
 from xdist.mesh import Mesh
