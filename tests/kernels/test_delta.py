@@ -143,6 +143,26 @@ def test_chunk_sizes_agree(kind: str) -> None:
             assert size <= 1e-10, (chunk, name, size)
 
 
+def test_blocks_of_rows_agree() -> None:
+    """Rows one by one, a shared key head's two at a time, one batch entry at a time, all."""
+    torch.manual_seed(1)
+    x = draw(70, "scalar", shared=2)
+    for rows in (1, 3, 4, 8):
+        for name, size in errors(x, (0, 33, 70), torch.float64, elements=rows * 70 * 16).items():
+            assert size <= 1e-10, (rows, name, size)
+
+
+def test_no_rows() -> None:
+    """A rank that was given no heads by strategy switch gets results of their shapes."""
+    x = torch.zeros(1, 70, 0, 3)
+    state = torch.zeros(1, 0, 3, 3)
+    tile = delta.prepare(x, x, x, x[..., 0], None, 1.0)
+    out, end = delta.run(delta.ahead(tile), state)
+    grads, before = delta.backward(tile, state, out, end)
+    assert out.shape == grads.q.shape == x.shape
+    assert end.shape == before.shape == delta.transition(tile).shape == state.shape
+
+
 @pytest.mark.parametrize("kind", DECAYS)
 def test_float32_is_near_the_best_possible(kind: str) -> None:
     """Against the token loop on the same rounded inputs: medians over five seeds stay within

@@ -1,22 +1,24 @@
 """The delta rule on one device: DeltaNet, Gated DeltaNet, KDA. Maths in README.md."""
 
-from xdist_kernels.delta.backward import Gradients, Ready, adjoint, backward, backward_ahead
-from xdist_kernels.delta.torch import (
+from xdist_kernels.delta.tile import (
     Ahead,
-    Prepared,
+    Ready,
+    Tile,
+    adjoint,
     advance,
     ahead,
-    check,
+    backward,
+    backward_ahead,
     prepare,
     run,
     transition,
 )
+from xdist_kernels.delta.torch import check
 
 __all__ = [
     "Ahead",
-    "Gradients",
-    "Prepared",
     "Ready",
+    "Tile",
     "adjoint",
     "advance",
     "ahead",

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from xdist_kernels.delta.chunks import fused, to_chunks, to_tokens
 from xdist_kernels.delta.products import scores_adjoint
-from xdist_kernels.delta.torch import Chain, Prepared, by_chunk, chain, queries, wide_dtype
+from xdist_kernels.delta.torch import Chain, Prepared, by_chunk, chain, queries
 
 
 class Asked(NamedTuple):
@@ -58,8 +58,8 @@ class Gradients(NamedTuple):
 
 
 def _asked(p: Prepared, dout: Tensor) -> Asked:
-    chunk = p.v.shape[1]
-    own = fused(to_chunks(dout, chunk), wide_dtype(p.v))
+    chunk = p.beta.shape[1]
+    own = fused(to_chunks(dout, chunk), p.both.dtype)
     return Asked(own, torch.bmm(p.scores[:, :chunk].mT, own), torch.bmm(queries(p).mT, own))
 
 
@@ -70,7 +70,7 @@ def backward_ahead(p: Prepared, state: Tensor, dout: Tensor) -> Ready:
 
 def _keys_to_end(p: Prepared) -> Tensor:
     """K" [N, C, K]."""
-    keys = p.both[:, p.v.shape[1] :]
+    keys = p.both[:, p.beta.shape[1] :]
     return keys if p.decays is None else keys * p.decays.until_end
 
 
@@ -95,7 +95,7 @@ def _chain_back(p: Prepared, asked: Asked, dstate: Tensor) -> Chain:
 def adjoint(p: Prepared, dout: Tensor, dstate: Tensor) -> Tensor:
     """Gradient of the state before the tile, from those of its outputs [B,T,H,V] and of the state
     after it [B,H,K,V]."""
-    back = _chain_back(p, _asked(p, dout), dstate.to(p.v.dtype).flatten(0, 1))
+    back = _chain_back(p, _asked(p, dout), dstate.to(p.both.dtype).flatten(0, 1))
     return back.states[0].clone().view(dstate.shape)
 
 
@@ -104,8 +104,8 @@ def backward(
 ) -> tuple[Gradients, Tensor]:
     """Gradients of a tile's inputs and of the state before it."""
     p, outputs, forward = tile if isinstance(tile, Ready) else backward_ahead(tile, state, dout)
-    chunk, (states, lacks) = p.v.shape[1], forward
-    dstates, dwrites = _chain_back(p, outputs, dstate.to(p.v.dtype).flatten(0, 1))
+    chunk, (states, lacks) = p.beta.shape[1], forward
+    dstates, dwrites = _chain_back(p, outputs, dstate.to(p.both.dtype).flatten(0, 1))
 
     own = outputs.dout
     asked = own.new_empty(own.shape[0], 2 * chunk, own.shape[2])

@@ -62,7 +62,6 @@ class Prepared(NamedTuple):
 
     inputs: Inputs
     both: Tensor  # [N, 2C, K] scale * q above k
-    v: Tensor  # [N, C, V]
     beta: Tensor  # [N, C, 1]
     decays: Decays | None  # None: no decay, and no document starts inside
     scores: Tensor  # [N, 2C, C] A above L
@@ -130,7 +129,7 @@ def prepare(
     x = Inputs(q, k, v, beta, log_decay, scale, starts)
     n, heads = v.shape[1:3]
     wide, chunk = wide_dtype(v), chunk_size(n, chunk)
-    group = heads // max(1, k.shape[2])
+    group = max(1, heads // max(1, k.shape[2]))
     keys = to_chunks(k, chunk, group)
     both = torch.empty(*keys.shape[:3], 2 * chunk, k.shape[3], dtype=wide, device=k.device)
     torch.mul(to_chunks(q, chunk, group).to(wide), scale, out=both[..., :chunk, :])
@@ -150,7 +149,7 @@ def prepare(
         writes,
         None if decays is None else decays.whole(),
     )
-    return Prepared(x, both, values, b, decays, found, inverse, links)
+    return Prepared(x, both, b, decays, found, inverse, links)
 
 
 def since_start(x: Tensor, decays: Decays | None) -> Tensor:
@@ -171,8 +170,8 @@ class Chain(NamedTuple):
 
 
 def by_chunk(x: Tensor, rows: int) -> Tensor:
-    """[N, ..] -> [chunks, rows, ..]."""
-    return x.view(-1, rows, *x.shape[1:])
+    """[N, ..] -> [chunks, rows, ..]; without rows there are no chunks."""
+    return x.view(x.shape[0] // max(1, rows), rows, *x.shape[1:])
 
 
 def _steps(
@@ -217,7 +216,7 @@ def _end(links: Links, state: Tensor, *, entering: bool) -> Tensor:
 def transition(p: Prepared) -> Tensor:
     """M [B,H,K,K] of a tile in which no document starts."""
     batch, heads, key_dim = p.inputs.v.shape[0], p.inputs.v.shape[2], p.both.shape[-1]
-    one = torch.eye(key_dim, dtype=p.v.dtype, device=p.v.device).expand(batch * heads, -1, -1)
+    one = torch.eye(key_dim, dtype=p.both.dtype, device=p.both.device).expand(batch * heads, -1, -1)
     return _end(p.links, one, entering=False).view(batch, heads, key_dim, key_dim)
 
 
@@ -228,7 +227,7 @@ def advance(p: Prepared, state: Tensor) -> Tensor:
 
 def ahead(p: Prepared) -> Ahead:
     """The part of the outputs that needs no state."""
-    seen = p.scores[:, : p.v.shape[1]] * p.beta.mT
+    seen = p.scores[:, : p.beta.shape[1]] * p.beta.mT
     reads = torch.baddbmm(queries(p), seen, p.links.weight, alpha=-1)
     return Ahead(p.inputs, p.links, torch.bmm(seen, p.links.entry), reads)
 
@@ -241,7 +240,7 @@ def run(p: Prepared | Ahead, state: Tensor) -> tuple[Tensor, Tensor]:
     if isinstance(p, Ahead):
         out = torch.baddbmm(p.own, p.reads, into)
     else:
-        own = torch.bmm(p.scores[:, : p.v.shape[1]], lacks.mul_(p.beta))
+        own = torch.bmm(p.scores[:, : p.beta.shape[1]], lacks.mul_(p.beta))
         out = torch.baddbmm(own, queries(p), into)
     out = to_tokens(out.to(p.inputs.v.dtype), batch, heads, n)
     return out, states[-1].clone().view(state.shape)

@@ -33,7 +33,7 @@ class DeltaRule(Recurrence):
         assert v is not None
         return v.shape[0], v.shape[2], k.shape[3], v.shape[3]
 
-    def prepare(self, inputs: Inputs, starts: Tensor | None) -> delta.Prepared:
+    def prepare(self, inputs: Inputs, starts: Tensor | None) -> delta.Tile:
         q, k, v, beta, log_decay = inputs
         assert q is not None
         assert k is not None
@@ -43,26 +43,26 @@ class DeltaRule(Recurrence):
             log_decay = log_decay.expand(*beta.shape)
         return delta.prepare(q, k, v, beta.squeeze(-1), log_decay, self.scale, starts)
 
-    def transition_of(self, tile: delta.Prepared) -> Tensor:
+    def transition_of(self, tile: delta.Tile) -> Tensor:
         return delta.transition(tile)
 
-    def advance(self, tile: delta.Prepared, state: Tensor) -> Tensor:
+    def advance(self, tile: delta.Tile, state: Tensor) -> Tensor:
         return delta.advance(tile, state)
 
-    def ahead(self, tile: delta.Prepared) -> delta.Ahead:
+    def ahead(self, tile: delta.Tile) -> delta.Ahead:
         return delta.ahead(tile)
 
-    def run(self, tile: delta.Prepared | delta.Ahead, state: Tensor) -> tuple[Tensor, Tensor]:
+    def run(self, tile: delta.Tile | delta.Ahead, state: Tensor) -> tuple[Tensor, Tensor]:
         return delta.run(tile, state)
 
-    def adjoint(self, tile: delta.Prepared, state: Tensor, dout: Tensor, dstate: Tensor) -> Tensor:
+    def adjoint(self, tile: delta.Tile, state: Tensor, dout: Tensor, dstate: Tensor) -> Tensor:
         return delta.adjoint(tile, dout, dstate)
 
-    def backward_ahead(self, tile: delta.Prepared, state: Tensor, dout: Tensor) -> delta.Ready:
+    def backward_ahead(self, tile: delta.Tile, state: Tensor, dout: Tensor) -> delta.Ready:
         return delta.backward_ahead(tile, state, dout)
 
     def backward(
-        self, tile: delta.Prepared | delta.Ready, state: Tensor, dout: Tensor, dstate: Tensor
+        self, tile: delta.Tile | delta.Ready, state: Tensor, dout: Tensor, dstate: Tensor
     ) -> tuple[Sequence[Tensor | None], Tensor]:
         found, before = delta.backward(tile, state, dout, dstate)
         dlog = found.log_decay
