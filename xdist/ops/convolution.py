@@ -6,7 +6,7 @@ from typing import Literal, overload
 
 from torch import Tensor
 
-from xdist.memory.carry import Carry, whole_sequence
+from xdist.memory.carry import Carry
 from xdist.parallel import conv as conv_parallel
 from xdist.parallel.carried import carried_convolution
 from xdist.shard import SequenceShard, resolve

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from xdist.mask import Mask
+from xdist.memory.carry import whole_sequence
 from xdist.parallel import attention as attention_parallel
 from xdist.shard import SequenceShard
 
