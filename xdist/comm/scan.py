@@ -23,8 +23,14 @@ from xdist.comm.pending import Pending
 from xdist.comm.scan_fold import ChainFold, Direction, Fold, GatherFold, run_together
 from xdist.comm.scan_maps import Maps, Transition, apply_transition
 from xdist.comm.summing import sum_dtype
-from xdist.cost.moves import scan_routes
-from xdist.cost.scan import ScanChoice, best_blocks, check_algorithm, choose_algorithm, schedule
+from xdist.cost.scan import (
+    ScanChoice,
+    best_blocks,
+    check_algorithm,
+    choose_algorithm,
+    routes_of,
+    schedule,
+)
 from xdist.errors import ShapeError
 from xdist.layout import Layout
 
@@ -77,7 +83,7 @@ class Scan:
         self.layout, self.group = layout, group
         self._cuts = (0, layout.length) if cu_seqlens is None else tuple(cu_seqlens)
         self._me = rank_of(group)
-        self._routes = scan_routes(layout, self._cuts)
+        self._routes = routes_of(layout, self._cuts)
         self._maps = Maps(transition, None if rates is None else rates.detach())
         self._algorithm, self._blocks = algorithm, blocks
         self._kept: dict[int, Tensor] = {}
@@ -151,6 +157,7 @@ class Scan:
             blocks=choice.blocks,
             transitions=self._maps.have_transitions,
             backward=backward,
+            rank=self._me,
         )
         if choice.algorithm == "gather":
             return GatherFold(way, parcels)

@@ -80,11 +80,11 @@ class Direction:
 
 
 class Fold(ABC):
-    """One scan in one direction on one rank: takes parcels in and gives parcels out."""
+    """One scan in one direction on one rank: takes its parcels in and gives its parcels out."""
 
     def __init__(self, way: Direction, parcels: Sequence[Parcel]) -> None:
         self.way = way
-        self.parcels = [p for p in parcels if way.me in (p.sender, p.receiver)]
+        self.parcels = parcels
 
     @abstractmethod
     def shape(self, parcel: Parcel) -> tuple[int, ...]:

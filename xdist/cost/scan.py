@@ -44,6 +44,12 @@ class Parcel(NamedTuple):
     receiver: int
 
 
+@lru_cache(maxsize=64)
+def routes_of(layout: Layout, cu_seqlens: tuple[int, ...]) -> tuple[ScanRoute, ...]:
+    """`scan_routes`, found once for all layers and steps."""
+    return tuple(scan_routes(layout, cu_seqlens))
+
+
 @lru_cache(maxsize=256)
 def schedule(
     layout: Layout,
@@ -53,12 +59,14 @@ def schedule(
     blocks: int = 1,
     transitions: bool = False,
     backward: bool = False,
+    rank: int | None = None,
 ) -> tuple[Parcel, ...]:
-    """All parcels of one exchange, of all ranks, in one order for everyone.
+    """The parcels of one exchange, in one order for everyone.
 
     `transitions`: whether segments have transitions (they travel forward, by gather alone).
+    `rank`: only those that it sends or receives.
     """
-    routes = scan_routes(layout, cu_seqlens)
+    routes = routes_of(layout, cu_seqlens)
     if algorithm == "gather":
         found = _gathered(routes, transitions and not backward, backward)
     else:
@@ -67,10 +75,10 @@ def schedule(
             for turn, place, sender, receiver in _links(routes, backward)
             for block in range(blocks)
         )
-    return tuple(sorted(found))
+    return tuple(sorted(p for p in found if rank is None or rank in (p.sender, p.receiver)))
 
 
-def _gathered(routes: list[ScanRoute], transitions: bool, backward: bool) -> Iterator[Parcel]:
+def _gathered(routes: Sequence[ScanRoute], transitions: bool, backward: bool) -> Iterator[Parcel]:
     for place, route in enumerate(routes):
         sender = route.piece.rank
         for user in route.back_users if backward else route.users:
@@ -81,7 +89,7 @@ def _gathered(routes: list[ScanRoute], transitions: bool, backward: bool) -> Ite
                 yield Parcel(0, place, 0, True, sender, user)
 
 
-def _links(routes: list[ScanRoute], backward: bool) -> Iterator[tuple[int, int, int, int]]:
+def _links(routes: Sequence[ScanRoute], backward: bool) -> Iterator[tuple[int, int, int, int]]:
     """Round, place, sender and receiver of each state that a chain carries to another rank."""
     step = -1 if backward else 1
     ready = 0  # the round in which the state in front of the next place is known there
@@ -140,7 +148,7 @@ def scan_bytes(
         )
     check_algorithm(algorithm, transition)
     sent = received = 0
-    for _, _, sender, receiver in _links(scan_routes(layout, cu_seqlens), backward):
+    for _, _, sender, receiver in _links(routes_of(layout, tuple(cu_seqlens)), backward):
         sent += sender == rank
         received += receiver == rank
     state = prod(state_shape) * itemsize
@@ -197,7 +205,7 @@ def scan_cost(
     HOP_BYTES + the most bytes that one rank sends or receives in the round.
     """
     check_algorithm(algorithm, transition)
-    routes = scan_routes(layout, cu_seqlens)
+    routes = routes_of(layout, tuple(cu_seqlens))
     if algorithm == "gather":
         extra = moves.transition_elements("scalar" if rates else transition, state_shape[-2])
         sizes = prod(state_shape) * itemsize, prod(state_shape[:-2]) * extra * itemsize
@@ -210,7 +218,7 @@ def scan_cost(
 
 
 def _gather_cost(
-    routes: list[ScanRoute], parts: int, state: int, extra: int, backward: bool
+    routes: Sequence[ScanRoute], parts: int, state: int, extra: int, backward: bool
 ) -> int:
     sent, received = [0] * parts, [0] * parts
     for parcel in _gathered(routes, extra > 0 and not backward, backward):
