@@ -69,25 +69,30 @@ OP = Op(
 )  # fmt: skip
 
 
+def part_of(cases: list[Case]) -> list[Case]:
+    """All in float64, every third one in float32."""
+    return [c for number, c in enumerate(cases) if c.dtype == torch.float64 or number % 3 == 0]
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_law_1_on_one_rank(dtype: torch.dtype) -> None:
-    check_law_1(OP, grid(OP, 1, dtype), None)
+    check_law_1(OP, part_of(grid(OP, 1, dtype)), None)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_law_1_on_two_ranks(dtype: torch.dtype, pool2: RankPool) -> None:
-    check_law_1(OP, grid(OP, 2, dtype), pool2)
+    check_law_1(OP, part_of(grid(OP, 2, dtype)), pool2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_law_1_on_three_ranks(dtype: torch.dtype, pool3: RankPool) -> None:
-    check_law_1(OP, grid(OP, 3, dtype, each=1), pool3)
+    check_law_1(OP, part_of(grid(OP, 3, dtype, each=1)), pool3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_law_1_on_four_ranks(dtype: torch.dtype, pool4: RankPool) -> None:
     """Five channels on four ranks under switch: uneven shares."""
-    check_law_1(OP, grid(OP, 4, dtype, each=1), pool4)
+    check_law_1(OP, part_of(grid(OP, 4, dtype, each=1)), pool4)
 
 
 @pytest.mark.slow
@@ -97,9 +102,8 @@ def test_law_1_in_bfloat16_and_on_more_layouts(pool3: RankPool, pool4: RankPool)
 
 
 def test_ledger_is_the_formula_is_the_second_count(pool2: RankPool, pool3: RankPool) -> None:
-    for parts, pool in ((2, pool2), (3, pool3)):
-        for dtype in (torch.float32, torch.float64):
-            pool.run(count_bytes, OP, grid(OP, parts, dtype, each=1))
+    pool2.run(count_bytes, OP, grid(OP, 2, torch.float64, each=1))
+    pool3.run(count_bytes, OP, grid(OP, 3, torch.float32, each=1))
 
 
 def test_scan_bytes_are_those_of_states_and_one_number_a_channel() -> None:
