@@ -20,8 +20,9 @@ from xdist.comm.keep import recording, replaying
 from xdist.comm.recorder import RECORDER
 from xdist.comm.scan import Scan, Transition, scan, start_adjoint_together, start_together
 from xdist.cost import moves
-from xdist.cost.scan import scan_bytes
+from xdist.cost.scan import choose_algorithm, scan_bytes
 from xdist.documents import Documents
+from xdist.errors import XdistError
 from xdist.layout import Layout
 from xdist.mesh import Mesh
 from xdist.testing import count_c10d_bytes, layouts
@@ -378,4 +379,51 @@ def moves_in_between() -> str:
             told = str(error)
     pending.wait()
     comm.start_reduce(torch.ones(3), mesh.sequence_group).wait()
+    return told
+
+
+def auto_moves_what_it_says(parts: int) -> list[str]:
+    """Small states gather, large ones go in blocks; bytes are those of the algorithm chosen."""
+    mesh = mesh_of(parts)
+    me, group = mesh.sequence_rank, mesh.sequence_group
+    layout, chosen = Layout.contiguous(12, parts), []
+    for heads, width in ((1, 4), (16, 128)):
+        like = torch.ones(1, heads, width, width)
+        states, transitions = [like], [torch.eye(width).expand(1, heads, width, width)]
+        plan = Scan(layout, group, transition="matrix", algorithm="auto")
+        choice = choose_algorithm(layout, (0, 12), tuple(like.shape), "matrix", 4)
+        assert plan.choice(like) == choice
+        sizes = layout, (0, 12), me, tuple(like.shape), "matrix", 4
+        there = scan_bytes(*sizes, algorithm=choice.algorithm)
+        with bytes_are(there, "scan", str(choice)):
+            entering = plan.start(states, transitions, like).wait()
+        assert torch.equal(entering[0], me * like)
+        back = scan_bytes(*sizes, algorithm=choice.algorithm, backward=True)
+        with bytes_are(back, "scan", str(choice)):
+            leaving = plan.start_adjoint(states, like).wait()
+        assert torch.equal(leaving[0], (parts - 1 - me) * like)
+        chosen.append(choice.algorithm)
+    return chosen
+
+
+def refused() -> list[str]:
+    """What does not fit, on one of two ranks' side each alike."""
+    mesh = mesh_of(2)
+    group, layout = mesh.sequence_group, Layout.contiguous(8, 2)
+    like = torch.zeros(1, 1, K, V)
+    one = Scan(layout, group, transition="none")
+    rates = torch.zeros(1, 1, K)
+    tried = (
+        lambda: Scan(Layout.contiguous(8, 3), group, transition="none"),
+        lambda: Scan(layout, group, transition="scalar", rates=rates),
+        lambda: Scan(layout, group, transition="logsumexp", algorithm="pipelined"),
+        lambda: one.start([like, like], None, like),
+        lambda: start_together([(one, [like], None, like), (one, [like], None, like.double())]),
+    )
+    told = []
+    for call in tried:
+        try:
+            call()
+        except XdistError as error:
+            told.append(f"{type(error).__name__}: {error}")
     return told

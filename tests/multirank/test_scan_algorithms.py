@@ -65,3 +65,19 @@ def test_a_move_in_the_middle_of_a_chain_is_refused(pool3: RankPool) -> None:
     before, told, after = pool3.run(cases.moves_in_between)
     assert (before, after) == ("", "")
     assert "reduce was started on a group on which a scan's chain is under way" in told
+
+
+def test_auto_moves_what_it_says(pool4: RankPool) -> None:
+    assert pool4.run(cases.auto_moves_what_it_says, 4) == [["gather", "pipelined"]] * 4
+
+
+def test_bad_input_is_refused_with_its_numbers(pool2: RankPool) -> None:
+    for told in pool2.run(cases.refused):
+        layout, rates, columns, number, together = told
+        assert layout.startswith("ShapeError")
+        assert "3 and 2" in layout
+        assert "'scalar'" in rates
+        assert columns.startswith("StrategyError")
+        assert "1 segments, 2 tensors" in number
+        assert "torch.float32" in together
+        assert "torch.float64" in together
