@@ -34,18 +34,18 @@ BENCHMARKS = {
         "A slow exchange of states behind local work",
         "Two ranks with one thread each, 32,768 tokens a rank, 8 heads of 64 x 64 (selective_scan: "
         "512 channels of 16), float32. Every message of a scan is delivered late to the rank that "
-        "needs it: forward the second rank, backward the first. time is the median over interleaved "
-        "pairs of that rank's forward or backward; waited is how long its wait for the late message "
-        "lasted, hidden = 1 - waited / delay. What can be computed ahead is the part that needs no "
-        "state, of as many tiles as fit in 64 MiB.",
+        "needs it: forward the second rank, backward the first. time is the median over pairs of "
+        "that rank's forward or backward; waited is how long its wait for the late message lasted, "
+        "hidden = 1 - waited / delay. What can be computed ahead is the part that needs no state, "
+        "of as many tiles as fit in 64 MiB.",
     ),
     "precision": (
         precision,
         "Error against float64 by length, dtype and ranks",
         "max|a - b| / max|b|. Two heads of 16 x 16 (selective_scan: 32 channels of 16), decays "
-        "near 1, delta rule with keys of rank 4 and beta below 0.05. The reference is the same chunked "
-        "kernel in float64 on one rank with the same rounded inputs, which tests hold to a loop "
-        "over tokens within 1e-10. With bfloat16 the tokens are bfloat16 and steps, decays and "
+        "near 1, delta rule with keys of rank 4 and beta below 0.05. The reference is the same "
+        "chunked kernel in float64 on one rank with the same rounded inputs, which tests hold to a "
+        "loop over tokens within 1e-10. With bfloat16 the tokens are bfloat16 and steps, decays and "
         "beta float32; results are then rounded to bfloat16 (4e-3).",
     ),
     "training": (
