@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from tests.multirank.recurrence_cases import N, Inputs, Op
+from tests.multirank.recurrence_cases import Inputs, N, Op
 from xdist_kernels.delta.reference import delta_rule_reference
 
 BATCH, HEADS, KEY_DIM, WIDTH, RANK = 2, 4, 16, 3, 4
