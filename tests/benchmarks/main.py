@@ -45,8 +45,8 @@ BENCHMARKS = {
         "max|a - b| / max|b|. Two heads of 16 x 16 (selective_scan: 32 channels of 16), decays "
         "near 1, delta rule with keys of rank 4 and beta below 0.05. The reference is the same "
         "chunked kernel in float64 on one rank with the same rounded inputs, which tests hold to a "
-        "loop over tokens within 1e-10. With bfloat16 the tokens are bfloat16 and steps, decays and "
-        "beta float32; results are then rounded to bfloat16 (4e-3).",
+        "loop over tokens within 1e-10. With bfloat16 the tokens are bfloat16 and steps, decays "
+        "and beta float32; results are then rounded to bfloat16 (4e-3).",
     ),
     "training": (
         training,
