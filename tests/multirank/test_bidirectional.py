@@ -156,3 +156,11 @@ def test_both_directions_share_one_exchange(op: str, pool2: RankPool, pool3: Ran
 def test_what_has_no_directions_is_refused() -> None:
     with pytest.raises(StrategyError, match="needs a recurrence"):
         xdist.bidirectional(xdist.attention, {}, {})
+
+
+def test_an_algorithm_that_cannot_be_is_refused_on_one_rank_too() -> None:
+    q, kv = torch.randn(2, 3), torch.randn(1, 5, 2, 3)
+    with pytest.raises(StrategyError, match="cannot be pipelined"):
+        xdist.prefix_attention(q, kv, kv, algorithm="pipelined")
+    with pytest.raises(StrategyError, match="one of strategy scan"):
+        xdist.linear_attention(kv, kv, kv, strategy="switch", algorithm="chain")

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from xdist.comm.checks import raise_together
 from xdist.cost import recurrent as cost
+from xdist.cost.scan import check_algorithm
 from xdist.errors import NumericsError, ShapeError, StrategyError
 from xdist.memory.carry import Carry
 from xdist.parallel.carried import carried_recurrence
@@ -73,6 +74,7 @@ def run_together(
     """
     _check_strategy(requests[0].name, strategy, algorithm)
     for request in requests:
+        check_algorithm(algorithm, request.op.transition)
         _check_length(request, shard)
     if isinstance(shard, Carry):
         return [carried_recurrence(request, shard) for request in requests]
@@ -192,7 +194,9 @@ def _initial(request: Request, shard: SequenceShard) -> Tensor | None:
     if tuple(initial.shape) != wanted:
         axes = "[B, documents, H, K, V]" if shard.packed else "[B, H, K, V]"
         raise ShapeError(
-            f"initial_state must be {axes} = {list(wanted)}", f"got {list(initial.shape)}"
+            f"initial_state must be {axes} = {list(wanted)}",
+            f"got {list(initial.shape)}",
+            "pass the final state of an earlier call, or zeros of this shape",
         )
     initial = initial.to(state_dtype(request.inputs))
     return initial if shard.packed else initial.unsqueeze(1)
