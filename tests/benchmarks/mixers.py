@@ -25,7 +25,7 @@ from xdist.nn.from_transformers import copy_weights
 
 DIM = 128
 TOKENS = (4096, 16384, 65536)
-PAIR_S, PAIRS = 25.0, 9
+PAIR_S, PAIRS = 18.0, 9
 THREADS = 2
 # Their Mamba is a loop over tokens, whose backward writes the whole sequence once for every token:
 # minutes at 4 Ki already, so that it is measured on fewer tokens there.
