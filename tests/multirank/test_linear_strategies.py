@@ -308,3 +308,41 @@ def test_errors_are_the_same_on_every_rank_and_hold_the_numbers(pool2: RankPool)
         assert "the tensors have 7 tokens" in message
     for message in pool2.run(refuse_values):
         assert "sequence ranks [1]" in message
+
+
+def refused_input() -> tuple[list[str], str]:
+    """What wrong shapes say, and a NaN in the state that only rank 1 was given."""
+    mesh = xdist.init_mesh(ring=2)
+    layout = xdist.Layout.contiguous(N, 2)
+    shard, packed = xdist.SequenceShard(mesh, layout), xdist.SequenceShard(mesh, layout, CUTS)
+    n = shard.local_length
+    q, v = torch.zeros(1, n, 2, 4), torch.zeros(1, n, 6, 3)
+    state = torch.zeros(1, 6, 4, 3)
+    wrong: list[tuple[Any, ...]] = [
+        (q, torch.zeros(1, n, 5, 3), shard, {}),
+        (q, v, shard, {"initial_state": state.mT}),
+        (q, v, packed, {"initial_state": state}),
+        (q, v, shard, {"log_decay": torch.zeros(1, n, 2)}),
+        (q, v.bfloat16(), shard, {}),
+    ]
+    messages = []
+    for one, values, where, options in wrong:
+        with pytest.raises(ShapeError) as caught:
+            xdist.linear_attention(one, one, values, where, **options)
+        messages.append(str(caught.value))
+    if mesh.sequence_rank == 1:
+        state[0, 3, 2, 1] = float("nan")
+    with xdist.checks(), pytest.raises(NumericsError) as numbers:
+        xdist.linear_attention(q, q, v, shard, initial_state=state)
+    return messages, str(numbers.value)
+
+
+def test_heads_states_and_decays_that_do_not_fit_are_refused_alike(pool2: RankPool) -> None:
+    for (heads, flipped, document, decay, dtype), not_finite in pool2.run(refused_input):
+        assert "multiple of key heads" in heads
+        assert "[B, H, K, V] = [1, 6, 4, 3]" in flipped
+        assert "got [1, 6, 3, 4]" in flipped
+        assert "[B, documents, H, K, V] = [1, 5, 6, 4, 3]" in document
+        assert "log_decay must be [H], [B,n,H] or [B,n,H,K]" in decay
+        assert "torch.bfloat16" in dtype
+        assert "sequence ranks [1]" in not_finite

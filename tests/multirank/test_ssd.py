@@ -21,7 +21,9 @@ from tests.multirank.recurrence_cases import (
     leaks,
     state_matters,
 )
+from tests.multirank.test_linear_strategies import PeakBytes
 from xdist.errors import NumericsError, ShapeError
+from xdist.parallel import recurrent_work
 from xdist.testing import RankPool, layouts
 from xdist_kernels.linear.ssd_reference import ssd_reference
 
@@ -104,6 +106,27 @@ def test_ledger_is_the_formula_is_the_second_count(pool2: RankPool, pool3: RankP
     for parts, pool in ((2, pool2), (3, pool3)):
         cases = grid(OP, parts, torch.bfloat16, each=1)
         pool.run(count_bytes, OP, cases[parts::2])
+
+
+def peak_of(n: int) -> tuple[int, int]:
+    """(bytes of this rank's inputs, most bytes made and held in forward and backward)."""
+    mesh = xdist.init_mesh(ring=2)
+    shard = xdist.SequenceShard(mesh, xdist.Layout.contiguous(n, 2))
+    x, b, c = (torch.randn(1, n // 2, heads, 32).requires_grad_() for heads in (2, 1, 1))
+    dt, a = torch.rand(1, n // 2, 2).requires_grad_(), -torch.rand(2)
+    with pytest.MonkeyPatch.context() as patch, PeakBytes() as peak:
+        patch.setattr(recurrent_work, "KEPT_BYTES", 0)
+        out = xdist.ssd(x, dt, a, b, c, shard, strategy="scan")
+        torch.autograd.grad(out, [x, dt, b, c], out.detach())
+    return sum(t.nbytes for t in (x, dt, b, c)), peak.peak
+
+
+def test_scan_never_holds_the_sequence(pool2: RankPool) -> None:
+    """dt x, the outputs and the gradients are twice this rank's inputs; beyond them memory does not
+    grow. A scan that gathered the sequence would hold those inputs once more."""
+    short, long = pool2.run(peak_of, 16_384), pool2.run(peak_of, 65_536)
+    for (few, low), (many, high) in zip(short, long, strict=True):
+        assert high - low < 2.05 * (many - few)
 
 
 def test_nothing_leaks_and_the_state_that_crosses_matters(pool3: RankPool) -> None:
