@@ -23,7 +23,8 @@ from tests.multirank.recurrence_cases import (
 )
 from tests.multirank.test_linear_strategies import PeakBytes
 from xdist.errors import NumericsError, ShapeError
-from xdist.parallel import recurrent_work
+from xdist.parallel import recurrent_work, ssd
+from xdist.shard import resolve
 from xdist.testing import RankPool, layouts
 from xdist_kernels.linear.ssd_reference import ssd_reference
 
@@ -144,7 +145,7 @@ def test_decays_are_wide_with_bfloat16_inputs() -> None:
     """dt and A in float32 beside bfloat16 tokens: their product stays float32."""
     x = torch.randn(1, 8, 2, 2, dtype=torch.bfloat16)
     dt, a = torch.rand(1, 8, 2), -torch.rand(2)
-    request = xdist.parallel.ssd.request(x, dt, a, x, x, xdist.shard.resolve(None, 8))
+    request = ssd.request(x, dt, a, x, x, resolve(None, 8))
     assert request.inputs[3].dtype == torch.float32
     assert torch.equal(request.inputs[3][..., 0], dt * a)
 
