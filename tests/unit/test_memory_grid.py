@@ -105,12 +105,12 @@ def test_token_numbers_may_come_in() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_kept_bytes_equal_the_formula(kind: str) -> None:
-    dim, tokens = 32, 2048
+    dim, tokens = 32, 4096
     layers = build("+".join([kind] * 3), dim, torch.float32)
     x = torch.randn(1, tokens, dim, requires_grad=True)
     grids: list[dict[str, Any]] = [
-        {"chunk_tokens": 128, "group_layers": 1},
-        {"chunk_tokens": 100, "group_layers": 2},
+        {"chunk_tokens": 512, "group_layers": 1},
+        {"chunk_tokens": 500, "group_layers": 2},
     ]
     for grid in grids:
         predicted = explain(layers, x, **grid).kept_bytes

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from xdist.cost import grid as cost
 from xdist.documents import Documents
 from xdist.errors import ShapeError
-from xdist.memory.carry import Call, Carry, NeedsWholeSequence
+from xdist.memory.carry import Call, Carry, Journey, NeedsWholeSequence
 
 PROBES = (128, 256)  # tokens: what autograd keeps of a token is the slope between the two
 
@@ -66,7 +66,26 @@ def _one(module: nn.Module, token: Tensor, number: int, ordered: bool) -> Descri
             "make two layers of it, so that the convolution comes first in its own",
         )
     size = sum(state.nbytes for state in carry.outgoing)
-    return Described(module, tuple(carry.calls), size, output.detach(), False)
+    calls = tuple(
+        call if call.journey is None else call._replace(journey=_small(call.journey))
+        for call in carry.calls
+    )
+    return Described(module, calls, size, output.detach(), False)
+
+
+def _small(journey: Journey) -> Journey:
+    """The journey without the memory of its states of no tokens, of which all numbers are equal."""
+    with torch.no_grad():
+        states = [
+            x
+            if x is None or not bool((x == x.flatten()[0]).all())
+            else x.flatten()[:1].clone().expand(x.shape)
+            for x in (journey.identity, journey.through)
+        ]
+    identity, through = states
+    assert identity is not None
+    rates = None if journey.rates is None else journey.rates.detach()
+    return Journey(journey.transition, rates, identity, through)
 
 
 class _Watching(Carry):
