@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.multirank.delta_cases import OP
-from tests.multirank.recurrence_cases import check_law_1, check_law_1_in_bfloat16, grid
+from tests.multirank.recurrence_cases import WAYS, check_law_1, check_law_1_in_bfloat16, grid
 from xdist.testing import RankPool
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
@@ -39,7 +39,7 @@ def test_law_1_on_four_ranks(dtype: torch.dtype, pool4: RankPool) -> None:
 
 @pytest.mark.slow
 def test_law_1_in_bfloat16(pool3: RankPool) -> None:
-    check_law_1_in_bfloat16(OP, pool3, 3, (("scan", "auto"), ("switch", "auto")))
+    check_law_1_in_bfloat16(OP, pool3, 3, (("scan", "gather"), ("scan", "chain"), WAYS[-1]))
 
 
 @pytest.mark.slow

@@ -47,8 +47,8 @@ class Ready(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Gradients of the inputs of `prepare`, each in its input's shape and dtype, but log_decay's,
-    which is float32 or wider."""
+    """Gradients of the inputs of `prepare`, in their shapes, float32 or wider: whoever adds up
+    what several ranks have of one head rounds once, afterwards."""
 
     q: Tensor
     k: Tensor
@@ -166,12 +166,12 @@ def _as_inputs(
         whole = tokens(grad)
         if like.shape[2] != heads:
             whole = whole.unflatten(2, (like.shape[2], -1)).sum(3)
-        return whole.to(like.dtype)
+        return whole
 
     return Gradients(
         shared(dq, x.q),
         shared(dk, x.k),
-        tokens(dv).to(x.v.dtype),
-        tokens(dbeta).squeeze(-1).to(x.beta.dtype),
+        tokens(dv),
+        tokens(dbeta).squeeze(-1),
         None if dlog is None or x.log_decay is None else tokens(dlog).view(x.log_decay.shape),
     )

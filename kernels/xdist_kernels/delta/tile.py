@@ -154,8 +154,7 @@ def backward_ahead(p: Tile, state: Tensor, dout: Tensor) -> Ready:
 def backward(
     p: Tile | Ready, state: Tensor, dout: Tensor, dstate: Tensor
 ) -> tuple[back.Gradients, Tensor]:
-    """Gradients of a tile's inputs, each in its input's shape and dtype but log_decay's, which is
-    float32 or wider, and of the state before it."""
+    """Gradients of a tile's inputs, float32 or wider, and of the state before it."""
     blocks: tuple[forward.Prepared | back.Ready, ...] = p.blocks
     found = [
         back.backward(block, at.of(state), dout[at.batch, :, at.heads], at.of(dstate))
