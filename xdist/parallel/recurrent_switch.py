@@ -21,7 +21,7 @@ from torch import Tensor
 
 from xdist.cost.recurrent import Shares, overlaps
 from xdist.layout import Layout
-from xdist.parallel.recurrence import Inputs, state_dtype
+from xdist.parallel.recurrence import Inputs
 from xdist.parallel.recurrent_call import Call, Tensors, keep, restore, split
 from xdist.parallel.recurrent_final import FinalStates
 from xdist.parallel.recurrent_heads import HeadExchange
@@ -54,6 +54,10 @@ class _Split:
         moved = tuple(i for i, x in enumerate(inputs) if x is not None and i not in call.op.whole)
         heads = tuple(x.shape[2] for i in moved if (x := inputs[i]) is not None)
         return cls(values, shares, moved, heads, call.op.state_shape(inputs)[1])
+
+    def added(self) -> list[int]:
+        """Moved inputs of which several ranks use a head: their gradients are added."""
+        return [i for i in self.moved if (share := self.inputs[i]) is not None and overlaps(share)]
 
     def moved_shares(self) -> list[Shares]:
         return [share for i in self.moved if (share := self.inputs[i]) is not None]
@@ -128,15 +132,11 @@ class SwitchRecurrence(torch.autograd.Function):
             )
         ]
         moved = [(s, i, work) for s, work in zip(splits, works, strict=True) for i in s.moved]
+        # Those of heads that several ranks used are added, so they are wide.
         own = [work.grads[i] for _, i, work in moved]
         shares = [s.inputs[i] for s, i, _ in moved]
-        # Heads that several ranks used are added, so they travel wide.
-        wide = [
-            x.to(state_dtype([x])) if overlaps(share) else x
-            for x, share in zip(own, shares, strict=True)
-        ]
         heads = [count for s in splits for count in s.heads]
-        arrived = iter(exchange.to_tokens(wide, shares, heads))
+        arrived = iter(exchange.to_tokens(own, shares, heads))
         found: list[Tensor | None] = [None]
         for s, work, dinitial in zip(splits, works, dinitials, strict=True):
             found += [None, dinitial]
@@ -182,7 +182,7 @@ def _back(
         assert dfinal is not None
         mine = exchange.scatter_states(dfinal, s.values)
         own = FinalStates(_whole_share(call.share), None).distribute(mine, rest)
-    work.start_backward(dout, own)
+    work.start_backward(dout, own, s.added())
     work.backward_alone()
     if rest is None or work.dinitial is None:
         return None

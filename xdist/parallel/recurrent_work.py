@@ -11,7 +11,7 @@ Shapes: states [B,H,K,V]; states of documents [B,documents,H,K,V].
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -184,8 +184,11 @@ class Work:
 
     # --- backward ------------------------------------------------------------------------------
 
-    def start_backward(self, dout: Tensor, dfinal: dict[int, Tensor]) -> None:
-        """Make room for gradients; dfinal: those of final states of documents that end here."""
+    def start_backward(
+        self, dout: Tensor, dfinal: dict[int, Tensor], added: Collection[int] = ()
+    ) -> None:
+        """Make room for gradients; dfinal: those of final states of documents that end here;
+        added: inputs whose gradients other ranks add to, which are not narrowed before."""
         self.dout, self.dfinal = dout, dfinal
         self.dinitial = None if self.initial is None else torch.zeros_like(self.initial)
         wide = self.identity.dtype
@@ -194,7 +197,7 @@ class Work:
             if x is None
             else torch.zeros(x.shape, dtype=wide, device=x.device)
             if index in self.op.whole
-            else torch.empty_like(x, memory_format=torch.contiguous_format)
+            else torch.empty(x.shape, dtype=wide if index in added else x.dtype, device=x.device)
             for index, x in enumerate(self.inputs)
         ]
 
