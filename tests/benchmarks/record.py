@@ -16,7 +16,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "docs" / "benchmarks"
-PACKAGES = ("torch", "numpy", "zarr", "safetensors", "pydantic")
+PACKAGES = ("torch", "numpy", "zarr", "safetensors", "pydantic", "transformers")
 
 
 def hardware() -> dict[str, Any]:
