@@ -248,6 +248,21 @@ def test_bad_values_are_one_error_on_all_ranks(pool2: RankPool) -> None:
     assert "not finite" in second[3]
 
 
+def test_bias_and_softplus_make_delta() -> None:
+    """In float32 also for bfloat16, where softplus would round small steps away."""
+    torch.manual_seed(0)
+    inputs = {name: torch.randn_like(x) for name, x in given(20).items()}
+    inputs["A"] = -inputs["A"].abs()
+    bias = torch.randn(3) - 4.0
+    for dtype in (torch.float64, torch.bfloat16):
+        x = {name: t.to(dtype) for name, t in inputs.items()}
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        got = xdist.selective_scan(**x, delta_bias=bias.to(dtype).to(wide), delta_softplus=True)
+        delta = torch.nn.functional.softplus(x["delta"].to(wide) + bias.to(dtype).to(wide))
+        assert torch.equal(got, xdist.selective_scan(**{**x, "delta": delta}))
+        assert got.dtype == dtype
+
+
 def test_a_softplus_of_a_negative_delta_is_no_error() -> None:
     inputs = given()
     inputs["delta"] -= 5.0
