@@ -3,45 +3,47 @@
 from __future__ import annotations
 
 import os
-import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
-import torch
 
-import xdist
-from xdist.comm.scan import Scan
-from xdist.errors import PeerLost
-from xdist.layout import Layout
-from xdist.testing import RankFailed, run_ranks
+from xdist.comm.worlds import Rendezvous
 
-
-def killed_in_a_chain(algorithm: str) -> tuple[str, int | None] | None:
-    """The middle rank dies between start and wait; what the others are told: move and rank."""
-    mesh = xdist.init_mesh(device="cpu", ring=3)
-    plan = Scan(
-        Layout.zigzag(60, 3),
-        mesh.sequence_group,
-        transition="matrix",
-        algorithm=algorithm,
-        blocks=4,
-    )
-    # Too large for a socket's buffers.
-    like = torch.ones(1, 1, 8, 100_000)
-    states, transitions = [like] * 2, [torch.eye(8).expand(1, 1, 8, 8)] * 2
-    plan.start(states, transitions, like).wait()
-    pending = plan.start(states, transitions, like)
-    if mesh.sequence_rank == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
-    try:
-        pending.wait()
-    except PeerLost as error:
-        return error.move, error.rank
-    return None
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize("algorithm", ["chain", "pipelined"])
 def test_the_others_name_the_rank_killed_in_a_chain(algorithm: str) -> None:
-    with pytest.raises(RankFailed) as failure:
-        run_ranks(killed_in_a_chain, 3, algorithm)
-    assert failure.value.rank == 1
-    assert failure.value.results == {0: ("scan", 1), 2: ("scan", 1)}
+    # As under torchrun: the ranks meet at a store that outlives them all.
+    meeting = Rendezvous()
+    common = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in (".", "kernels", "launchers")),
+        "WORLD_SIZE": "3",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(meeting.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "OMP_NUM_THREADS": "1",
+    }
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(ROOT / "tests/multirank/lost_in_chain.py"), algorithm],
+            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(3)
+    ]
+    try:
+        ended = [rank.communicate(timeout=120) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert ranks[1].returncode == -9
+    for number in (0, 2):
+        out, err = ended[number]
+        assert ranks[number].returncode == 7, err
+        assert out == "LOST move=scan rank=1\n"
