@@ -6,7 +6,6 @@ from functools import cache
 from itertools import product
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor, nn
 
@@ -16,7 +15,7 @@ from xdist.testing import RankPool, layouts, relative_error
 
 N, DIM = 29, 16
 PACKED = (0, 0, 2, 3, 3, 11, 26, N)
-LAYOUTS = ("contiguous", "zigzag", "drawn")
+LAYOUTS = ("contiguous", "zigzag", "drawn", "uneven", "empty")
 SIZES: dict[str, dict[str, Any]] = {
     "attention": {"window": 6},
     "linear": {"feature_map": "hedgehog"},
@@ -47,26 +46,15 @@ def results(name: str, shard: Any) -> dict[str, Tensor]:
     return {"y": out.detach(), "dx": dx} | dict(zip(held, grads, strict=True))
 
 
-def cases(parts: int, whole: bool) -> list[tuple[str, str, bool]]:
-    """(mixer, layout, packed): the whole grid, or packed documents in turns."""
-    grid = product(enumerate(MIXERS), enumerate(LAYOUTS), (False, True))
-    return [
-        (name, kind, packed)
-        for (mixer, name), (layout, kind), packed in grid
-        if whole or packed == bool((mixer + layout + parts) % 2)
-    ]
-
-
-def run_rank(parts: int, whole: bool) -> dict[tuple[str, str, bool], dict[str, Tensor]]:
-    """Every case on this rank."""
+def run_rank(parts: int) -> dict[tuple[str, str, bool], dict[str, Tensor]]:
+    """Every mixer x layout x documents on this rank."""
     mesh = xdist.init_mesh(ring=parts)
-    shards = {
-        (kind, packed): xdist.SequenceShard(
-            mesh, layouts(N, parts)[kind], PACKED if packed else None
-        )
-        for kind, packed in product(LAYOUTS, (False, True))
-    }
-    return {case: results(case[0], shards[case[1:]]) for case in cases(parts, whole)}
+    found = {}
+    for kind, packed in product(LAYOUTS, (False, True)):
+        shard = xdist.SequenceShard(mesh, layouts(N, parts)[kind], PACKED if packed else None)
+        for name in MIXERS:
+            found[name, kind, packed] = results(name, shard)
+    return found
 
 
 @cache
@@ -94,19 +82,11 @@ def check(parts: int, ranks: list[dict[tuple[str, str, bool], dict[str, Tensor]]
 def test_every_mixer_equals_one_rank_on_any_layout(
     pool2: RankPool, pool3: RankPool, pool4: RankPool
 ) -> None:
-    """One to four ranks; contiguous, zigzag and drawn; packed documents in turns: output, dx and
-    the sum over ranks of every parameter's gradient."""
-    check(1, [run_rank(1, False)])
+    """One to four ranks; contiguous, zigzag, drawn, uneven and empty shares; with and without
+    packed documents: output, dx and the sum over ranks of every parameter's gradient."""
+    check(1, [run_rank(1)])
     for parts, pool in ((2, pool2), (3, pool3), (4, pool4)):
-        check(parts, pool.run(run_rank, parts, False))
-
-
-@pytest.mark.slow
-def test_every_mixer_with_and_without_documents(
-    pool2: RankPool, pool3: RankPool, pool4: RankPool
-) -> None:
-    for parts, pool in ((2, pool2), (3, pool3), (4, pool4)):
-        check(parts, pool.run(run_rank, parts, True))
+        check(parts, pool.run(run_rank, parts))
 
 
 def test_a_shard_of_one_rank_is_no_shard() -> None:
