@@ -58,6 +58,27 @@ def bamba() -> nn.Module:
     return BambaMixer(config, 0)
 
 
+def nemotron_h() -> nn.Module:
+    from transformers.models.nemotron_h import modeling_nemotron_h as module
+
+    config = module.NemotronHConfig(
+        hidden_size=DIM, mamba_num_heads=8, mamba_head_dim=8, ssm_state_size=8, n_groups=2,
+        chunk_size=64, expand=2, num_hidden_layers=1, layers_block_type=["mamba"],
+    )  # fmt: skip
+    return module.NemotronHMamba2Mixer(config, 0)
+
+
+def granite_hybrid() -> nn.Module:
+    from transformers.models.granitemoehybrid import modeling_granitemoehybrid as module
+
+    config = module.GraniteMoeHybridConfig(
+        hidden_size=DIM, mamba_n_heads=8, mamba_d_head=8, mamba_d_state=8, mamba_n_groups=1,
+        mamba_chunk_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+        layer_types=["mamba"],
+    )  # fmt: skip
+    return module.GraniteMoeHybridMambaLayer(config, 0)
+
+
 GDN = {
     "hidden_size": DIM,
     "linear_num_value_heads": 4,
@@ -111,6 +132,8 @@ SAME = {
     "Mamba": Same(mamba, "mamba", {"state_dim": 4}),
     "Mamba-2": Same(mamba2, "mamba2", {"head_dim": 8, "state_dim": 8, "groups": 2}),
     "Bamba": Same(bamba, "mamba2", {"head_dim": 8, "state_dim": 8, "eps": 1e-5}),
+    "Nemotron-H": Same(nemotron_h, "mamba2", {"head_dim": 8, "state_dim": 8, "groups": 2}),
+    "Granite 4": Same(granite_hybrid, "mamba2", {"head_dim": 8, "state_dim": 8, "eps": 1e-6}),
     "Qwen3-Next": Same(qwen3_next, "gated_deltanet", GATED),
     "Qwen3.5": Same(qwen3_5, "gated_deltanet", GATED),
     "OLMo-Hybrid": Same(
