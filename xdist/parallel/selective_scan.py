@@ -1,33 +1,22 @@
 """The selective scan over a sharded sequence: its checks and its request.
 
 Bias, softplus, the skip D and the gate z are local to a token: they are applied before and after
-the recurrence, on the rank that holds the token.
+the recurrence, on the rank that holds the token (selective_local.py).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn.functional import silu, softplus
 
 from xdist.comm.checks import checks_are_on
 from xdist.errors import ShapeError
 from xdist.parallel.recurrences.selective import SelectiveScan
 from xdist.parallel.recurrent import Request, Result, check_values
+from xdist.parallel.selective_local import Local
 from xdist.shard import SequenceShard
-
-
-@dataclass(frozen=True)
-class Local:
-    """What `xdist.selective_scan` does token by token."""
-
-    D: Tensor | None = None  # [C]
-    z: Tensor | None = None  # [B, n, C]
-    delta_bias: Tensor | None = None  # [C]
-    delta_softplus: bool = False
 
 
 def request(
@@ -46,7 +35,7 @@ def request(
     """`xdist.selective_scan` with the shard resolved, checked; see there."""
     _check(u, delta, A, B, C, local)
     _check_state(u, A, initial_state, shard)
-    delta = _steps(delta, local)
+    delta = local.steps(delta)
     if checks_are_on():
         _check_values(u, delta, A, B, C, local, initial_state, shard)
     initial = None if initial_state is None else initial_state.unsqueeze(-1)
@@ -61,26 +50,12 @@ def request(
     )
 
 
-def _steps(delta: Tensor, local: Local) -> Tensor:
-    """delta as the recurrence takes it: a softplus in less than float32 would lose small steps."""
-    if local.delta_bias is None and not local.delta_softplus:
-        return delta
-    wide = torch.float64 if delta.dtype == torch.float64 else torch.float32
-    delta = delta.to(wide)
-    if local.delta_bias is not None:
-        delta = delta + local.delta_bias.to(wide)
-    return softplus(delta) if local.delta_softplus else delta
-
-
 def _finish(u: Tensor, local: Local, result: Result) -> Result:
     """Skip and gate, and states without their dim of values."""
-    out, final = result if isinstance(result, tuple) else (result, None)
-    out = out.squeeze(3)
-    if local.D is not None:
-        out = out + u * local.D.to(u.dtype)
-    if local.z is not None:
-        out = out * silu(local.z)
-    return out if final is None else (out, final.squeeze(-1))
+    if isinstance(result, Tensor):
+        return local.finish(u, result.squeeze(3))
+    out, final = result
+    return local.finish(u, out.squeeze(3)), final.squeeze(-1)
 
 
 def _check(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, local: Local) -> None:
