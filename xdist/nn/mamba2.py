@@ -25,8 +25,8 @@ class Mamba2(nn.Module):
 
     Dao and Gu 2024, "Transformers are SSMs", section 7 and figure 6: B and C [groups, state_dim]
     are shared by the heads of a group; the gate comes before the norm, which is over the channels
-    of a group. eps: of that norm. The same layer as Mamba-2's, Bamba's, Nemotron-H's and Granite 4's
-    in Transformers (xdist.nn.from_transformers).
+    of a group. eps: of that norm. The same layer as Mamba-2's, Bamba's, Nemotron-H's and Granite
+    4's in Transformers (xdist.nn.from_transformers).
 
     Parameters: proj [2 E + 2 G N + H, C] (z, u, B, C, dt), conv [E + 2 G N, W], conv_bias,
     A_log [H], dt_bias [H], D [H], norm [E], out [C, E]; E = expand x C, N = state_dim, G = groups;
