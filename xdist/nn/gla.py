@@ -16,7 +16,7 @@ from xdist import ops
 from xdist.nn.decay import sigmoid_decay
 from xdist.nn.head_norm import HeadNorm
 from xdist.nn.heads import heads_of, scaled_dim, split
-from xdist.nn.initial import matrix
+from xdist.nn.initial import matrix, taps
 
 
 class GLA(nn.Module):
@@ -53,7 +53,7 @@ class GLA(nn.Module):
         self.gate_normaliser, self.strategy = gate_normaliser, strategy
         keys, values = self.heads * self.key_dim, self.heads * self.value_dim
         self.qkv = matrix(2 * keys + values, dim)
-        self.conv = matrix(2 * keys + values, conv_width) if conv_width else None
+        self.conv = taps(2 * keys + values, conv_width) if conv_width else None
         self.gate_down, self.gate_up = matrix(gate_rank, dim), matrix(keys, gate_rank)
         self.gate_bias = nn.Parameter(torch.zeros(keys))
         self.gate = matrix(values, dim)
