@@ -114,8 +114,8 @@ def delta_rule(
         out `[B, n, H, V]` in the dtype of v, or `(out, final_state)`. Each document starts afresh.
         All products run in float32, or in float64 with float64 inputs.
 
-    What moves, how many bytes and what is saved: docs/strategies/scan.md and switch.md; backward
-    sends no transition. Nothing needs to divide anything.
+    What moves, how many bytes and what is saved: docs/recurrences/delta.md; backward sends no
+    transition. Nothing needs to divide anything.
 
     Raises:
         ShapeError: shapes or dtypes that do not fit together or with the shard.
