@@ -7,61 +7,19 @@ overrides, `xdist show` and docs/config.md follow from the model. `load` lives i
 
 from __future__ import annotations
 
-import json
 import pathlib
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PlainSerializer,
-    ValidationInfo,
-    model_validator,
-)
+from pydantic import AfterValidator, Field, ValidationInfo, model_validator
 
 from xdist.config_checks import problems, raise_problems
 from xdist.config_pattern import parse_pattern
+from xdist.config_section import AUTO, NONE, Amount, Count, Section, Table, setting
 
 if TYPE_CHECKING:
     from xdist.config_load import load, override, parse, to_toml
 
 __all__ = ["Config", "load", "override", "parse", "parse_pattern", "to_toml"]
-
-Count = Annotated[int, Field(ge=1)]
-Amount = Annotated[int, Field(ge=0)]
-
-
-def _spelled(word: str) -> tuple[BeforeValidator, PlainSerializer]:
-    """TOML has no null: None is written and read as `word`."""
-    return (
-        BeforeValidator(lambda value: None if value == word else value),
-        PlainSerializer(lambda value: word if value is None else value),
-    )
-
-
-_AUTO = _spelled("auto")
-_NONE = _spelled("none")
-
-
-def setting(default: Any, description: str) -> Any:
-    """A field with its default and its one-line description."""
-    return Field(default=default, description=description)
-
-
-class Table(dict[str, Any]):
-    """A table whose keys another library checks. Not to be changed, so it can be hashed."""
-
-    def __hash__(self) -> int:  # type: ignore[override]
-        return hash(json.dumps(self, sort_keys=True))
-
-
-class Section(BaseModel):
-    """A table of settings: frozen, no unknown keys, no conversion between types."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class Run(Section):
@@ -93,7 +51,7 @@ class Model(Section):
     head_dim: Count = setting(32, "channels of one head; must divide dim")
     mlp_ratio: Annotated[float, Field(gt=0)] = setting(2.0, "hidden width of the MLPs over dim")
     conv_width: Count = setting(4, "taps of the causal convolution of a linear layer, tokens")
-    window: Annotated[int | None, Field(ge=0), *_NONE] = setting(
+    window: Annotated[int | None, Field(ge=0), *NONE] = setting(
         256, 'keys to the left that an attention query sees besides its own; "none" is unlimited'
     )
     ngram_orders: Annotated[tuple[Annotated[int, Field(ge=2)], ...], Field(strict=True)] = setting(
@@ -117,7 +75,7 @@ class Model(Section):
 class Parallel(Section):
     """Degrees of the mesh and how layers cross ranks. ranks = data x ring x ulysses."""
 
-    data: Annotated[int | None, Field(ge=1), *_AUTO] = setting(
+    data: Annotated[int | None, Field(ge=1), *AUTO] = setting(
         None, 'ranks that read different sequences; "auto" is ranks / (ring x ulysses)'
     )
     ring: Count = setting(1, "outer factor of the ranks that share one sequence")
@@ -289,7 +247,7 @@ class Log(Section):
 class Launch(Section):
     """How ranks are started."""
 
-    ranks: Annotated[int | None, Field(ge=1), *_AUTO] = setting(
+    ranks: Annotated[int | None, Field(ge=1), *AUTO] = setting(
         None, 'ranks of the run; "auto" is data x ring x ulysses (data "auto" counts as 1)'
     )
     max_restarts: Amount = setting(

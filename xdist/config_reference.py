@@ -10,7 +10,8 @@ from typing import Any, get_args
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic import BaseModel
 
-from xdist.config import Config, Section, Stage
+from xdist.config import Config, Stage
+from xdist.config_section import Section
 from xdist.config_text import toml_value
 
 _HEAD = """# Settings
