@@ -65,7 +65,8 @@ def plan_of(
     segments = segments_of(shard.layout, shard.rank, shard.documents, grid.chunk_tokens)
     carried = sum(not chunk.fresh for segment in segments for chunk in segment.chunks)
     grid = cost.grid(problem, grid.chunk_tokens, grid.group_layers, carried=carried)
-    _log.debug("checkpoint_grid: %s", grid)
+    whole = [number for number, layer in enumerate(found) if layer.whole]
+    _log.debug("checkpoint_grid: %s; layers run on the whole share: %s", grid, whole)
     groups = cost.groups(problem.layers, grid.group_layers)
     if head is not None and (not groups or problem.layers[-1].whole):
         groups.append((len(found), len(found)))
