@@ -39,7 +39,7 @@ BENCHMARKS = {
         "needs it: forward the second rank, backward the first. time is the median over pairs of "
         "that rank's forward or backward; waited is how long its wait for the late message lasted, "
         "hidden = 1 - waited / delay. What can be computed ahead is the part that needs no state, "
-        "of as many tiles as fit in 64 MiB.",
+        "of as many tiles as fit in 256 MiB.",
     ),
     "precision": (
         precision,

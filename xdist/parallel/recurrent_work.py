@@ -20,8 +20,8 @@ from torch import Tensor
 from xdist.parallel.recurrence import Inputs, Recurrence
 from xdist.parallel.recurrent_tiles import Segment, Share, Tile
 
-# Prepared tiles kept while a state travels: about half a second of a CPU's work.
-KEPT_BYTES = 64 << 20
+# Prepared tiles kept while a state travels: a few tiles, about half a second of a CPU core.
+KEPT_BYTES = 256 << 20
 
 
 def tensors_in(tree: Any) -> Iterator[Tensor]:
