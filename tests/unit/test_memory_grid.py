@@ -30,7 +30,7 @@ from tests.multirank.grid_cases import (
 )
 from xdist.cost import grid as cost
 from xdist.documents import Documents
-from xdist.errors import ConfigError, ShapeError, StrategyError
+from xdist.errors import ConfigError, ShapeError
 from xdist.memory.carry import Carry, NeedsWholeSequence
 from xdist.memory.grid import checkpoint_grid, explain
 from xdist.memory.grid_cells import Sums
@@ -240,20 +240,35 @@ def test_what_needs_the_whole_sequence_refuses_a_chunk() -> None:
     assert carry().positions.tolist() == [8, 9, 10, 11]
 
 
-def test_a_layer_with_states_of_its_own_is_refused() -> None:
-    class Own(nn.Module):
-        def forward(self, x: Tensor, shard: Any = None) -> Tensor:
-            q = x.unflatten(-1, (2, -1))
-            out, _ = xdist.linear_attention(q, q, q, shard, output_final_state=True)
-            return out.flatten(2)
+class Own(nn.Module):
+    """A layer that handles states itself."""
 
-    class Backwards(nn.Module):
-        def forward(self, x: Tensor, shard: Any = None) -> Tensor:
-            return xdist.causal_conv1d(x, torch.ones(DIM, 2).to(x), None, shard, reverse=True)
+    def forward(self, x: Tensor, shard: Any = None) -> Tensor:
+        q = x.unflatten(-1, (2, -1))
+        out, state = xdist.linear_attention(q, q, q, shard, output_final_state=True)
+        return out.flatten(2) + state.mean()
 
-    for module in (Own(), Backwards()):
-        with pytest.raises(StrategyError, match="goes forward, from the carry's state"):
-            checkpoint_grid([module], draw()[0])
+
+class Backwards(nn.Module):
+    """A layer that looks at later tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.taps = nn.Parameter(torch.ones(DIM, 2, dtype=torch.float64))
+
+    def forward(self, x: Tensor, shard: Any = None) -> Tensor:
+        return xdist.causal_conv1d(x, self.taps, None, shard, reverse=True)
+
+
+@pytest.mark.parametrize("kind", [Own, Backwards])
+def test_layers_that_do_not_go_forward_from_a_state_are_run_whole(kind: type[nn.Module]) -> None:
+    layers, (x, dy) = [*build("gla"), kind(), *build("mamba2")], draw()
+    with pytest.raises(NeedsWholeSequence, match="goes forward, from the carry's state"):
+        layers[1](x[:, 8:12], carry())
+    x.requires_grad_()
+    reference = gradients(plain(layers, x, None), dy, x, layers)
+    y = checkpoint_grid(layers, x, chunk_tokens=8, group_layers=3)
+    assert worst(gradients(y, dy, x, layers), reference) <= 1e-10
 
 
 def test_bad_arguments() -> None:

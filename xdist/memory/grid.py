@@ -49,9 +49,9 @@ def checkpoint_grid(
     Args:
         layers: modules called as `y = layer(x, shard)`, `[B, n, ...]` to `[B, n, ...]`. Tokens may
             depend on earlier ones through xdist's public recurrences and causal_conv1d, and then
-            the layer is run in chunks; a layer that calls anything else on its shard, such as
-            attention, is run on the whole share. Under a shard a convolution must not read what a
-            recurrence of the same layer gave. No random numbers.
+            the layer is run in chunks; a layer that asks more of its shard (attention, a call in
+            reverse or with states of its own) is run on the whole share. Under a shard a
+            convolution must not read what a recurrence of the same layer gave. No random numbers.
         x: `[B, n, C]`, this rank's tokens, any dtype that the layers take (also token numbers).
         shard: where they lie; None is one device. Any layout, any documents.
         chunk_tokens: tokens of a chunk in one row of the batch; None: by formula.

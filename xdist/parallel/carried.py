@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from xdist.errors import StrategyError
 from xdist.layout import Layout
-from xdist.memory.carry import Call, Carry, Journey
+from xdist.memory.carry import Call, Carry, Journey, NeedsWholeSequence
 from xdist.mesh import Mesh
 from xdist.parallel import recurrent_call
 from xdist.parallel.conv import causal_conv1d
@@ -27,12 +26,12 @@ if TYPE_CHECKING:
     from xdist.parallel.recurrent import Request, Result
 
 
-def _not_forward(name: str, carry: Carry) -> StrategyError:
-    return StrategyError(
-        f"{name} of a layer that is given chunks goes forward, from the carry's state",
+def _not_forward(name: str, carry: Carry) -> NeedsWholeSequence:
+    return NeedsWholeSequence(
+        f"{name} of a layer that is given a chunk goes forward, from the carry's state",
         f"at positions [{carry.start}, {carry.stop}) it was given initial_state, "
         "output_final_state or reverse",
-        "leave them out, or call this layer outside checkpoint_grid",
+        "give the whole share to this layer",
     )
 
 
@@ -40,7 +39,7 @@ def carried_recurrence(request: Request, carry: Carry) -> Result:
     """What the public function returns for the chunk.
 
     Raises:
-        StrategyError: the layer handles states itself, or goes against the sequence.
+        NeedsWholeSequence: the layer handles states itself, or goes against the sequence.
     """
     if request.initial is not None or request.want_final or request.reverse:
         raise _not_forward(request.name, carry)
@@ -92,7 +91,7 @@ def carried_convolution(
     """Outputs of the chunk [B, T, C]; the state is the last W - 1 tokens of x.
 
     Raises:
-        StrategyError: not `plain`: the layer handles states itself, or goes against the sequence.
+        NeedsWholeSequence: not `plain`: it has states of its own, or goes against the sequence.
     """
     if not plain:
         raise _not_forward("causal_conv1d", carry)
