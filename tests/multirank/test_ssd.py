@@ -23,7 +23,7 @@ from tests.multirank.recurrence_cases import (
 )
 from tests.multirank.test_linear_strategies import PeakBytes
 from xdist.errors import NumericsError, ShapeError
-from xdist.parallel import recurrent_work, ssd
+from xdist.parallel import recurrent_work, ssd, ssd_local
 from xdist.shard import resolve
 from xdist.testing import RankPool, layouts
 from xdist_kernels.linear.ssd_reference import ssd_reference
@@ -148,6 +148,24 @@ def test_decays_are_wide_with_bfloat16_inputs() -> None:
     request = ssd.request(x, dt, a, x, x, resolve(None, 8))
     assert request.inputs[3].dtype == torch.float32
     assert torch.equal(request.inputs[3][..., 0], dt * a)
+
+
+def test_steps_and_skip_go_tile_by_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """dt x and out + D x over several tiles, values and gradients, against plain autograd."""
+    monkeypatch.setattr(ssd_local, "TILE_TOKENS", 5)
+    torch.manual_seed(0)
+    x, out = (torch.randn(2, 13, 3, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    dt = torch.rand(2, 13, 3, dtype=torch.float64, requires_grad=True)
+    skip = torch.randn(3, dtype=torch.float64, requires_grad=True)
+    pairs = (
+        (ssd_local.Values.apply(dt, x), dt[..., None] * x, (dt, x)),
+        (ssd_local.Skip.apply(out, x, skip), out + skip[:, None] * x, (out, x, skip)),
+    )
+    for found, want, leaves in pairs:
+        torch.testing.assert_close(found, want)
+        grads = (torch.autograd.grad(y, leaves, torch.ones_like(x)) for y in (found, want))
+        for a, b in zip(*grads, strict=True):
+            torch.testing.assert_close(a, b)
 
 
 def refused() -> list[str]:

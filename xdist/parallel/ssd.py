@@ -15,6 +15,7 @@ from xdist.errors import ShapeError
 from xdist.parallel.recurrence import state_dtype
 from xdist.parallel.recurrences.linear import LinearAttention
 from xdist.parallel.recurrent import Request, Result, check_values
+from xdist.parallel.ssd_local import Skip, Values
 from xdist.shard import SequenceShard
 
 
@@ -38,13 +39,12 @@ def request(
         _check_values(x, dt, A, B, C, D, initial_state, shard)
     wide = state_dtype((x,))
     # The decay of a long run is a sum of these: never in less than float32.
-    steps = dt.to(wide)[..., None]
-    log_decay = steps * A.to(wide)[:, None]
-    values = (steps * x.to(wide)).to(x.dtype)
+    steps = dt.to(wide)
+    log_decay = (steps * A.to(wide))[..., None]
     return Request(
         "ssd",
         LinearAttention(1.0, "scalar"),
-        (C, B, values, log_decay),
+        (C, B, Values.apply(steps, x), log_decay),
         initial_state,
         output_final_state,
         reverse,
@@ -56,10 +56,10 @@ def _finish(x: Tensor, D: Tensor | None, result: Result) -> Result:
     """The skip."""
     if D is None:
         return result
-    out, final = result if isinstance(result, tuple) else (result, None)
-    wide = state_dtype((x,))
-    out = (out.to(wide) + D.to(wide)[:, None] * x.to(wide)).to(x.dtype)
-    return out if final is None else (out, final)
+    if isinstance(result, tuple):
+        return Skip.apply(result[0], x, D), result[1]
+    out: Tensor = Skip.apply(result, x, D)
+    return out
 
 
 def _check(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None) -> None:
