@@ -23,7 +23,8 @@ from typing import Any
 
 SEEDS = 5
 WORKERS = 2
-DIM, HEAD_DIM = 64, 16
+HEAD_DIM = 16
+DIMS = {"recall": 32, "passkey": 64}
 # Every mixer reads the token before: a recall of pairs is then a matter of its memory alone.
 CONV = 4
 ATTENTION = ("attention", {"head_dim": HEAD_DIM})
@@ -60,14 +61,14 @@ class Setting:
     mixers: tuple[str, ...]
     above: str = ""
     task: str = "recall"
-    learning_rate: float = 4e-3
+    learning_rate: float = 1e-2
 
 
-RECALL = (Stage(64, 32, 700),)
+RECALL = (Stage(32, 64, 600),)
 PASSKEY = (Stage(160, 32, 500), Stage(2048, 2, 120))
 STAGES = {"recall": RECALL, "passkey": PASSKEY}
-OPTIONS = {"recall": {"vocab": 64, "pairs": 16, "queries": 16}, "passkey": {}}
-EVALUATED = {"recall": ((64, 128),), "passkey": ((2048, 32), (16384, 16))}
+OPTIONS = {"recall": {"vocab": 32, "pairs": 8, "queries": 8}, "passkey": {}}
+EVALUATED = {"recall": ((32, 256),), "passkey": ((2048, 32), (16384, 16))}
 
 
 def _pure(table: str, mixer: str, above: str = "") -> Setting:
@@ -183,17 +184,18 @@ def _model(setting: Setting, vocabulary: int) -> Any:
     class Residual(nn.Module):
         def __init__(self, mixer: nn.Module) -> None:
             super().__init__()
-            self.norm, self.mixer = RMSNorm(DIM), mixer
+            self.norm, self.mixer = RMSNorm(dim), mixer
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x + self.mixer(self.norm(x))
 
-    table = nn.Embedding(vocabulary, DIM)
-    nn.init.normal_(table.weight, std=0.3)
-    mixers = [build_mixer(name, DIM, **given) for name, given in map(MIXERS.get, setting.mixers)]  # type: ignore[misc]
+    dim = DIMS[setting.task]
+    table = nn.Embedding(vocabulary, dim)
+    nn.init.normal_(table.weight, std=0.5)
+    mixers = [build_mixer(name, dim, **given) for name, given in map(MIXERS.get, setting.mixers)]  # type: ignore[misc]
     layers = [Residual(mixer) for mixer in mixers]
-    head = nn.Parameter(0.02 * torch.randn(vocabulary, DIM))
-    return nn.Sequential(table, *layers, RMSNorm(DIM)), head
+    head = nn.Parameter(0.02 * torch.randn(vocabulary, dim))
+    return nn.Sequential(table, *layers, RMSNorm(dim)), head
 
 
 def _rate(step: int, steps: int) -> float:
@@ -205,7 +207,9 @@ def _key(setting: Setting, seed: int) -> str:
     """All that a run depends on, so that changed settings are run again."""
     parts = [asdict(setting), [MIXERS[name] for name in setting.mixers], OPTIONS[setting.task]]
     stages = [asdict(stage) for stage in STAGES[setting.task]]
-    return json.dumps([*parts, stages, EVALUATED[setting.task], DIM, seed], sort_keys=True)
+    return json.dumps(
+        [*parts, stages, EVALUATED[setting.task], DIMS[setting.task], seed], sort_keys=True
+    )
 
 
 def _rows(
