@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from xdist.cost.attention_keys import Needs, all_keys
 from xdist.parallel.attention_blocks import Block, Blocks
 from xdist.parallel.attention_call import Call
+from xdist.parallel.first_order import first_order
 from xdist_kernels.attention.torch import attention_delta, sinks_backward
 from xdist_kernels.merge.torch import merge_, merge_sinks_
 
@@ -50,7 +50,7 @@ class FetchAttention(Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
         call, blocks = ctx.call, ctx.blocks
         q, k, v, out, lse, sinks, *far = ctx.saved_tensors

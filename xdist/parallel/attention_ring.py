@@ -17,11 +17,11 @@ from typing import Any
 
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from xdist.comm.pending import Pending
 from xdist.parallel.attention_blocks import Block, Blocks
 from xdist.parallel.attention_call import Call
+from xdist.parallel.first_order import first_order
 from xdist_kernels.attention.torch import attention_delta, sinks_backward
 from xdist_kernels.merge.torch import merge_, merge_sinks_
 
@@ -52,7 +52,7 @@ class RingAttention(Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
         call, blocks = ctx.call, ctx.blocks
         q, k, v, out, lse, sinks = ctx.saved_tensors

@@ -23,10 +23,10 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from xdist.parallel.attention_call import Call, joined
 from xdist.parallel.attention_wire import Spec, start_packed
+from xdist.parallel.first_order import first_order
 from xdist_kernels.attention.blocks import Spans
 from xdist_kernels.attention.torch import attention_delta, sinks_backward
 
@@ -60,7 +60,7 @@ class UlyssesAttention(Function):
         return switch.out_forward(out)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
         call, switch = ctx.call, ctx.switch
         q_, k_, v_, out, lse, sinks = ctx.saved_tensors

@@ -27,6 +27,7 @@ from xdist.cost.recurrent import ConvProblem
 from xdist.errors import ShapeError
 from xdist.layout import Layout
 from xdist.parallel.conv_parts import Stretch, Walk
+from xdist.parallel.first_order import first_order
 from xdist.parallel.noted import Noted, notes
 from xdist.parallel.recurrent_tiles import Share
 from xdist.shard import SequenceShard
@@ -188,6 +189,7 @@ class _CausalConv(torch.autograd.Function):
         return out
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, initial, *halos = ctx.saved_tensors
         walk: Walk = ctx.walk

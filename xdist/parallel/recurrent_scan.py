@@ -23,6 +23,7 @@ from torch import Tensor
 
 from xdist.comm.collectives import ProcessGroup
 from xdist.comm.scan import Scan, start_adjoint_together, start_together
+from xdist.parallel.first_order import first_order
 from xdist.parallel.recurrent_call import Call, keep, restore, split
 from xdist.parallel.recurrent_final import FinalStates
 from xdist.parallel.recurrent_work import Work
@@ -114,6 +115,7 @@ class ScanRecurrence(torch.autograd.Function):
         return tuple(found)
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         request: ScanRequest = ctx.request
         works = restore(ctx, request.calls, [call.share for call in request.calls])

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from xdist.cost.recurrent import Shares, overlaps
 from xdist.layout import Layout
+from xdist.parallel.first_order import first_order
 from xdist.parallel.recurrence import Inputs
 from xdist.parallel.recurrent_call import Call, Tensors, keep, restore, split
 from xdist.parallel.recurrent_final import FinalStates
@@ -120,6 +121,7 @@ class SwitchRecurrence(torch.autograd.Function):
         return tuple(x for pair in zip(outs, finals, strict=True) for x in pair)
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         request: SwitchRequest = ctx.request
         exchange, splits = request.exchange, ctx.splits
