@@ -251,6 +251,26 @@ def test_every_mixer_is_finite_and_keeps_the_dtype(dtype: torch.dtype) -> None:
         assert relative_error(y, exact(x.detach().double())) < bound, name
 
 
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning")
+@pytest.mark.parametrize("name", MIXERS)
+def test_every_mixer_runs_under_autocast(name: str) -> None:
+    options = {} if name == "mamba" else {"head_dim": HEAD}
+    torch.manual_seed(0)
+    mixer = build_mixer(name, DIM, **options)
+    x = tokens().float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        # Parameters and x are float32, products bfloat16: what is made of them must agree.
+        y = mixer(x)
+    assert y.dtype == torch.bfloat16
+    y.float().square().sum().backward()
+    grads = [p.grad for p in mixer.parameters()]
+    assert all(g is not None and g.dtype == torch.float32 and g.isfinite().all() for g in grads)
+    with torch.no_grad():
+        wanted = mixer(x)
+    # bfloat16 holds 8 bits; a product of three of them, normed.
+    assert relative_error(y.float(), wanted) < 0.1
+
+
 def test_aliases_and_errors_of_the_registry() -> None:
     for alias, name in ALIASES.items():
         assert type(build_mixer(alias, 64)) is MIXERS[name]

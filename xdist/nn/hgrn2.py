@@ -68,7 +68,7 @@ class HGRN2(nn.Module):
         if lower_bound is not None:
             low = wide(lower_bound).view(self.heads, self.head_dim)
         # 1 - f without cancellation, and log f without underflow where nothing bounds it.
-        k = ((1 - low) * torch.sigmoid(-raw)).to(x.dtype)
+        k = ((1 - low) * torch.sigmoid(-raw)).to(v.dtype)
         decay = F.logsigmoid(raw)
         if isinstance(low, Tensor) or low > 0.0:
             decay = torch.log(low + (1 - low) * decay.exp())

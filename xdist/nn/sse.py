@@ -97,7 +97,7 @@ class SparseStateExpansion(nn.Module):
         raw = torch.einsum("bnmr,mwr->bnmw", down, self.gate_up) + self.gate_bias
         decays = sigmoid_decay(raw, self.gate_normaliser).unflatten(-1, shape)
         share, used = (part[..., None, None] for part in self.routing(x))  # [B, n, N, 1, 1]
-        p = share.to(x.dtype)
+        p = share.to(q.dtype)
         qs, ks = sparse_q[:, :, None] * p, sparse_k[:, :, None] * p
         gs = decays[:, :, :1] * used
         if self.shared:
