@@ -33,7 +33,18 @@ _HOME = {
     "clip_grad_norm": "xdist.train.gradients",
     "checks": "xdist.comm",
 }
-_ROOMS = ("comm", "config", "errors", "memory", "nn", "testing", "certify", "plan", "models", "train")
+_ROOMS = (
+    "comm",
+    "config",
+    "errors",
+    "memory",
+    "nn",
+    "testing",
+    "certify",
+    "plan",
+    "models",
+    "train",
+)
 
 __all__ = [*_HOME, *_ROOMS]  # noqa: PLE0604 - the tables above hold strings only
 

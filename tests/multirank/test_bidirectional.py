@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import xdist
-from xdist.errors import StrategyError
+from xdist.errors import ShapeError, StrategyError
 from xdist.testing import RankPool, count_c10d_bytes, layouts, relative_error
 
 N = 53
@@ -156,6 +156,20 @@ def test_both_directions_share_one_exchange(op: str, pool2: RankPool, pool3: Ran
 def test_what_has_no_directions_is_refused() -> None:
     with pytest.raises(StrategyError, match="needs a recurrence"):
         xdist.bidirectional(xdist.attention, {}, {})
+    x = torch.randn(1, 4, 2, 3)
+    with pytest.raises(ShapeError, match="missing a required argument: 'v'"):
+        xdist.bidirectional(xdist.linear_attention, {"q": x, "k": x})
+    with pytest.raises(ShapeError, match="belong to the call of both"):
+        xdist.bidirectional(xdist.linear_attention, {"q": x, "k": x, "v": x, "reverse": True})
+
+
+def test_states_that_cannot_be_are_refused() -> None:
+    x = torch.randn(1, 4, 2, 3)
+    state = torch.zeros(1, 2, 3, 3, dtype=torch.int64)
+    with pytest.raises(ShapeError, match="floating dtype"):
+        xdist.linear_attention(x, x, x, initial_state=state)
+    with pytest.raises(ShapeError, match="do not fit"):
+        xdist.delta_rule(x[..., :0], x[..., :0], x, x[..., 0])
 
 
 def test_an_algorithm_that_cannot_be_is_refused_on_one_rank_too() -> None:

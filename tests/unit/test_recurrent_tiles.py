@@ -7,7 +7,9 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
+import xdist
 from xdist.documents import Documents
 from xdist.layout import Layout
 from xdist.parallel.recurrent_tiles import Share, final_owners
@@ -96,3 +98,19 @@ def test_final_states_are_where_documents_end() -> None:
     documents = Documents.of((0, 3, 3, 8), 8)
     assert final_owners(Share(layout, documents, 0)) == [1, None, 0]
     assert final_owners(Share(layout, documents, 0, reverse=True)) == [0, None, 1]
+
+
+def test_one_state_is_kept_a_tile() -> None:
+    """Beside its inputs a recurrence keeps the state before each tile, and nothing else."""
+    q, k, v = torch.randn(3, 1, 10_000, 1, 2).requires_grad_().unbind(0)
+    kept: list[Tensor] = []
+
+    def note(x: Tensor) -> Tensor:
+        kept.append(x)
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        xdist.linear_attention(q, k, v[..., :1])
+    states = [x for x in kept if x.shape == (1, 1, 2, 1)]
+    assert len(states) == -(-10_000 // 4096)
+    assert sum(x.numel() for x in kept) == 3 * 10_000 * 2 - 10_000 + 2 * len(states)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, cast
 
 from torch import Tensor
 
-from xdist.errors import StrategyError
+from xdist.errors import ShapeError, StrategyError
 from xdist.ops.linear import delta_rule, linear_attention
 from xdist.ops.prefix import prefix_attention
 from xdist.ops.state_space import selective_scan, ssd
@@ -86,7 +87,7 @@ def bidirectional(
 
     Raises:
         StrategyError: `op` has no directions, an unknown strategy or algorithm.
-        ShapeError: as `op`.
+        ShapeError: as `op`; arguments that `op` does not take, or lacks.
 
     Source: scans in both directions as in Zhu et al., "Vision Mamba" (2024), section 3.3.
     """
@@ -105,6 +106,8 @@ def bidirectional(
         ]
     else:
         build, tokens_of = _directed(op)
+        for own, _ in sides:
+            _check_arguments(op, own)
         shard = resolve(shard, cast("Any", forward)[tokens_of].shape[1])
         requests = [
             build(**cast("Any", own), shard=shard, reverse=reverse) for own, reverse in sides
@@ -122,13 +125,27 @@ def _directed(op: Callable[..., Any]) -> tuple[Callable[..., recurrent.Request],
         selective_scan: (_selective_scan, "u"),
         prefix_attention: (prefix_attention_parallel.request, "v"),
     }
-    if op not in known:
+    if not isinstance(op, Hashable) or op not in known:
         raise StrategyError(
             "bidirectional() needs a recurrence",
             f"it was given {getattr(op, '__name__', op)!r}",
             f"use one of {', '.join(function.__name__ for function in known)}",
         )
     return known[op]
+
+
+def _check_arguments(op: Callable[..., Any], given: Any) -> None:
+    name, ours = op.__name__, {"shard", "reverse", "strategy", "algorithm"}
+    try:
+        if ours & set(given):
+            raise TypeError(f"{sorted(ours & set(given))} belong to the call of both directions")
+        inspect.signature(op).bind(**given)
+    except TypeError as error:
+        raise ShapeError(
+            f"bidirectional() takes the arguments of one direction of {name} by name",
+            str(error),
+            f"pass a dict such as those of xdist.{name}(**arguments)",
+        ) from error
 
 
 def _selective_scan(

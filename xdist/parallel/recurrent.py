@@ -76,6 +76,7 @@ def run_together(
     for request in requests:
         check_algorithm(algorithm, request.op.transition)
         _check_length(request, shard)
+        _check_sizes(request)
     if isinstance(shard, Carry):
         return [carried_recurrence(request, shard) for request in requests]
     noted = notes()
@@ -173,6 +174,15 @@ def _check_length(request: Request, shard: SequenceShard) -> None:
             )
 
 
+def _check_sizes(request: Request) -> None:
+    _, _, key_dim, value_dim = request.op.state_shape(request.inputs)
+    if min(key_dim, value_dim, request.op.value_dim(request.inputs)) < 1:
+        raise ShapeError(
+            f"{request.name} needs head dims of at least 1",
+            f"its states are {key_dim} x {value_dim} a head",
+        )
+
+
 def _chosen(
     requests: Sequence[Request], shard: SequenceShard, strategy: str, algorithm: str
 ) -> str:
@@ -198,6 +208,8 @@ def _initial(request: Request, shard: SequenceShard) -> Tensor | None:
             f"got {list(initial.shape)}",
             "pass the final state of an earlier call, or zeros of this shape",
         )
+    if not initial.is_floating_point():
+        raise ShapeError("initial_state must be of a floating dtype", f"got {initial.dtype}")
     initial = initial.to(state_dtype(request.inputs))
     return initial if shard.packed else initial.unsqueeze(1)
 

@@ -12,6 +12,8 @@ def check(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> None:
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if q.dim() != 4 or q.shape != k.shape or v.dim() != 4 or v.shape[:2] != q.shape[:2]:
         raise KernelError(f"q and k must be [B,n,Hk,K] and v [B,n,H,V]; got {shapes}")
+    if min(q.shape[3], v.shape[3]) < 1:
+        raise KernelError(f"head dims must be at least 1; got {shapes}")
     if v.shape[2] % max(1, q.shape[2]) or bool(q.shape[2]) != bool(v.shape[2]):
         raise KernelError(f"value heads must be a multiple of key heads; got {shapes}")
     if not (q.dtype == k.dtype == v.dtype and q.is_floating_point()):
