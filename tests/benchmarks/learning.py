@@ -23,7 +23,7 @@ from typing import Any
 
 SEEDS = 5
 WORKERS = 2
-HEAD_DIM = 16
+HEAD_DIM = 8
 DIMS = {"recall": 32, "passkey": 64}
 # Every mixer reads the token before: a recall of pairs is then a matter of its memory alone.
 CONV = 4
@@ -34,6 +34,7 @@ MIXERS: dict[str, tuple[str, dict[str, Any]]] = {
     "gla": ("gla", {"head_dim": HEAD_DIM, "expand_k": 1.0, "conv_width": CONV}),
     "deltanet": ("deltanet", {"head_dim": HEAD_DIM, "conv_width": CONV}),
     "gated_deltanet": ("gated_deltanet", {"head_dim": HEAD_DIM, "conv_width": CONV}),
+    "gated_deltanet, heads of 16": ("gated_deltanet", {"head_dim": 16, "conv_width": CONV}),
     **{
         f"sse, {n} partitions": ("sse", {"head_dim": 8, "heads": 4, "partitions": n})
         for n in (1, 4, 16)
@@ -64,7 +65,7 @@ class Setting:
     learning_rate: float = 1e-2
 
 
-RECALL = (Stage(32, 64, 600),)
+RECALL = (Stage(32, 64, 1000),)
 PASSKEY = (Stage(160, 32, 500), Stage(2048, 2, 120))
 STAGES = {"recall": RECALL, "passkey": PASSKEY}
 OPTIONS = {"recall": {"vocab": 32, "pairs": 8, "queries": 8}, "passkey": {}}
@@ -90,7 +91,7 @@ SETTINGS = (
     _pure("partitions of sparse state expansion", "sse, 1 partitions"),
     _pure("partitions of sparse state expansion", "sse, 4 partitions", "sse, 1 partitions"),
     _pure("partitions of sparse state expansion", "sse, 16 partitions", "sse, 4 partitions"),
-    Setting("passkey", "gated_deltanet", ("gated_deltanet", "gated_deltanet"), "", "passkey", 3e-3),
+    Setting("passkey", "gated_deltanet", ("gated_deltanet, heads of 16",) * 2, "", "passkey", 3e-3),
 )
 
 

@@ -67,14 +67,15 @@ BENCHMARKS = {
         learning,
         "What small models learn",
         "Share of right answers on held-out samples, five seeds each (data and initial weights), "
-        "float32 on a CPU. Heads of 16 (sse: of 8), no MLPs. recall: width 32, multi-query "
-        "associative recall of 8 pairs in 32 tokens, 15 keys and 16 values, 600 steps of 64 "
+        "float32 on a CPU. Heads of 8, no MLPs. recall: width 32, multi-query "
+        "associative recall of 8 pairs in 32 tokens, 15 keys and 16 values, 1,000 steps of 64 "
         "samples; one who guesses among a sample's values has 1/8 right. local is attention to "
         "the token before, so that what follows needs no convolution to see pairs. passkey: width "
         "64, trained at 160 bytes, then at 2,048, evaluated at 2,048 and 16,384; by chance 1/10. "
         "found compares means, and counts the seeds in which the order is as expected: what does "
-        "not reproduce at this size stands there. Sizes and learning rates were chosen by a few "
-        "runs of seed 0, and not changed after the five seeds.",
+        "not reproduce at this size stands there. Sizes and learning rates were chosen by single "
+        "runs of other seeds (16 pairs were not learnt in 700 steps; with heads of 16 plain linear "
+        "attention answers all of 8 pairs) and not changed after the five seeds.",
     ),
     "checkpoints": (
         checkpoints,
