@@ -74,8 +74,8 @@ BENCHMARKS = {
         "64, trained at 160 bytes, then at 2,048, evaluated at 2,048 and 16,384; by chance 1/10. "
         "found compares means, and counts the seeds in which the order is as expected: what does "
         "not reproduce at this size stands there. Sizes and learning rates were chosen by single "
-        "runs, seeds 0 and 100 (16 pairs were not learnt in 700 steps; with heads of 16 plain linear "
-        "attention answers all of 8 pairs) and not changed after the five seeds.",
+        "runs, seeds 0 and 100 (16 pairs were not learnt in 700 steps; with heads of 16 plain "
+        "linear attention answers all of 8 pairs) and not changed after the five seeds.",
     ),
     "checkpoints": (
         checkpoints,
