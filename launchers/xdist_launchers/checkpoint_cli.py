@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from xdist_launchers.guarded import guarded
+
 _PLAIN: dict[str, Any] = {
     "no_args_is_help": True,
     "add_completion": False,
@@ -24,7 +26,6 @@ Where = Annotated[
 @checkpoint_app.command()
 def verify(where: Where) -> None:
     """Hash every file of every checkpoint. Exit code 4 when one is damaged."""
-    from xdist_launchers.cli import _guarded
 
     def body() -> int:
         from xdist.checkpoint.export import checkpoints_of
@@ -43,7 +44,7 @@ def verify(where: Where) -> None:
                 print(f"{path.name} is whole: {count} tensors, {found.total_bytes:,} bytes")
         return code
 
-    _guarded(body)
+    guarded(body)
 
 
 @checkpoint_app.command()
@@ -56,7 +57,6 @@ def export(
 
     Of a run, the newest whole checkpoint is taken.
     """
-    from xdist_launchers.cli import _guarded
 
     def body() -> None:
         from xdist.checkpoint.export import export_checkpoint
@@ -64,7 +64,7 @@ def export(
         for line in export_checkpoint(where, out, max_file_bytes=max_file_bytes):
             print(line)
 
-    _guarded(body)
+    guarded(body)
 
 
 @checkpoint_app.command("import")
@@ -80,7 +80,6 @@ def import_(
     ] = False,
 ) -> None:
     """Turn a foreign pickle into a checkpoint from which RUN starts. Only parameters are taken."""
-    from xdist_launchers.cli import _guarded
 
     def body() -> None:
         from xdist_launchers.checkpoint_import import import_pickle
@@ -88,4 +87,4 @@ def import_(
         for line in import_pickle(file, run, trust_pickle=trust_pickle):
             print(line)
 
-    _guarded(body)
+    guarded(body)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import enum
 import os
 import pathlib
-import signal
 import sys
-from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
 
 from xdist_launchers.checkpoint_cli import checkpoint_app
+from xdist_launchers.guarded import guarded
+from xdist_launchers.prepare_cli import prepare_app
 
 _PLAIN: dict[str, Any] = {
     "no_args_is_help": True,
@@ -22,7 +21,6 @@ _PLAIN: dict[str, Any] = {
 }
 app = typer.Typer(**_PLAIN, help="Train on sequences too long for one device.")
 launch_app = typer.Typer(**_PLAIN, help="Start the ranks of a run.")
-prepare_app = typer.Typer(**_PLAIN, help="Make a data store.")
 app.add_typer(launch_app, name="launch")
 app.add_typer(checkpoint_app, name="checkpoint")
 app.add_typer(prepare_app, name="prepare")
@@ -33,31 +31,6 @@ Overrides = Annotated[
     typer.Argument(metavar="[key=value ...]", help="settings that replace those of the file"),
 ]
 Ranks = Annotated[int | None, typer.Option(min=1, help="number of ranks (launch.ranks)")]
-
-
-class Existing(enum.Enum):
-    """What to do with a store that is there: `keep` wants the same files in it."""
-
-    ERROR = "error"
-    KEEP = "keep"
-    REPLACE = "replace"
-
-
-def _guarded(body: Callable[[], int | None]) -> None:
-    """Run a command's body; end with its exit code, or tell its error once."""
-    from xdist_launchers.failure import failure_of, tell
-
-    try:
-        code = body() or 0
-    except BrokenPipeError:
-        # The reader, e.g. `head`, has seen enough. Nothing more must be flushed into the pipe.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 128 + signal.SIGPIPE
-    except (Exception, KeyboardInterrupt) as error:
-        failure = failure_of(error)
-        tell(failure)
-        code = failure.exit_code
-    raise typer.Exit(code)
 
 
 def _with_ranks(overrides: list[str] | None, ranks: int | None) -> list[str]:
@@ -74,7 +47,7 @@ def show(config: ConfigFile, overrides: Overrides = None, ranks: Ranks = None) -
 
         print(to_toml(load(config, _with_ranks(overrides, ranks))), end="")
 
-    _guarded(body)
+    guarded(body)
 
 
 @app.command()
@@ -101,7 +74,7 @@ def plan(
 
             print(dry_run(settings).table())
 
-    _guarded(body)
+    guarded(body)
 
 
 @app.command()
@@ -126,7 +99,7 @@ def certify(config: ConfigFile, overrides: Overrides = None) -> None:
                 "mend the module, or leave out the setting that breaks it",
             )
 
-    _guarded(body)
+    guarded(body)
 
 
 @app.command()
@@ -151,99 +124,7 @@ def report(
 
         print(write_report(folder))
 
-    _guarded(body)
-
-
-@prepare_app.command("text")
-def prepare_text(
-    sources: Annotated[list[str], typer.Argument(metavar="FILES|DIRS...", help="what to read")],
-    store: Annotated[str, typer.Argument(metavar="STORE", help="zarr store to write")],
-    pattern: Annotated[str, typer.Option(help="files to take inside folders, e.g. '*.py'")] = "*",
-    held_out: Annotated[float, typer.Option(help="share of files kept out of training")] = 0.05,
-    vocabulary_size: Annotated[
-        int | None, typer.Option(help="sources are 1-D .npy files of token ids below this")
-    ] = None,
-    existing: Annotated[
-        Existing, typer.Option(help="what to do with a store that is there")
-    ] = Existing.KEEP,
-) -> None:
-    """Write files as one store of bytes (or token ids): checksummed, with documents and held-out.
-
-    A store that already holds the same files is kept.
-    """
-
-    def body() -> None:
-        from xdist.data.prepare import prepare_text
-
-        made = prepare_text(
-            sources,
-            store,
-            held_out_fraction=held_out,
-            vocabulary_size=vocabulary_size,
-            pattern=pattern,
-            existing=existing.value,
-            on_progress=_prepared if sys.stderr.isatty() else None,
-        )
-        print("\n".join(made.lines()))
-
-    _guarded(body)
-
-
-def _prepared(done_bytes: int, total_bytes: int) -> None:
-    end = "\n" if done_bytes >= total_bytes else ""
-    print(f"\r{done_bytes / 1e6:.1f} of {total_bytes / 1e6:.1f} MB", end=end, file=sys.stderr)
-
-
-@prepare_app.command("task")
-def prepare_task(
-    name: Annotated[
-        str, typer.Argument(metavar="NAME", help="mqar, passkey, copy or state_tracking")
-    ],
-    store: Annotated[str, typer.Argument(metavar="STORE", help="zarr store to write")],
-    length: Annotated[int, typer.Option(help="tokens of one sample")],
-    samples: Annotated[int, typer.Option(help="samples to train on")] = 10_000,
-    held_out: Annotated[int, typer.Option(help="samples to evaluate on")] = 256,
-    held_out_length: Annotated[
-        int | None, typer.Option(help="tokens of a held-out sample, if not --length")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="what the samples are drawn from")] = 0,
-    vocab: Annotated[int | None, typer.Option(help="mqar, copy: number of token ids")] = None,
-    pairs: Annotated[int | None, typer.Option(help="mqar: keys with a value")] = None,
-    queries: Annotated[int | None, typer.Option(help="mqar: keys that are asked for")] = None,
-    power: Annotated[float | None, typer.Option(help="mqar: exponent of the distances")] = None,
-    digits: Annotated[int | None, typer.Option(help="passkey: digits of the number")] = None,
-    group: Annotated[str | None, typer.Option(help="state_tracking: parity, s3, a5 or s5")] = None,
-    existing: Annotated[
-        Existing, typer.Option(help="what to do with a store that is there")
-    ] = Existing.KEEP,
-) -> None:
-    """Write samples of a synthetic task with the answers that are scored, drawn from a seed.
-
-    A store that was made with the same settings is kept.
-    """
-
-    def body() -> None:
-        from xdist.data.task_store import prepare_task
-
-        made = prepare_task(
-            name,
-            store,
-            length=length,
-            samples=samples,
-            held_out=held_out,
-            held_out_length=held_out_length,
-            seed=seed,
-            existing=existing.value,
-            vocab=vocab,
-            pairs=pairs,
-            queries=queries,
-            power=power,
-            digits=digits,
-            group=group,
-        )
-        print("\n".join(made.lines()))
-
-    _guarded(body)
+    guarded(body)
 
 
 @app.command()
@@ -273,7 +154,7 @@ def doctor(
             print("\n".join(findings.lines(found)))
         return findings.exit_code(found)
 
-    _guarded(body)
+    guarded(body)
 
 
 @launch_app.callback()
@@ -333,7 +214,7 @@ def launch_local(
         environment.check_launcher("xdist launch local")
         return local.run(job)
 
-    _guarded(body)
+    guarded(body)
 
 
 @launch_app.command("mpi")
@@ -361,7 +242,7 @@ def launch_mpi(
         environment.check_launcher("xdist launch mpi")
         return mpi_watch.run(job)
 
-    _guarded(body)
+    guarded(body)
 
 
 @launch_app.command("ray")
@@ -393,7 +274,7 @@ def launch_ray(
         environment.check_launcher("xdist launch ray")
         return ray_driver.run(resolved, job, insecure=insecure)
 
-    _guarded(body)
+    guarded(body)
 
 
 @launch_app.command("slurm")
@@ -412,7 +293,7 @@ def launch_slurm(
 
         print(launch(config, _with_ranks(overrides, ranks), render_only=render), end="")
 
-    _guarded(body)
+    guarded(body)
 
 
 def main() -> None:

@@ -196,7 +196,7 @@ from xdist_launchers import cli
 def body():
     {body}
 try:
-    cli._guarded(body)
+    cli.guarded(body)
 except cli.typer.Exit as stop:
     sys.stdout.flush()
     raise SystemExit(stop.exit_code)

@@ -10,6 +10,7 @@ slow.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,7 +33,7 @@ def state_dtype(inputs: Inputs) -> torch.dtype:
     return torch.float64 if first.dtype == torch.float64 else torch.float32
 
 
-class Recurrence:
+class Recurrence(ABC):
     """One recurrence. `inputs` are tensors [B, n, heads, ...] (or None where left out), tokens in
     dim 1 and heads in dim 2, but for those whose index is in `whole`: they are the same on every
     rank, have no tokens, and heads in dim 0.
@@ -47,9 +48,9 @@ class Recurrence:
 
     # --- shapes --------------------------------------------------------------------------------
 
+    @abstractmethod
     def state_shape(self, inputs: Inputs) -> tuple[int, int, int, int]:
         """(B, H, K, V) of a state."""
-        raise NotImplementedError
 
     def value_dim(self, inputs: Inputs) -> int:
         """V of the outputs [B, n, H, V]."""
@@ -97,10 +98,10 @@ class Recurrence:
         """
         return tuple(inputs)
 
+    @abstractmethod
     def transition_of(self, tile: Any) -> Tensor | None:
         """M of a tile of one document, as it travels: None for "none" and "logsumexp", log M [B, H]
         for "scalar" and where there are rates, log M [B, H, K] for "diagonal", M [B, H, K, K]."""
-        raise NotImplementedError
 
     def advance(self, tile: Any, state: Tensor) -> Tensor:
         """The state after the tile."""
@@ -110,9 +111,9 @@ class Recurrence:
         """The tile with the part of its outputs that needs no state; made while states travel."""
         return tile
 
+    @abstractmethod
     def run(self, tile: Any, state: Tensor) -> tuple[Tensor, Tensor]:
         """Outputs [B, T, H, V] and the state after the tile."""
-        raise NotImplementedError
 
     # --- one tile backward ---------------------------------------------------------------------
 
