@@ -178,3 +178,9 @@ def test_an_algorithm_that_cannot_be_is_refused_on_one_rank_too() -> None:
         xdist.prefix_attention(q, kv, kv, algorithm="pipelined")
     with pytest.raises(StrategyError, match="one of strategy scan"):
         xdist.linear_attention(kv, kv, kv, strategy="switch", algorithm="chain")
+
+
+def test_an_empty_batch_of_a_selective_scan_is_refused() -> None:
+    u, b = torch.randn(0, 5, 4), torch.randn(0, 5, 3)
+    with pytest.raises(ShapeError, match="batch of at least 1"):
+        xdist.selective_scan(u, u, -torch.rand(4, 3), b, b)

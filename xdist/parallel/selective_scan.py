@@ -59,6 +59,8 @@ def _finish(u: Tensor, local: Local, result: Result) -> Result:
 
 
 def _check(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, local: Local) -> None:
+    if u.dim() == 3 and u.shape[0] < 1:
+        raise ShapeError("selective_scan needs a batch of at least 1", f"u is {tuple(u.shape)}")
     if u.dim() != 3 or A.dim() != 2:
         raise ShapeError(
             "selective_scan: u must be [B,n,C] and A [C,N]",
