@@ -16,6 +16,7 @@ _HOME = {
     "SequenceShard": "xdist.shard",
     "Layout": "xdist.layout",
     "Mask": "xdist.mask",
+    "Dropout": "xdist.dropout",
     "attention": "xdist.ops",
     "linear_attention": "xdist.ops",
     "ssd": "xdist.ops",

@@ -28,7 +28,7 @@ ORDER = (
     ("xdist_kernels",),
     ("errors",),
     ("config",),
-    ("layout", "documents", "mask"),
+    ("layout", "documents", "mask", "dropout"),
     ("cost",),
     ("rank",),
     # A mesh makes its groups through comm.collectives, the only caller of torch.distributed.

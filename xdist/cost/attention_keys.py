@@ -20,7 +20,8 @@ class Problem:
     """One call of attention, as every rank knows it.
 
     `key_layout` is `layout` itself, another one, or None when every rank holds all keys. `cross`
-    says that keys have positions of their own. `element_bytes` is that of q, k and v.
+    says that keys have positions of their own. `element_bytes` is that of q, k and v, `ulysses` the
+    inner degree of strategy 2d: rank r is number r % ulysses of ring row r // ulysses.
     """
 
     layout: Layout
@@ -35,6 +36,7 @@ class Problem:
     dim: int
     value_dim: int
     element_bytes: int
+    ulysses: int = 1
 
     @property
     def parts(self) -> int:

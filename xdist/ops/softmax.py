@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from xdist.dropout import Dropout
 from xdist.mask import Mask
 from xdist.memory.carry import whole_sequence
 from xdist.parallel import attention as attention_parallel
@@ -22,6 +23,8 @@ def attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     key_shard: SequenceShard | str = "same",
+    dropout: Dropout | None = None,
+    head_chunks: int = 1,
 ) -> Tensor:
     """Softmax attention: softmax(softcap(scale * q k^T), mask) v.
 
@@ -42,6 +45,10 @@ def attention(
         key_shard: "same" (keys lie as the queries), "replicated" (every rank holds all keys; their
             gradient is this rank's part) or the keys' own SequenceShard, whose document i the
             queries' document i sees. Causal and window masks need "same".
+        dropout: which probabilities are dropped (`xdist.Dropout`); the same for every number of
+            ranks, strategy and layout. None drops nothing.
+        head_chunks: how many runs of heads ulysses switches and computes one after another; the
+            peak of memory falls, the bytes stay. Other strategies take 1.
 
     Returns:
         `[B, n, H, E]` in the dtype of q; a query that sees nothing gets 0. Scores and sums are
@@ -72,4 +79,6 @@ def attention(
         softcap=softcap,
         sinks=sinks,
         key_shard=key_shard,
+        dropout=dropout,
+        head_chunks=head_chunks,
     )

@@ -11,6 +11,7 @@ from xdist.comm.checks import checks_are_on, raise_together
 from xdist.cost.attention import Choice, check_strategy, choose
 from xdist.cost.attention_keys import Problem
 from xdist.documents import Documents
+from xdist.dropout import Dropout
 from xdist.errors import MaskError, NumericsError, ShapeError
 from xdist.mask import Mask
 from xdist.parallel.attention_call import Call
@@ -36,6 +37,8 @@ def attention(
     softcap: float | None,
     sinks: Tensor | None,
     key_shard: KeyShard,
+    dropout: Dropout | None,
+    head_chunks: int,
 ) -> Tensor:
     """`xdist.attention`, see there. Every check comes before anything is sent."""
     shard = resolve(shard, q.shape[1] if q.dim() == 4 else 0)
@@ -54,7 +57,7 @@ def attention(
     if checks_are_on():
         _check_values(q, k, v, shard)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    call = Call(problem, shard.rank, shard.group, scale, softcap, q.device)
+    call = Call(problem, shard.rank, shard.group, scale, softcap, q.device, dropout)
     if strategy == "ulysses":
         return UlyssesAttention.apply(call, q, k, v, sinks)
     if strategy == "ring":
@@ -123,7 +126,7 @@ def problem_of(
     batch, _, heads, dim = q.shape
     return Problem(
         shard.layout, shard.documents, mask, layout, documents, not same,
-        batch, heads, k.shape[2], dim, v.shape[3], q.element_size(),
+        batch, heads, k.shape[2], dim, v.shape[3], q.element_size(), shard.mesh.ulysses_size,
     )  # fmt: skip
 
 

@@ -12,8 +12,18 @@ from torch import Tensor
 
 from xdist.comm.collectives import ProcessGroup
 from xdist.cost.attention_keys import Problem, Ranges, head_spans
+from xdist.dropout import Dropout
 from xdist_kernels.attention.blocks import Spans
+from xdist_kernels.attention.dropout import Dropped
 from xdist_kernels.attention.torch import attention_backward, attention_forward
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a run of queries of a run of heads sees and drops, as the kernels take it."""
+
+    spans: Spans
+    dropped: Dropped | None
 
 
 @dataclass(frozen=True)
@@ -26,13 +36,22 @@ class Call:
     scale: float
     softcap: float | None
     device: torch.device
+    dropout: Dropout | None = None
 
     def others(self) -> list[int]:
         """The other sequence ranks."""
         return [rank for rank in range(self.problem.parts) if rank != self.rank]
 
-    def spans(self, positions: NDArray[np.int64], start: int, stop: int) -> Spans:
+    def seen(self, positions: NDArray[np.int64], start: int, stop: int) -> Seen:
         """What queries at `positions` of heads `[start, stop)` see, as the kernels take it."""
+        drop = self.dropout
+        if drop is None or drop.rate == 0.0:
+            return Seen(self._spans(positions, start, stop), None)
+        at = self.tensor(positions)
+        dropped = Dropped(drop.rate, drop.key, drop.first_row, start, at)
+        return Seen(self._spans(positions, start, stop), dropped)
+
+    def _spans(self, positions: NDArray[np.int64], start: int, stop: int) -> Spans:
         found = head_spans(self.problem, positions, start, stop)
         if len(found) == 1:
             lo, hi, prefix_lo, prefix_hi = (self.tensor(side) for side in found[0])
@@ -41,10 +60,10 @@ class Call:
             lo, hi, prefix_lo, prefix_hi = (self.tensor(side) for side in sides)
         return lo, hi, prefix_lo, prefix_hi
 
-    def own_spans(self) -> Spans:
+    def own_seen(self) -> Seen:
         """What this rank's queries see, all heads."""
         positions = self.problem.layout.positions(self.rank)
-        return self.spans(positions, 0, self.problem.heads)
+        return self.seen(positions, 0, self.problem.heads)
 
     def key_positions(self, rank: int) -> NDArray[np.int64]:
         """Global positions of the keys `rank` holds."""
@@ -57,23 +76,23 @@ class Call:
         return torch.from_numpy(np.ascontiguousarray(values)).to(self.device)
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, spans: Spans, k_positions: Tensor,
+        self, q: Tensor, k: Tensor, v: Tensor, seen: Seen, k_positions: Tensor,
         sinks: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """The kernel's forward with this call's scale and soft-cap."""
         return attention_forward(
-            q, k, v, scale=self.scale, spans=spans, k_positions=k_positions,
-            softcap=self.softcap, sinks=sinks,
+            q, k, v, scale=self.scale, spans=seen.spans, k_positions=k_positions,
+            softcap=self.softcap, sinks=sinks, dropout=seen.dropped,
         )  # fmt: skip
 
     def backward(
         self, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, dout: Tensor,
-        spans: Spans, k_positions: Tensor,
+        seen: Seen, k_positions: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """The kernel's backward with this call's scale and soft-cap."""
         return attention_backward(
-            q, k, v, lse, delta, dout, scale=self.scale, spans=spans, k_positions=k_positions,
-            softcap=self.softcap,
+            q, k, v, lse, delta, dout, scale=self.scale, spans=seen.spans,
+            k_positions=k_positions, softcap=self.softcap, dropout=seen.dropped,
         )  # fmt: skip
 
 

@@ -34,14 +34,14 @@ class FetchAttention(Function):
         ctx: Any, call: Call, move: str, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None
     ) -> Tensor:
         blocks = Blocks(call, _needs(call, move), move)
-        spans, own = call.own_spans(), call.tensor(call.key_positions(call.rank))
+        seen, own = call.own_seen(), call.tensor(call.key_positions(call.rank))
         arriving = blocks.start_keys(k, v, call.others(), call.others())
-        out, lse = call.forward(q, k, v, spans, own)
+        out, lse = call.forward(q, k, v, seen, own)
         got = arriving.wait()
         far = _joined(got) if got else (k[:, :0], v[:, :0])
         ctx.owners = [(owner, got[owner][0].shape[1]) for owner in sorted(got)]
         if got:
-            merge_(out, lse, *call.forward(q, *far, spans, _positions(blocks, ctx.owners)))
+            merge_(out, lse, *call.forward(q, *far, seen, _positions(blocks, ctx.owners)))
         if sinks is not None:
             merge_sinks_(out, lse, sinks)
         out = out.to(q.dtype)
@@ -54,18 +54,18 @@ class FetchAttention(Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
         call, blocks = ctx.call, ctx.blocks
         q, k, v, out, lse, sinks, *far = ctx.saved_tensors
-        spans, own = call.own_spans(), call.tensor(call.key_positions(call.rank))
+        seen, own = call.own_seen(), call.tensor(call.key_positions(call.rank))
         delta = attention_delta(out, dout)
         given: dict[int, Block] = {}
         far_dq = None
         if ctx.owners:
             at = _positions(blocks, ctx.owners)
-            far_dq, far_dk, far_dv = call.backward(q, *far, lse, delta, dout, spans, at)
+            far_dq, far_dk, far_dv = call.backward(q, *far, lse, delta, dout, seen, at)
             sizes = [tokens for _, tokens in ctx.owners]
             pairs = zip(far_dk.split(sizes, 1), far_dv.split(sizes, 1), strict=True)
             given = {owner: pair for (owner, _), pair in zip(ctx.owners, pairs, strict=True)}
         returning = blocks.start_gradients(given, call.others(), lse.dtype)
-        dq, dk, dv = call.backward(q, k, v, lse, delta, dout, spans, own)
+        dq, dk, dv = call.backward(q, k, v, lse, delta, dout, seen, own)
         if far_dq is not None:
             dq += far_dq
         blocks.add(dk, dv, returning.wait())

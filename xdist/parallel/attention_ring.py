@@ -34,15 +34,15 @@ class RingAttention(Function):
         ctx: Any, call: Call, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None
     ) -> Tensor:
         blocks = Blocks(call, call.problem.needs, "ring")
-        spans, own = call.own_spans(), call.tensor(call.key_positions(call.rank))
+        seen, own = call.own_seen(), call.tensor(call.key_positions(call.rank))
         steps = _steps(call)
         arriving = _start_step(blocks, k, v, steps, 0)
-        out, lse = call.forward(q, k, v, spans, own)
+        out, lse = call.forward(q, k, v, seen, own)
         for number, (_, owner) in enumerate(steps):
             got = arriving.wait()
             arriving = _start_step(blocks, k, v, steps, number + 1)
             if owner in got:
-                merge_(out, lse, *call.forward(q, *got[owner], spans, blocks.positions(owner)))
+                merge_(out, lse, *call.forward(q, *got[owner], seen, blocks.positions(owner)))
             del got
         if sinks is not None:
             merge_sinks_(out, lse, sinks)
@@ -58,9 +58,9 @@ class RingAttention(Function):
         q, k, v, out, lse, sinks = ctx.saved_tensors
         steps = _steps(call)
         arriving = _start_step(blocks, k, v, steps, 0)
-        spans, own = call.own_spans(), call.tensor(call.key_positions(call.rank))
+        seen, own = call.own_seen(), call.tensor(call.key_positions(call.rank))
         delta = attention_delta(out, dout)
-        dq, dk, dv = call.backward(q, k, v, lse, delta, dout, spans, own)
+        dq, dk, dv = call.backward(q, k, v, lse, delta, dout, seen, own)
         returning: Pending[dict[int, Block]] = Pending.done({})
         for number, (user, owner) in enumerate(steps):
             got = arriving.wait()
@@ -68,7 +68,7 @@ class RingAttention(Function):
             given: dict[int, Block] = {}
             if owner in got:
                 dq_, *block = call.backward(
-                    q, *got[owner], lse, delta, dout, spans, blocks.positions(owner)
+                    q, *got[owner], lse, delta, dout, seen, blocks.positions(owner)
                 )
                 dq += dq_
                 given[owner] = (block[0], block[1])

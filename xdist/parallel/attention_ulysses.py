@@ -24,10 +24,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from xdist.parallel.attention_call import Call, joined
+from xdist.parallel.attention_call import Call, Seen, joined
 from xdist.parallel.attention_wire import Spec, start_packed
 from xdist.parallel.first_order import first_order
-from xdist_kernels.attention.blocks import Spans
 from xdist_kernels.attention.torch import attention_delta, sinks_backward
 
 # A tensor, which heads each rank holds of it once switched, how many tokens each rank holds.
@@ -49,7 +48,7 @@ class UlyssesAttention(Function):
         for run in switch.runs():
             own = None if sinks is None else sinks[switch.heads][run.h]
             part, lse = call.forward(
-                _heads(q_, run.h), _heads(k_, run.g), _heads(v_, run.g), run.spans,
+                _heads(q_, run.h), _heads(k_, run.g), _heads(v_, run.g), run.seen,
                 switch.key_at, own,
             )  # fmt: skip
             outs.append(part.to(q.dtype))
@@ -71,7 +70,7 @@ class UlyssesAttention(Function):
             h, g = run.h, run.g
             dq, dk, dv = call.backward(
                 _heads(q_, h), _heads(k_, g), _heads(v_, g), lse[:, :, h], delta[:, :, h],
-                _heads(dout, h), run.spans, switch.key_at,
+                _heads(dout, h), run.seen, switch.key_at,
             )  # fmt: skip
             dqs.append(dq.to(q_.dtype))
             dks.append((range(g.start, g.stop), dk))
@@ -94,7 +93,7 @@ class _Run:
 
     h: slice
     g: slice
-    spans: Spans
+    seen: Seen
 
 
 class _Switch:
@@ -130,11 +129,11 @@ class _Switch:
             whole = (stop - h) // per_group if h % per_group == 0 else 0
             end = h + whole * per_group if whole else min(stop, (h // per_group + 1) * per_group)
             g = slice(h // per_group - first_key, (end - 1) // per_group + 1 - first_key)
-            spans = self.call.spans(positions, h, end)
-            found.append(_Run(slice(h - start, end - start), g, spans))
+            seen = self.call.seen(positions, h, end)
+            found.append(_Run(slice(h - start, end - start), g, seen))
             h = end
         none = slice(0, 0)
-        return found or [_Run(none, none, self.call.spans(positions, start, start))]
+        return found or [_Run(none, none, self.call.seen(positions, start, start))]
 
     def in_forward(self, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
         """q, k, v of this rank's tokens to those of its heads over the whole sequence."""

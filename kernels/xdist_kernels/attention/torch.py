@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from xdist_kernels.attention.blocks import KeyBlock, QueryBlock, Spans, plan_blocks, visible
+from xdist_kernels.attention.dropout import Dropped
 from xdist_kernels.errors import KernelError
 
 _LOG2E = math.log2(math.e)
@@ -46,6 +47,7 @@ def attention_forward(
     k_positions: Tensor,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    dropout: Dropped | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`softmax(softcap(scale * q k^T)) v` over the keys each query sees, and its log-sum-exp.
 
@@ -82,6 +84,7 @@ def attention_backward(
     spans: Spans,
     k_positions: Tensor,
     softcap: float | None = None,
+    dropout: Dropped | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients dq `[B,n,H,D]`, dk `[B,m,G,D]`, dv `[B,m,G,E]` of `attention_forward`.
 
