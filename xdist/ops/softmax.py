@@ -7,10 +7,12 @@ from torch import Tensor
 from xdist.dropout import Dropout
 from xdist.mask import Mask
 from xdist.memory.carry import whole_sequence
+from xdist.ops.graph_break import graph_break
 from xdist.parallel import attention as attention_parallel
 from xdist.shard import SequenceShard
 
 
+@graph_break
 def attention(
     q: Tensor,
     k: Tensor,
