@@ -7,6 +7,7 @@ from typing import Literal, overload
 from torch import Tensor
 
 from xdist.memory.carry import Carry
+from xdist.ops.graph_break import graph_break
 from xdist.parallel import conv as conv_parallel
 from xdist.parallel.carried import carried_convolution
 from xdist.shard import SequenceShard, resolve
@@ -40,6 +41,7 @@ def causal_conv1d(
 ) -> tuple[Tensor, Tensor]: ...
 
 
+@graph_break
 def causal_conv1d(
     x: Tensor,
     weight: Tensor,

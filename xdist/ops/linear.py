@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from xdist.ops.graph_break import graph_break
 from xdist.parallel import delta_rule as delta_rule_parallel
 from xdist.parallel import linear_attention as linear_attention_parallel
 from xdist.parallel import recurrent
 from xdist.shard import SequenceShard, resolve
 
 
+@graph_break
 def linear_attention(
     q: Tensor,
     k: Tensor,
@@ -75,6 +77,7 @@ def linear_attention(
     return recurrent.run(request, shard, strategy=strategy, algorithm=algorithm)
 
 
+@graph_break
 def delta_rule(
     q: Tensor,
     k: Tensor,

@@ -6,9 +6,11 @@ from torch import Tensor
 
 from xdist.memory import loss as loss_memory
 from xdist.memory import mean as mean_memory
+from xdist.ops.graph_break import graph_break
 from xdist.shard import SequenceShard
 
 
+@graph_break
 def cross_entropy(
     hidden: Tensor,
     head_weight: Tensor,
@@ -49,6 +51,7 @@ def cross_entropy(
     )
 
 
+@graph_break
 def mean(x: Tensor, shard: SequenceShard | None = None, *, weight: Tensor | None = None) -> Tensor:
     """Global mean of x over data x sequence ranks: `sum(weight * x) / sum(weight)`.
 

@@ -6,8 +6,10 @@ from torch import Tensor
 
 from xdist.comm import switch as switch_move
 from xdist.comm.collectives import ProcessGroup
+from xdist.ops.graph_break import graph_break
 
 
+@graph_break
 def switch(
     x: Tensor,
     group: ProcessGroup | None,

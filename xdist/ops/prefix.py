@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from xdist.ops.graph_break import graph_break
 from xdist.parallel import prefix_attention as prefix_attention_parallel
 from xdist.parallel import recurrent
 from xdist.shard import SequenceShard, resolve
 
 
+@graph_break
 def prefix_attention(
     q: Tensor,
     k: Tensor,

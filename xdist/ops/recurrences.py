@@ -9,6 +9,7 @@ from typing import Any, cast
 from torch import Tensor
 
 from xdist.errors import ShapeError, StrategyError
+from xdist.ops.graph_break import graph_break
 from xdist.ops.linear import delta_rule, linear_attention
 from xdist.ops.prefix import prefix_attention
 from xdist.ops.state_space import selective_scan, ssd
@@ -22,6 +23,7 @@ from xdist.parallel.recurrence import Recurrence
 from xdist.shard import SequenceShard, resolve
 
 
+@graph_break
 def recurrence(
     op: Recurrence,
     *inputs: Tensor | None,
@@ -58,6 +60,7 @@ def recurrence(
     return recurrent.run(request, resolve(shard, length), strategy=strategy, algorithm=algorithm)
 
 
+@graph_break
 def bidirectional(
     op: Callable[..., Any] | Recurrence,
     forward: Mapping[str, Any] | Sequence[Tensor | None],

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from xdist.ops.graph_break import graph_break
 from xdist.parallel import recurrent
 from xdist.parallel import selective_scan as selective_scan_parallel
 from xdist.parallel import ssd as ssd_parallel
 from xdist.shard import SequenceShard, resolve
 
 
+@graph_break
 def ssd(
     x: Tensor,
     dt: Tensor,
@@ -75,6 +77,7 @@ def ssd(
     return recurrent.run(request, shard, strategy=strategy, algorithm=algorithm)
 
 
+@graph_break
 def selective_scan(
     u: Tensor,
     delta: Tensor,
