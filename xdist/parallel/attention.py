@@ -12,7 +12,7 @@ from xdist.cost.attention import Choice, check_strategy, choose
 from xdist.cost.attention_keys import Problem
 from xdist.documents import Documents
 from xdist.dropout import Dropout
-from xdist.errors import MaskError, NumericsError, ShapeError
+from xdist.errors import MaskError, NumericsError, ShapeError, StrategyError
 from xdist.mask import Mask
 from xdist.parallel.attention_call import Call
 from xdist.parallel.attention_fetch import FetchAttention
@@ -45,6 +45,7 @@ def attention(
     problem = problem_of(q, k, v, shard, mask=mask, sinks=sinks, key_shard=key_shard)
     if softcap is not None and not softcap > 0:
         raise ShapeError("softcap must be positive", f"got {softcap}", "leave it None for no cap")
+    strategy = _with_head_chunks(strategy, head_chunks)
     noted = notes()
     if noted is not None:
         noted.append(Noted((problem,), strategy))
@@ -63,6 +64,21 @@ def attention(
     if strategy == "ring":
         return RingAttention.apply(call, q, k, v, sinks)
     return FetchAttention.apply(call, strategy, q, k, v, sinks)
+
+
+def _with_head_chunks(strategy: str, head_chunks: int) -> str:
+    """The strategy of a call in `head_chunks` runs of heads: ulysses, the only one that has them."""
+    if isinstance(head_chunks, bool) or not isinstance(head_chunks, int) or head_chunks < 1:
+        raise ShapeError("head_chunks must be an integer from 1", f"got {head_chunks!r}")
+    if head_chunks == 1:
+        return strategy
+    if strategy not in ("auto", "ulysses"):
+        raise StrategyError(
+            f"strategy {strategy!r} cannot serve this call",
+            f"head_chunks={head_chunks}: only ulysses switches and computes heads in runs",
+            "choose ulysses, or leave head_chunks at 1",
+        )
+    return "ulysses"
 
 
 def explain(
