@@ -1,10 +1,30 @@
-"""Which attention probabilities are dropped: a hash of positions, head and row, not a stream."""
+"""Which attention probabilities are dropped: a hash of positions, head and row, not a stream.
+
+Everything is 32-bit words, products and sums modulo 2^32, shifts that fill with zeros:
+
+    mix(x):      x ^= x >> 16;  x *= 0x7feb352d;  x ^= x >> 15;  x *= 0x846ca68b;  x ^= x >> 16
+    word(s, w):  s = mix(s ^ low 32 bits of w);  s = mix(s ^ high 32 bits of w)
+    a, c = words of (key, row, head, query position), begun at 0x9e3779b9 and 0x3c6ef372
+    b    = word of the key position, begun at 0xdaa66d2b
+    x = (a ^ b) * 0x7feb352d;  x ^= x >> 15;  x = (x + c) * 0x846ca68b
+    kept where x, read as a signed number, is at least round(rate * 2^32) - 2^31
+
+Row, head and positions are global numbers of 64 bits, so that every rank, block and backend drops
+the same. A query has one (a, c), a key one b; the last two lines are all a pair costs.
+`Dropped.keeps` says it with Python's integers, one pair a call; `Dropped.kept` for whole blocks.
+The mix is `lowbias32` (Wellons, "Prospecting for hash functions", 2018).
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+
+_WORD = 0xFFFFFFFF
+_FIRST, _SECOND = 0x7FEB352D, 0x846CA68B
+_BEGIN_A, _BEGIN_C, _BEGIN_KEY = 0x9E3779B9, 0x3C6EF372, 0xDAA66D2B
 
 
 @dataclass(frozen=True)
@@ -18,3 +38,74 @@ class Dropped:
     first_row: int
     first_head: int
     q_positions: Tensor
+
+    @property
+    def scale(self) -> float:
+        """What a kept probability is multiplied by."""
+        return 1.0 / (1.0 - self.rate)
+
+    @property
+    def threshold(self) -> int:
+        """The least signed word that is kept."""
+        return min(round(self.rate * 2**32) - 2**31, 2**31 - 1)
+
+    def keeps(self, row: int, head: int, query: int, key_position: int) -> bool:
+        """Whether one probability is kept: local batch row and head, global positions."""
+        names = (self.key, self.first_row + row, self.first_head + head, query)
+        a, c = _BEGIN_A, _BEGIN_C
+        for name in names:
+            a, c = _absorb(a, name), _absorb(c, name)
+        x = (a ^ _absorb(_BEGIN_KEY, key_position)) * _FIRST & _WORD
+        x = ((x ^ x >> 15) + c) * _SECOND & _WORD
+        return (x ^ 2**31) - 2**31 >= self.threshold
+
+    def queries(self, batch: int, heads: slice, rows: slice) -> tuple[Tensor, Tensor]:
+        """The words (a, c) of a block of queries, int32 `[batch, heads, rows]`; slices local."""
+        found = []
+        positions = self.q_positions[rows]
+        for begin in (_BEGIN_A, _BEGIN_C):
+            begun = [
+                _absorb(_absorb(_absorb(begin, self.key), self.first_row + row), head)
+                for row in range(batch)
+                for head in range(self.first_head + heads.start, self.first_head + heads.stop)
+            ]
+            states = positions.new_tensor(begun, dtype=torch.int64).view(batch, -1, 1)
+            found.append(_signed(_absorb_all(states, positions)))
+        return found[0], found[1]
+
+    def kept(self, queries: tuple[Tensor, Tensor], k_positions: Tensor) -> Tensor:
+        """Bool `[..., keys]`: which pairs of queries with words `[...]` and keys are kept."""
+        a, c = (words.unsqueeze(-1) for words in queries)
+        start = torch.full_like(k_positions, _BEGIN_KEY)
+        x = (a ^ _signed(_absorb_all(start, k_positions))).mul_(_FIRST)
+        # An arithmetic shift fills with the sign: the mask makes the zeros.
+        x ^= (x >> 15).bitwise_and_(0x1FFFF)
+        return x.add_(c).mul_(_SECOND - 2**32) >= self.threshold
+
+
+def _absorb(state: int, name: int) -> int:
+    state = _mix(state ^ name & _WORD)
+    return _mix(state ^ name >> 32 & _WORD)
+
+
+def _mix(x: int) -> int:
+    x = (x ^ x >> 16) * _FIRST & _WORD
+    x = (x ^ x >> 15) * _SECOND & _WORD
+    return x ^ x >> 16
+
+
+def _absorb_all(states: Tensor, names: Tensor) -> Tensor:
+    """`_absorb` of int64 tensors that hold words; products wrap, their low 32 bits are right."""
+    states = _mix_all(states ^ (names & _WORD))
+    return _mix_all(states ^ (names >> 32 & _WORD))
+
+
+def _mix_all(x: Tensor) -> Tensor:
+    x = (x ^ x >> 16) * _FIRST & _WORD
+    x = (x ^ x >> 15) * _SECOND & _WORD
+    return x ^ x >> 16
+
+
+def _signed(words: Tensor) -> Tensor:
+    """Words held in int64 as the int32 of the same bits."""
+    return ((words ^ 2**31) - 2**31).to(torch.int32)

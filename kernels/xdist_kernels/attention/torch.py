@@ -5,11 +5,12 @@
         for each block of keys that any of them sees:
             S = log2(e) * softcap(scale * Q K^T), -inf where not visible (no mask on full blocks)
             m' = max(m, rowmax S);  P = 2^(S - m')
-            l, acc = l * 2^(m - m') + rowsum P, acc * 2^(m - m') + P V
+            l, acc = l * 2^(m - m') + rowsum P, acc * 2^(m - m') + Z P V
         O = acc / l;  lse = ln(2) * (m + log2 l)                (empty row: O = 0, lse = -inf)
     for each block of queries, for each block of keys:          backward
-        P = 2^(S - log2(e) * lse);  dV += P^T dO;  dS = P * (dO V^T - delta) * softcap'
+        P = 2^(S - log2(e) * lse);  dV += (Z P)^T dO;  dS = P * (Z dO V^T - delta) * softcap'
         dQ += scale * dS K;  dK += scale * dS^T Q               delta = rowsum(dO * O)
+    Z = kept / (1 - rate) is the dropout (dropout.py), 1 without; l and lse know nothing of it.
 
 Memory beyond inputs and outputs is one block of scores per batch row and head. Sums are in
 float32, in float64 for float64. The tiling and online softmax are those of FlashAttention-2
@@ -21,7 +22,8 @@ Inside a block, heads lie as `[B*G, R*rows, D]`, so that one product serves a wh
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -55,11 +57,12 @@ def attention_forward(
     global position of each key. `spans` = (lo, hi, prefix_lo, prefix_hi), int64 `[n]`, or `[H,n]`
     when heads differ: a query sees the keys whose position is in `[lo, hi)` or in
     `[prefix_lo, prefix_hi)`, which are disjoint. `sinks` `[H]` is one extra logit per head.
+    `dropout` drops probabilities (dropout.py); the log-sum-exp is that without dropout.
 
     Returns out `[B,n,H,E]` and lse `[B,n,H]` (natural log, sink included), both float32, float64
     for float64 inputs. Raises KernelError on shapes that do not fit.
     """
-    wide = _check(q, k, v, spans, k_positions, sinks)
+    wide = _check(q, k, v, spans, k_positions, sinks, dropout)
     batch, n, heads, _ = q.shape
     out = q.new_empty(batch, n, heads, v.shape[-1], dtype=wide)
     lse = q.new_empty(batch, n, heads, dtype=wide)
@@ -67,7 +70,7 @@ def attention_forward(
         sink = None if sinks is None else sinks[hs].to(wide) * _LOG2E
         _forward_group(
             q[:, :, hs], k[:, :, gs], v[:, :, gs], out[:, :, hs], lse[:, :, hs],
-            group_spans, k_positions, scale, softcap, sink,
+            group_spans, k_positions, scale, softcap, sink, _dropped(dropout, hs),
         )  # fmt: skip
     return out, lse
 
@@ -92,7 +95,7 @@ def attention_backward(
     `[B,n,H]` from `attention_delta`, `dout` `[B,n,H,E]`. Gradients are float32, float64 for
     float64 inputs. The sinks' gradient needs no keys: `sinks_backward`.
     """
-    wide = _check(q, k, v, spans, k_positions, None)
+    wide = _check(q, k, v, spans, k_positions, None, dropout)
     batch, n, heads, dim = q.shape
     dq = q.new_empty(batch, n, heads, dim, dtype=wide)
     dk = q.new_zeros(batch, k.shape[2], k.shape[1], dim, dtype=wide)
@@ -101,6 +104,7 @@ def attention_backward(
         _backward_group(
             q[:, :, hs], k[:, :, gs], v[:, :, gs], lse[:, :, hs], delta[:, :, hs], dout[:, :, hs],
             dq[:, :, hs], dk[:, gs], dv[:, gs], group_spans, k_positions, scale, softcap,
+            _dropped(dropout, hs),
         )  # fmt: skip
     return dq, dk.transpose(1, 2), dv.transpose(1, 2)
 
@@ -120,6 +124,7 @@ def sinks_backward(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
 def _forward_group(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     spans: Spans, k_positions: Tensor, scale: float, softcap: float | None, sink: Tensor | None,
+    dropout: Dropped | None,
 ) -> None:  # fmt: skip
     """Fills `out` and `lse` for heads that share one visibility."""
     groups, wide = k.shape[2], out.dtype
@@ -129,6 +134,7 @@ def _forward_group(
         m_ = q_.new_full(q_.shape[:2], -torch.inf)
         l_ = torch.zeros_like(m_)
         acc = q_.new_zeros(*q_.shape[:2], v.shape[-1])
+        words = _words(dropout, q_.shape[:2], rows, q)
         for keys in block.keys:
             part = slice(keys.start, keys.stop)
             s_, _ = _scores(q_, _fold(k[:, part], groups, wide), scale, softcap)
@@ -138,6 +144,8 @@ def _forward_group(
             p_ = s_.sub_(base.unsqueeze(-1)).exp2_()
             kept = (m_ - base).exp2_()
             l_.mul_(kept).add_(p_.sum(-1))
+            if words is not None and dropout is not None:
+                p_.mul_(dropout.kept(words, k_positions[part]))
             acc.mul_(kept.unsqueeze(-1)).baddbmm_(p_, _fold(v[:, part], groups, wide))
             m_ = new
         if sink is not None:
@@ -150,6 +158,8 @@ def _forward_group(
             m_ = new
         # An empty row has l = 0 and acc = 0: 0 / inf keeps its output 0, -inf + -inf its lse -inf.
         acc.div_(l_.masked_fill(l_ == 0, torch.inf).unsqueeze(-1))
+        if dropout is not None:
+            acc.mul_(dropout.scale)
         _unfold_into(out[:, rows], acc, groups)
         _unfold_into(
             lse[:, rows].unsqueeze(-1), m_.add_(l_.log2_()).mul_(_LN2).unsqueeze(-1), groups
@@ -160,6 +170,7 @@ def _backward_group(
     q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, dout: Tensor,
     dq: Tensor, dk: Tensor, dv: Tensor,
     spans: Spans, k_positions: Tensor, scale: float, softcap: float | None,
+    dropout: Dropped | None,
 ) -> None:  # fmt: skip
     """Fills `dq` and adds to `dk` `[B,G,m,D]`, `dv` `[B,G,m,E]` for heads of one visibility."""
     groups, wide, batch = k.shape[2], dq.dtype, q.shape[0]
@@ -170,22 +181,48 @@ def _backward_group(
         lse_ = _fold(lse[:, rows].unsqueeze(-1), groups, wide) * _LOG2E
         lse_.masked_fill_(lse_ == -torch.inf, 0.0)
         dq_ = torch.zeros_like(q_)
+        words = _words(dropout, q_.shape[:2], rows, q)
+        if dropout is not None:
+            do_ = do_ * dropout.scale
         for keys in block.keys:
             part = slice(keys.start, keys.stop)
             k_, v_ = _fold(k[:, part], groups, wide), _fold(v[:, part], groups, wide)
             s_, slope = _scores(q_, k_, scale, softcap, slope=True)
             _hide(s_, block, keys, spans, k_positions)
             p_ = s_.sub_(lse_).exp2_()
-            dv[:, :, part] += torch.bmm(p_.transpose(1, 2), do_).view(
+            ds_ = torch.bmm(do_, v_.transpose(1, 2))
+            seen = p_
+            if words is not None and dropout is not None:
+                kept = dropout.kept(words, k_positions[part])
+                seen = p_ * kept
+                ds_.mul_(kept)
+            dv[:, :, part] += torch.bmm(seen.transpose(1, 2), do_).view(
                 batch, groups, -1, v.shape[-1]
             )
-            ds_ = torch.bmm(do_, v_.transpose(1, 2)).sub_(delta_).mul_(p_)
+            ds_.sub_(delta_).mul_(p_)
             if slope is not None:
                 ds_.mul_(slope)
             dq_.baddbmm_(ds_, k_, alpha=scale)
             dk_ = torch.bmm(ds_.transpose(1, 2), q_).view(batch, groups, -1, q.shape[-1])
             dk[:, :, part].add_(dk_, alpha=scale)
         _unfold_into(dq[:, rows], dq_, groups)
+
+
+def _dropped(dropout: Dropped | None, heads: slice) -> Dropped | None:
+    """The dropout of a run of local heads; None where nothing can be dropped."""
+    if dropout is None or dropout.rate == 0.0:
+        return None
+    return replace(dropout, first_head=dropout.first_head + heads.start)
+
+
+def _words(
+    dropout: Dropped | None, folded: Sequence[int], rows: slice, q: Tensor
+) -> tuple[Tensor, Tensor] | None:
+    """The queries' hash words `[B*G, R*rows]`, as `_fold` lays the queries out."""
+    if dropout is None:
+        return None
+    a, c = dropout.queries(q.shape[0], slice(0, q.shape[2]), rows)
+    return a.view(*folded), c.view(*folded)
 
 
 def _plan(q: Tensor, spans: Spans, k_positions: Tensor) -> Iterator[QueryBlock]:
@@ -256,8 +293,9 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def _check(
-    q: Tensor, k: Tensor, v: Tensor, spans: Spans, k_positions: Tensor, sinks: Tensor | None
-) -> torch.dtype:
+    q: Tensor, k: Tensor, v: Tensor, spans: Spans, k_positions: Tensor, sinks: Tensor | None,
+    dropout: Dropped | None,
+) -> torch.dtype:  # fmt: skip
     """The dtype of sums, after the checks that keep wrong shapes from broadcasting."""
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if q.dim() != 4 or k.dim() != 4 or v.dim() != 4 or k.shape[:3] != v.shape[:3]:
@@ -275,4 +313,9 @@ def _check(
         raise KernelError(f"spans are [n] or [H,n] with n {q.shape[1]}, H {q.shape[2]}: got {got}")
     if sinks is not None and sinks.shape != (q.shape[2],):
         raise KernelError(f"sinks {tuple(sinks.shape)} for {q.shape[2]} query heads")
+    if dropout is not None and dropout.q_positions.shape != (q.shape[1],):
+        given = tuple(dropout.q_positions.shape)
+        raise KernelError(f"dropout has query positions {given} for {q.shape[1]} queries")
+    if dropout is not None and not 0.0 <= dropout.rate < 1.0:
+        raise KernelError(f"dropout takes a rate in [0, 1): got {dropout.rate}")
     return _wide(q.dtype)
