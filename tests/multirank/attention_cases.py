@@ -1,7 +1,7 @@
-"""Cases of law 1 for attention: drawing inputs, running them on ranks, and a dense reference.
+"""Cases of law 1 for attention: drawing inputs, running them on ranks, and comparing.
 
-The reference decides visibility from the words of the design (documents, chunks, prefix, causal,
-window), not from `Mask.spans`, so that a mistake there shows too.
+The reference (`attention_dense`) decides visibility from the words of the design, not from
+`Mask.spans`, so that a mistake there shows too.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 import xdist
-from xdist.documents import Documents
+from tests.multirank.attention_dense import dense, kept_pairs, visible_pairs
+from xdist.comm.collectives import group_of
 from xdist.layout import Layout
-from xdist.mask import Mask
+from xdist.mask import Mask, PerHead
+from xdist.mesh import Mesh
 from xdist.testing import relative_error
 
 Segments = tuple[tuple[tuple[int, int], ...], ...]
@@ -23,7 +25,10 @@ Segments = tuple[tuple[tuple[int, int], ...], ...]
 
 @dataclass(frozen=True)
 class Case:
-    """One call. `keys` is None (same), "replicated", or the segments of the keys' own layout."""
+    """One call. `keys` is None (same), "replicated", or the segments of the keys' own layout.
+
+    `ulysses` is the inner degree of the mesh, the outer one the ranks of `layout` over it.
+    """
 
     strategy: str
     layout: Segments
@@ -41,6 +46,10 @@ class Case:
     batch: int = 2
     dim: int = 4
     value_dim: int = 3
+    ulysses: int = 1
+    scale: float | None = None
+    dropout: xdist.Dropout | None = None
+    head_chunks: int = 1
 
     @property
     def key_tokens(self) -> int:
@@ -59,7 +68,7 @@ class Case:
 
     def on_one_rank(self) -> Case:
         keys = self.keys if isinstance(self.keys, str | None) else (((0, self.m),),)
-        return replace(self, layout=(((0, self.n),),), keys=keys)
+        return replace(self, layout=(((0, self.n),),), keys=keys, ulysses=1)
 
 
 def segments(layout: Layout) -> Segments:
@@ -83,9 +92,21 @@ def draw(case: Case, seed: int = 0) -> dict[str, Tensor]:
     return {name: x.to(case.dtype).double() for name, x in found.items()}
 
 
+def mesh_of(parts: int, ulysses: int = 1) -> Mesh | None:
+    """The mesh of the first `parts` ranks of this world; None on the ranks beyond."""
+    world = xdist.init_mesh()
+    if parts == world.world_size:
+        return xdist.init_mesh(ring=parts // ulysses, ulysses=ulysses)
+    if world.world_rank >= parts:
+        return None
+    group = group_of(range(parts), "sequence") if parts > 1 else None
+    return Mesh(1, parts // ulysses, ulysses, world.world_rank, world.device, sequence_group=group)
+
+
 def shards(case: Case) -> tuple[xdist.SequenceShard, xdist.SequenceShard | str]:
     """The shard and key_shard of a case on this rank's mesh."""
-    mesh = xdist.init_mesh(ring=len(case.layout))
+    mesh = mesh_of(len(case.layout), case.ulysses)
+    assert mesh is not None, "this rank has no part in the case"
     shard = xdist.SequenceShard(mesh, case.q_layout, case.documents)
     if case.keys is None:
         return shard, "same"
@@ -113,9 +134,12 @@ def call(case: Case, seed: int = 0) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         shard,
         mask=case.mask,
         strategy=case.strategy,
+        scale=case.scale,
         softcap=case.softcap,
         sinks=leaves.get("sinks"),
         key_shard=key_shard,
+        dropout=case.dropout,
+        head_chunks=case.head_chunks,
     )
     return out, leaves, whole["dout"][:, at]
 
@@ -153,28 +177,29 @@ def joined(case: Case, ranks: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 def visible(case: Case) -> Tensor:
     """Bool `[H, N, M]` from the definition of Mask in the design."""
-    docs = Documents.of(case.documents, case.n)
-    key_docs = docs if case.keys is None else Documents.of(case.key_documents, case.m)
-    rows, columns = [], []
-    for documents, found in ((docs, rows), (key_docs, columns)):
-        for number in range(documents.count):
-            start, stop = documents.cu_seqlens[number], documents.cu_seqlens[number + 1]
-            found.extend((number, place) for place in range(stop - start))
-    doc, place = torch.tensor(rows, dtype=torch.int64).reshape(-1, 2).T.unsqueeze(2)
-    key_doc, key_place = torch.tensor(columns, dtype=torch.int64).reshape(-1, 2).T.unsqueeze(1)
-    same = doc == key_doc
-    if case.mask.chunk is not None:
-        same = same & (place // case.mask.chunk == key_place // case.mask.chunk)
-    found = []
-    for head in range(case.heads):
-        left, right = case.mask.sides(head)
-        near = torch.ones_like(same)
-        if left is not None:
-            near &= key_place >= place - left
-        if right is not None:
-            near &= key_place <= place + right
-        found.append(same & (near | (key_place < case.mask.prefix)))
-    return torch.stack(found)
+    cuts = case.documents or (0, case.n)
+    key_cuts = cuts if case.keys is None else case.key_documents or (0, case.m)
+    window = case.mask.window
+    return visible_pairs(
+        case.heads,
+        cuts,
+        key_cuts,
+        causal=case.mask.causal,
+        windows=window.windows if isinstance(window, PerHead) else [window],
+        prefix=case.mask.prefix,
+        chunk=case.mask.chunk,
+    )
+
+
+def factors(case: Case) -> Tensor | None:
+    """`[B, H, N, M]`: what dropout multiplies the probabilities by."""
+    drop = case.dropout
+    if drop is None:
+        return None
+    rows = range(drop.first_row, drop.first_row + case.batch)
+    seeds = (drop.seed, drop.step, drop.layer)
+    kept = kept_pairs(drop.rate, seeds, rows, case.heads, case.n, case.key_tokens)
+    return kept.double() / (1 - drop.rate)
 
 
 @lru_cache(maxsize=64)
@@ -183,24 +208,20 @@ def reference(case: Case, seed: int = 0) -> dict[str, Tensor]:
     whole = draw(case, seed)
     dout = whole.pop("dout")
     leaves = {name: x.requires_grad_() for name, x in whole.items()}
-    shared = case.heads // case.groups
-    k, v = (leaves[name].repeat_interleave(shared, dim=2) for name in ("k", "v"))
-    scores = torch.einsum("bihd,bjhd->bhij", leaves["q"], k) * case.dim**-0.5
-    if case.softcap is not None:
-        scores = case.softcap * torch.tanh(scores / case.softcap)
-    seen = visible(case)
-    some = seen.any(-1)[None, :, :, None]
-    scores = scores.masked_fill(~seen, -torch.inf).masked_fill(~some, 0.0)
-    if case.sinks:
-        sink = leaves["sinks"][None, :, None, None].expand(*scores.shape[:3], 1)
-        scores = torch.cat([scores, sink], dim=-1)
-    weights = torch.softmax(scores, dim=-1)[..., : case.key_tokens] * some
-    out = torch.einsum("bhij,bjhe->bihe", weights, v)
+    out, taken = dense(
+        leaves["q"],
+        leaves["k"],
+        leaves["v"],
+        leaves.get("sinks"),
+        seen=visible(case),
+        scale=case.dim**-0.5 if case.scale is None else case.scale,
+        softcap=case.softcap,
+        factors=factors(case),
+    )
     grads = torch.autograd.grad(out, list(leaves.values()), dout, materialize_grads=True)
     found = {f"d{name}": g for name, g in zip(leaves, grads, strict=True)}
     if case.sinks:
-        left = (1 - weights.sum(-1)).transpose(1, 2) * some[..., 0].transpose(1, 2)
-        found["scale_dsinks"] = (left * (out * dout).sum(-1)).abs().sum((0, 1)).detach()
+        found["scale_dsinks"] = (taken * (out * dout).sum(-1)).abs().sum((0, 1)).detach()
     return {"out": out.detach(), **found}
 
 
