@@ -228,8 +228,8 @@ def test_halo_with_unlimited_reach_and_unknown_strategies_raise() -> None:
         xdist.attention(q, q, q, mask=Mask(), strategy="halo")
     with pytest.raises(StrategyError, match="unlimited to the right"):
         xdist.attention(q, q, q, mask=Mask(causal=False, window=(3, None)), strategy="halo")
-    with pytest.raises(StrategyError, match="auto, ulysses, halo, ring, gather"):
-        xdist.attention(q, q, q, mask=Mask(), strategy="2d")
+    with pytest.raises(StrategyError, match="auto, ulysses, halo, ring, gather, 2d"):
+        xdist.attention(q, q, q, mask=Mask(), strategy="3d")
     chunked = Mask(causal=False, chunk=4)
     with pytest.raises(StrategyError, match="share the queries' positions"):
         xdist.attention(q, q, q, mask=chunked, strategy="halo", key_shard="replicated")

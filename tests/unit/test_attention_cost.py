@@ -137,7 +137,7 @@ def test_a_narrow_window_takes_halo_and_one_rank_moves_nothing() -> None:
 
 def test_unknown_or_impossible_strategies_raise_with_what_exists() -> None:
     call = problem(Layout.contiguous(8, 2), Mask())
-    with pytest.raises(StrategyError, match="auto, ulysses, halo, ring, gather"):
+    with pytest.raises(StrategyError, match="auto, ulysses, halo, ring, gather, 2d"):
         check_strategy(call, "megatron")
     with pytest.raises(StrategyError, match="unlimited to the left"):
         check_strategy(call, "halo")

@@ -11,6 +11,8 @@ float64 for float64); need(r, s) keys of rank s that queries of rank r see. Rece
     ulysses  | e B ((N-n) h D + (M-m) g (D+E) + n (H-h) E) | e B ((N-n) h E + n (H-h) D)
              |   h, g: its query heads, their key heads    |   + B m (D+E) sum over others' key
              |                                             |   heads of (w if shared else e)
+    2d       | ulysses among the u ranks of a row, its N and M the row's, then ring among the rows
+             | with g for G and need(r, s) between rows, for the queries of its h heads
 
 Sent mirrors received: summed over ranks they are equal. Keys held whole by every rank cost nothing
 but ulysses' queries and outputs.
@@ -21,11 +23,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from xdist.cost.attention_keys import Problem, head_spans
+from xdist.cost.attention_keys import Needs, Problem, head_spans
 from xdist.errors import StrategyError
 
 # The order decides ties: least memory held for backward first.
-STRATEGIES = ("ulysses", "halo", "ring", "gather")
+STRATEGIES = ("ulysses", "halo", "ring", "gather", "2d")
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,8 @@ class Choice:
 
 def unable(problem: Problem, strategy: str) -> str:
     """Why `strategy` cannot serve this call; empty when it can."""
+    if strategy == "2d" and problem.parts % problem.ulysses:
+        return f"rows of {problem.ulysses} ranks do not divide {problem.parts}"
     if strategy != "halo":
         return ""
     if problem.cross:
@@ -118,12 +122,16 @@ Moved = tuple[int, int, int, int]
 
 
 def _ring(problem: Problem, rank: int) -> Moved:
-    needs = problem.needs
-    token = problem.batch * problem.groups * (problem.dim + problem.value_dim)
-    keys_out = needs.sent(rank) * token * problem.element_bytes
-    keys_in = needs.received(rank) * token * problem.element_bytes
-    grads_out = needs.received(rank) * token * problem.sum_bytes
-    grads_in = needs.sent(rank) * token * problem.sum_bytes
+    return _blocks(problem, problem.needs, rank, problem.groups)
+
+
+def _blocks(problem: Problem, needs: Needs, place: int, groups: int) -> Moved:
+    """Blocks of `groups` key heads to those who need them, twice, and their gradients back."""
+    token = problem.batch * groups * (problem.dim + problem.value_dim)
+    keys_out = needs.sent(place) * token * problem.element_bytes
+    keys_in = needs.received(place) * token * problem.element_bytes
+    grads_out = needs.received(place) * token * problem.sum_bytes
+    grads_in = needs.sent(place) * token * problem.sum_bytes
     return keys_out, keys_in, keys_out + grads_out, keys_in + grads_in
 
 
@@ -143,25 +151,41 @@ def _gather(problem: Problem, rank: int) -> Moved:
 
 
 def _ulysses(problem: Problem, rank: int) -> Moved:
+    return _switched(problem, rank, range(problem.parts))
+
+
+def _two_d(problem: Problem, rank: int) -> Moved:
+    rows = problem.rows
+    row, column = rows.place(rank)
+    start, stop = problem.key_heads(column, rows.inner)
+    inside = _switched(problem, rank, rows.members(row))
+    between = _blocks(problem, rows.needs[column], row, stop - start)
+    a, b, c, d = (x + y for x, y in zip(inside, between, strict=True))
+    return a, b, c, d
+
+
+def _switched(problem: Problem, rank: int, members: range) -> Moved:
+    """The sequence of `members` switched for the heads and back."""
     b, e = problem.batch, problem.element_bytes
-    start, stop = problem.query_heads(rank)
+    me, ways = rank - members.start, len(members)
+    start, stop = problem.query_heads(me, ways)
     mine, others = stop - start, problem.heads - (stop - start)
     here = problem.layout.local_length(rank)
-    there = problem.layout.length - here
+    there = sum(problem.layout.local_length(r) for r in members) - here
     queries_in, queries_out = b * e * there * mine, b * e * here * others  # per head dim
     d, v = problem.dim, problem.value_dim
     keys_out = keys_in = grads_out = grads_in = 0
     if problem.key_layout is not None:
-        own = problem.key_lengths()[rank]
-        ranks = range(problem.parts)
-        runs = [problem.key_heads(r) for r in ranks]
+        held = problem.key_lengths()
+        own = held[rank]
+        runs = [problem.key_heads(place, ways) for place in range(ways)]
         users = [sum(a <= g < z for a, z in runs) for g in range(problem.groups)]
         counts = [z - a for a, z in runs]
         wide = [sum(problem.sum_bytes if users[g] > 1 else e for g in range(a, z)) for a, z in runs]
-        away = (problem.key_length - own) * b * (d + v)
-        keys_in, grads_out = away * counts[rank] * e, away * wide[rank]
-        keys_out = own * b * (d + v) * e * (sum(counts) - counts[rank])
-        grads_in = own * b * (d + v) * (sum(wide) - wide[rank])
+        away = (sum(held[r] for r in members) - own) * b * (d + v)
+        keys_in, grads_out = away * counts[me] * e, away * wide[me]
+        keys_out = own * b * (d + v) * e * (sum(counts) - counts[me])
+        grads_in = own * b * (d + v) * (sum(wide) - wide[me])
     return (
         queries_out * d + keys_out + queries_in * v,
         queries_in * d + keys_in + queries_out * v,
@@ -175,6 +199,7 @@ _MOVED: dict[str, Callable[[Problem, int], Moved]] = {
     "halo": _halo,
     "ring": _ring,
     "gather": _gather,
+    "2d": _two_d,
 }
 
 
@@ -184,6 +209,10 @@ def _flops(problem: Problem, strategy: str, rank: int) -> tuple[int, int]:
     if strategy == "ulysses":
         start, stop = problem.query_heads(rank)
         ranks = range(problem.parts)
+    elif strategy == "2d":
+        row, column = problem.rows.place(rank)
+        start, stop = problem.query_heads(column, problem.ulysses)
+        ranks = problem.rows.members(row)
     else:
         start, stop = 0, problem.heads
         ranks = range(rank, rank + 1)

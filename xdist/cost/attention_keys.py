@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -58,20 +58,28 @@ class Problem:
         """Who needs which keys of whom (`needs_of`), computed once a call."""
         return needs_of(self)
 
+    @cached_property
+    def rows(self) -> Rows:
+        """The rows of ranks of strategy 2d, computed once a call."""
+        return Rows(self)
+
     def key_lengths(self) -> tuple[int, ...]:
         """Keys each rank holds."""
         if self.key_layout is None:
             return (self.key_length,) * self.parts
         return self.key_layout.local_lengths
 
-    def query_heads(self, rank: int) -> tuple[int, int]:
-        """Query heads `[start, stop)` of `rank` when heads are split, as `torch.tensor_split`."""
-        sizes = even_sizes(self.heads, self.parts)
+    def query_heads(self, rank: int, ways: int | None = None) -> tuple[int, int]:
+        """Query heads `[start, stop)` of number `rank` when heads are split `ways` ways.
+
+        As `torch.tensor_split`; None is a share for each sequence rank.
+        """
+        sizes = even_sizes(self.heads, self.parts if ways is None else ways)
         return sum(sizes[:rank]), sum(sizes[: rank + 1])
 
-    def key_heads(self, rank: int) -> tuple[int, int]:
+    def key_heads(self, rank: int, ways: int | None = None) -> tuple[int, int]:
         """Key heads `[start, stop)` that those query heads read; several ranks may share one."""
-        start, stop = self.query_heads(rank)
+        start, stop = self.query_heads(rank, ways)
         if start == stop:
             return 0, 0
         per_group = self.heads // self.groups
@@ -166,6 +174,70 @@ def all_keys(problem: Problem) -> Needs:
     if problem.key_layout is None:
         row = tuple(() for _ in lengths)
     return Needs(tuple(row for _ in lengths))
+
+
+@dataclass(frozen=True)
+class Rows:
+    """How strategy 2d sees a call: rows of `inner` neighbouring sequence ranks.
+
+    Inside a row the sequence is switched for the heads: column j then holds the row's tokens of the
+    j-th share of the heads, and blocks of keys travel between the rows of one column.
+    """
+
+    problem: Problem
+
+    @property
+    def inner(self) -> int:
+        """Ranks a row."""
+        return self.problem.ulysses
+
+    @property
+    def count(self) -> int:
+        """Rows."""
+        return self.problem.parts // self.inner
+
+    def place(self, rank: int) -> tuple[int, int]:
+        """(row, column) of a sequence rank."""
+        return divmod(rank, self.inner)
+
+    def members(self, row: int) -> range:
+        """The sequence ranks of one row."""
+        return range(row * self.inner, (row + 1) * self.inner)
+
+    @cached_property
+    def layout(self) -> Layout:
+        """What each row holds of the queries: its ranks' segments one after another."""
+        return self._merged(self.problem.layout)
+
+    @cached_property
+    def key_layout(self) -> Layout | None:
+        """What each row holds of the keys; None when every rank holds all."""
+        keys = self.problem.key_layout
+        return None if keys is None else self._merged(keys)
+
+    @cached_property
+    def needs(self) -> tuple[Needs, ...]:
+        """By column, the keys that each row's queries of that column's heads see of each row."""
+        p = self.problem
+        found: list[Needs] = []
+        for column in range(self.inner):
+            start, stop = p.query_heads(column, self.inner)
+            if start == stop:
+                found.append(Needs(tuple(((),) * self.count for _ in range(self.count))))
+            elif p.mask.heads is None and found:
+                found.append(found[0])
+            else:
+                mask, keys = p.mask.for_heads(start, stop), self.key_layout
+                own = replace(
+                    p, layout=self.layout, key_layout=keys, mask=mask, heads=stop - start, ulysses=1
+                )
+                found.append(needs_of(own))
+        return tuple(found)
+
+    def _merged(self, layout: Layout) -> Layout:
+        rows = range(self.count)
+        held = [[run for r in self.members(row) for run in layout.segments(r)] for row in rows]
+        return Layout.from_segments(layout.length, held)
 
 
 def _joined(runs: list[tuple[int, int]]) -> Ranges:
