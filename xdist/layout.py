@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from operator import index
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from xdist.balance import balanced_segments
+from xdist.documents import Documents
 from xdist.errors import LayoutError
+from xdist.mask import Mask
 
 
 class Piece(NamedTuple):
@@ -45,8 +48,9 @@ def even_sizes(n: int, parts: int) -> list[int]:
 class Layout:
     """Which segments of a sequence of `length` tokens each of `parts` ranks holds, in which order.
 
-    Make one by `contiguous`, `zigzag` or `from_segments`. A rank may hold no segment at all; empty
-    segments are dropped. Two layouts that hold the same segments in the same order are equal.
+    Make one by `contiguous`, `zigzag`, `balanced` or `from_segments`. A rank may hold no segment at
+    all; empty segments are dropped. Two layouts that hold the same segments in the same order are
+    equal.
 
     Raises:
         LayoutError: the segments do not cover `[0, length)` exactly once.
@@ -75,6 +79,35 @@ class Layout:
         cuts = _cuts(n, parts, pieces=2 * parts)
         runs = list(pairwise(cuts))
         return cls(n, tuple(_filled([runs[r], runs[2 * parts - 1 - r]]) for r in range(parts)))
+
+    @classmethod
+    def balanced(
+        cls, documents: Any, parts: int, mask: Mask | None = None, *, slack: float = 0.02
+    ) -> Layout:
+        """Equal tokens and equal attention work for packed documents, in at most 2 parts - 1 runs.
+
+        One causal document gives zigzag. Cuts lie between documents where `slack` allows it, since
+        a document that one rank holds whole moves no keys.
+
+        Args:
+            documents: cu_seqlens of the row, as a list or integer tensor, or Documents.
+            parts: sequence ranks.
+            mask: what attention sees; None is `Mask()`, causal. Work is the visible pairs, windows
+                of their heads added up.
+            slack: how far a rank's tokens, and its work, may exceed their means, in exchange for
+                fewer keys that travel. Single tokens may force more.
+
+        Raises:
+            LayoutError: parts below 1, or a negative slack.
+            DocumentsError: cu_seqlens that start elsewhere than at 0, or decrease.
+        """
+        given = documents.cu_seqlens if isinstance(documents, Documents) else list(documents)
+        packed = Documents.of(documents, int(given[-1]) if len(given) else 0)
+        _cuts(packed.length, parts, pieces=parts)
+        if not slack >= 0:
+            raise LayoutError("slack must not be negative", f"got {slack}")
+        found = balanced_segments(packed, parts, mask or Mask(), slack)
+        return cls(packed.length, tuple(tuple(runs) for runs in found))
 
     @classmethod
     def from_segments(cls, n: int, segments: Iterable[Iterable[Sequence[int]]]) -> Layout:

@@ -28,7 +28,7 @@ ORDER = (
     ("xdist_kernels",),
     ("errors",),
     ("config",),
-    ("layout", "documents", "mask", "dropout"),
+    ("layout", "balance", "documents", "mask", "dropout"),
     ("cost",),
     ("rank",),
     # A mesh makes its groups through comm.collectives, the only caller of torch.distributed.
@@ -39,6 +39,8 @@ ORDER = (
     ("parallel",),
     ("ops",),
     ("nn",),
+    # A model may be one of another library: integrations stand below models.
+    ("integrations",),
     ("models",),
     ("data",),
     ("checkpoint",),
@@ -51,8 +53,16 @@ ORDER = (
     ("xdist_launchers",),
 )
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
-# Pure integers build on each other in this order: a mask asks about documents of a layout.
-WITHIN = {("mask", "documents"), ("mask", "layout"), ("documents", "layout")}
+# Pure integers build on each other in this order: a layout is balanced by what a mask lets the
+# queries of documents see.
+WITHIN = {
+    ("mask", "documents"),
+    ("balance", "documents"),
+    ("balance", "mask"),
+    ("layout", "documents"),
+    ("layout", "mask"),
+    ("layout", "balance"),
+}
 
 C10D = {
     "xdist/comm/collectives.py",
