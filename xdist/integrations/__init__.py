@@ -1,0 +1,1 @@
+"""xdist inside other libraries' models; each optional package is imported by one file, on use."""
