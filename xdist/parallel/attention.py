@@ -14,10 +14,11 @@ from xdist.documents import Documents
 from xdist.dropout import Dropout
 from xdist.errors import MaskError, NumericsError, ShapeError, StrategyError
 from xdist.mask import Mask
+from xdist.parallel.attention_2d import TwoAxesAttention
 from xdist.parallel.attention_call import Call
 from xdist.parallel.attention_fetch import FetchAttention
 from xdist.parallel.attention_ring import RingAttention
-from xdist.parallel.attention_ulysses import UlyssesAttention
+from xdist.parallel.attention_ulysses import ulysses
 from xdist.parallel.noted import Noted, notes
 from xdist.shard import SequenceShard, resolve
 
@@ -60,14 +61,16 @@ def attention(
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     call = Call(problem, shard.rank, shard.group, scale, softcap, q.device, dropout)
     if strategy == "ulysses":
-        return UlyssesAttention.apply(call, q, k, v, sinks)
+        return ulysses(call, q, k, v, sinks, head_chunks)
+    if strategy == "2d":
+        return TwoAxesAttention.apply(call, q, k, v, sinks)
     if strategy == "ring":
         return RingAttention.apply(call, q, k, v, sinks)
     return FetchAttention.apply(call, strategy, q, k, v, sinks)
 
 
 def _with_head_chunks(strategy: str, head_chunks: int) -> str:
-    """The strategy of a call in `head_chunks` runs of heads: ulysses, the only one that has them."""
+    """The strategy of a call in `head_chunks` runs of heads: only ulysses has them."""
     if isinstance(head_chunks, bool) or not isinstance(head_chunks, int) or head_chunks < 1:
         raise ShapeError("head_chunks must be an integer from 1", f"got {head_chunks!r}")
     if head_chunks == 1:

@@ -5,11 +5,13 @@ A block is the keys and values of one owner that one user's queries see, in one 
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from xdist.comm.pending import Pending
-from xdist.cost.attention_keys import Needs
+from xdist.cost.attention_keys import Needs, Rows
 from xdist.parallel.attention_call import Call, add_at, positions_at, take
 from xdist.parallel.attention_wire import Spec, start_packed
 
@@ -17,12 +19,25 @@ Block = tuple[Tensor, Tensor]
 
 
 class Blocks:
-    """The traffic of one call whose `needs` say which keys go where."""
+    """The traffic of one call whose `needs` say which keys go where.
 
-    def __init__(self, call: Call, needs: Needs, move: str) -> None:
+    `needs` counts places: the sequence ranks, or with `rows` the rows of strategy 2d, of which this
+    rank speaks for its own to the ranks of its column. `groups` key heads travel.
+    """
+
+    def __init__(
+        self, call: Call, needs: Needs, move: str, *, groups: int, rows: Rows | None = None
+    ) -> None:
         self.call = call
         self.needs = needs
         self.move = move
+        self.groups = groups
+        self.rows = rows
+        if rows is None:
+            self.me, self.ranks = call.rank, range(call.problem.parts)
+        else:
+            self.me, column = rows.place(call.rank)
+            self.ranks = range(column, call.problem.parts, rows.inner)
 
     def start_keys(
         self, k: Tensor, v: Tensor, users: list[int], owners: list[int]
@@ -31,7 +46,7 @@ class Blocks:
 
         k `[B,m,G,D]`, v `[B,m,G,E]`. Gives (keys, values) by owner, only where there are any.
         """
-        me = self.call.rank
+        me = self.me
         sends = {}
         for user in users:
             if self.needs.tokens(user, me):
@@ -47,7 +62,7 @@ class Blocks:
         self, gradients: dict[int, Block], users: list[int], dtype: torch.dtype
     ) -> Pending[dict[int, Block]]:
         """Returns (dk, dv) of blocks to their owners, receives those of `users`, in `dtype`."""
-        me = self.call.rank
+        me = self.me
         receives = {}
         for user in users:
             if self.needs.tokens(user, me):
@@ -57,24 +72,37 @@ class Blocks:
     def add(self, dk: Tensor, dv: Tensor, gradients: dict[int, Block]) -> None:
         """Adds the gradients that `gradients`' users returned, in rank order."""
         for user in sorted(gradients):
-            ranges = self.needs.ranges[user][self.call.rank]
+            ranges = self.needs.ranges[user][self.me]
             add_at(dk, ranges, gradients[user][0])
             add_at(dv, ranges, gradients[user][1])
 
     def positions(self, owner: int) -> Tensor:
         """Global positions of the keys this rank sees of `owner`."""
-        held = self.call.key_positions(owner)
-        return self.call.tensor(positions_at(held, self.needs.ranges[self.call.rank][owner]))
+        held = self.key_positions(owner)
+        return self.call.tensor(positions_at(held, self.needs.ranges[self.me][owner]))
+
+    def key_positions(self, owner: int) -> NDArray[np.int64]:
+        """Global positions of all keys that `owner` holds."""
+        if self.rows is None or self.rows.key_layout is None:
+            return self.call.key_positions(owner)
+        return self.rows.key_layout.positions(owner)
 
     def _specs(self, tokens: int, dtype: torch.dtype) -> list[Spec]:
         p = self.call.problem
-        shape = (p.batch, tokens, p.groups)
+        shape = (p.batch, tokens, self.groups)
         return [((*shape, p.dim), dtype), ((*shape, p.value_dim), dtype)]
 
     def _start(
         self, sends: dict[int, list[Tensor]], receives: dict[int, list[Spec]]
     ) -> Pending[dict[int, Block]]:
         pending = start_packed(
-            sends, receives, self.call.group, move=self.move, device=self.call.device
+            {self.ranks[place]: tensors for place, tensors in sends.items()},
+            {self.ranks[place]: specs for place, specs in receives.items()},
+            self.call.group,
+            move=self.move,
+            device=self.call.device,
         )
-        return pending.then(lambda got: {rank: (pair[0], pair[1]) for rank, pair in got.items()})
+        places = {rank: place for place, rank in enumerate(self.ranks)}
+        return pending.then(
+            lambda got: {places[rank]: (pair[0], pair[1]) for rank, pair in got.items()}
+        )

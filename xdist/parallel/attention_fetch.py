@@ -33,7 +33,7 @@ class FetchAttention(Function):
     def forward(
         ctx: Any, call: Call, move: str, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None
     ) -> Tensor:
-        blocks = Blocks(call, _needs(call, move), move)
+        blocks = Blocks(call, _needs(call, move), move, groups=k.shape[2])
         seen, own = call.own_seen(), call.tensor(call.key_positions(call.rank))
         arriving = blocks.start_keys(k, v, call.others(), call.others())
         out, lse = call.forward(q, k, v, seen, own)

@@ -21,9 +21,12 @@ from torch.autograd import Function
 from xdist.comm.pending import Pending
 from xdist.parallel.attention_blocks import Block, Blocks
 from xdist.parallel.attention_call import Call
+from xdist.parallel.attention_runs import Run, merge_forward
+from xdist.parallel.attention_runs import backward as runs_backward
+from xdist.parallel.attention_runs import forward as runs_forward
 from xdist.parallel.first_order import first_order
 from xdist_kernels.attention.torch import attention_delta, sinks_backward
-from xdist_kernels.merge.torch import merge_, merge_sinks_
+from xdist_kernels.merge.torch import merge_sinks_
 
 
 class RingAttention(Function):
@@ -33,43 +36,67 @@ class RingAttention(Function):
     def forward(
         ctx: Any, call: Call, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None
     ) -> Tensor:
-        blocks = Blocks(call, call.problem.needs, "ring")
-        seen, own = call.own_seen(), call.tensor(call.key_positions(call.rank))
-        steps = _steps(call)
-        arriving = _start_step(blocks, k, v, steps, 0)
-        out, lse = call.forward(q, k, v, seen, own)
-        for number, (_, owner) in enumerate(steps):
-            got = arriving.wait()
-            arriving = _start_step(blocks, k, v, steps, number + 1)
-            if owner in got:
-                merge_(out, lse, *call.forward(q, *got[owner], seen, blocks.positions(owner)))
-            del got
-        if sinks is not None:
-            merge_sinks_(out, lse, sinks)
+        ring = _all_ranks(call)
+        out, lse = ring.forward(q, k, v, sinks)
         out = out.to(q.dtype)
-        ctx.call, ctx.blocks = call, blocks
+        ctx.call = call
         ctx.save_for_backward(q, k, v, out, lse, sinks)
         return out
 
     @staticmethod
     @first_order
     def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
-        call, blocks = ctx.call, ctx.blocks
         q, k, v, out, lse, sinks = ctx.saved_tensors
-        steps = _steps(call)
-        arriving = _start_step(blocks, k, v, steps, 0)
-        seen, own = call.own_seen(), call.tensor(call.key_positions(call.rank))
         delta = attention_delta(out, dout)
-        dq, dk, dv = call.backward(q, k, v, lse, delta, dout, seen, own)
-        returning: Pending[dict[int, Block]] = Pending.done({})
-        for number, (user, owner) in enumerate(steps):
+        dq, dk, dv = _all_ranks(ctx.call).backward(q, k, v, lse, delta, dout)
+        dsinks = None if sinks is None else sinks_backward(sinks, lse, delta).to(sinks.dtype)
+        return None, dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsinks
+
+
+class Ring:
+    """The blocks of some places in turn: of the sequence ranks, or of the rows of strategy 2d.
+
+    `runs` are this rank's query heads and what its queries see.
+    """
+
+    def __init__(self, call: Call, blocks: Blocks, runs: list[Run]) -> None:
+        self.call, self.blocks, self.runs = call, blocks, runs
+        me, places = blocks.me, len(blocks.ranks)
+        # (to whom this place sends, whose block it receives) at each step
+        self.steps = [((me + t) % places, (me - t) % places) for t in range(1, places)]
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """out `[B,n,h,E]` and lse `[B,n,h]` over the keys of all places, float32 or float64."""
+        call, blocks, runs = self.call, self.blocks, self.runs
+        arriving = self._start(k, v, 0)
+        out, lse = runs_forward(call, runs, q, k, v, self._own())
+        for number, (_, owner) in enumerate(self.steps):
             got = arriving.wait()
-            arriving = _start_step(blocks, k, v, steps, number + 1)
+            arriving = self._start(k, v, number + 1)
+            if owner in got:
+                merge_forward(call, runs, out, lse, q, *got[owner], blocks.positions(owner))
+            del got
+        if sinks is not None:
+            merge_sinks_(out, lse, sinks)
+        return out, lse
+
+    def backward(
+        self, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, dout: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """dq `[B,n,h,D]`, dk `[B,m,g,D]`, dv `[B,m,g,E]` of this place, float32 or float64."""
+        call, blocks, runs = self.call, self.blocks, self.runs
+        arriving = self._start(k, v, 0)
+        dq, dk, dv = runs_backward(call, runs, q, k, v, lse, delta, dout, self._own())
+        returning: Pending[dict[int, Block]] = Pending.done({})
+        for number, (user, owner) in enumerate(self.steps):
+            got = arriving.wait()
+            arriving = self._start(k, v, number + 1)
             given: dict[int, Block] = {}
             if owner in got:
-                dq_, *block = call.backward(
-                    q, *got[owner], lse, delta, dout, seen, blocks.positions(owner)
-                )
+                at = blocks.positions(owner)
+                dq_, *block = runs_backward(call, runs, q, *got[owner], lse, delta, dout, at)
                 dq += dq_
                 given[owner] = (block[0], block[1])
                 # Names would keep this block alive while the next one is worked on.
@@ -78,20 +105,19 @@ class RingAttention(Function):
             returning = blocks.start_gradients(given, [user], dk.dtype)
             del given, got
         blocks.add(dk, dv, returning.wait())
-        dsinks = None if sinks is None else sinks_backward(sinks, lse, delta).to(sinks.dtype)
-        return None, dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsinks
+        return dq, dk, dv
+
+    def _own(self) -> Tensor:
+        return self.call.tensor(self.blocks.key_positions(self.blocks.me))
+
+    def _start(self, k: Tensor, v: Tensor, number: int) -> Pending[dict[int, Block]]:
+        if number == len(self.steps):
+            return Pending.done({})
+        user, owner = self.steps[number]
+        return self.blocks.start_keys(k, v, [user], [owner])
 
 
-def _steps(call: Call) -> list[tuple[int, int]]:
-    """(whom this rank sends to, whose block it receives) at each step."""
-    parts = call.problem.parts
-    return [((call.rank + t) % parts, (call.rank - t) % parts) for t in range(1, parts)]
-
-
-def _start_step(
-    blocks: Blocks, k: Tensor, v: Tensor, steps: list[tuple[int, int]], number: int
-) -> Pending[dict[int, Block]]:
-    if number == len(steps):
-        return Pending.done({})
-    user, owner = steps[number]
-    return blocks.start_keys(k, v, [user], [owner])
+def _all_ranks(call: Call) -> Ring:
+    p = call.problem
+    whole = Run(slice(0, p.heads), slice(0, p.groups), call.own_seen())
+    return Ring(call, Blocks(call, p.needs, "ring", groups=p.groups), [whole])
