@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xdist.cost.attention import STRATEGIES, attention_cost, check_strategy, choose, unable
+from xdist.cost.attention import STRATEGIES, attention_cost, check_strategy, unable
 from xdist.cost.attention_keys import Problem, all_keys, needs_of, spans_of
 from xdist.documents import Documents
 from xdist.errors import StrategyError
@@ -112,27 +112,6 @@ def test_fewer_key_heads_than_ranks_are_sent_once_a_rank() -> None:
 def test_gather_needs_everything() -> None:
     call = problem(Layout.contiguous(10, 3), Mask(window=1))
     assert [all_keys(call).received(rank) for rank in range(3)] == [6, 7, 7]
-
-
-def test_auto_is_the_cheapest_by_the_documented_order() -> None:
-    for mask, heads, layout in product(
-        MASKS,
-        ((4, 2), (1, 1), (3, 1), (16, 16)),
-        (Layout.contiguous(256, 2), Layout.zigzag(250, 4), Layout.contiguous(3, 4)),
-    ):
-        call = problem(layout, mask, heads=heads)
-        ranked = []
-        for order, strategy in enumerate(STRATEGIES):
-            if not unable(call, strategy):
-                moved = [attention_cost(call, strategy, r).bytes for r in range(layout.parts)]
-                ranked.append((max(moved), sum(moved), order, strategy))
-        assert choose(call).strategy == min(ranked)[-1]
-
-
-def test_a_narrow_window_takes_halo_and_one_rank_moves_nothing() -> None:
-    assert choose(problem(Layout.contiguous(4096, 4), Mask(window=16))).strategy == "halo"
-    alone = choose(problem(Layout.contiguous(4096, 1), Mask()))
-    assert set(alone.busiest.values()) == {(0, 0)}
 
 
 def test_unknown_or_impossible_strategies_raise_with_what_exists() -> None:

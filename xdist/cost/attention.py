@@ -1,4 +1,4 @@
-"""Bytes and FLOPs of softmax attention under each strategy, as formulas, and the cheapest one.
+"""Bytes and FLOPs of softmax attention under each strategy, as formulas.
 
 Symbols: B batch, H query heads, G key heads, D key dim, E value dim, N queries and n of them on
 this rank, M keys and m of them here, e bytes of an input element, w bytes of a sum (float32, or
@@ -23,7 +23,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from xdist.cost.attention_keys import Needs, Problem, head_spans
+from xdist.cost.attention_keys import Needs, Problem
 from xdist.errors import StrategyError
 
 # The order decides ties: least memory held for backward first.
@@ -46,21 +46,6 @@ class AttentionCost:
         """Sent and received, forward and backward."""
         forward = self.forward_sent_bytes + self.forward_received_bytes
         return forward + self.backward_sent_bytes + self.backward_received_bytes
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What `auto` chose and why: `busiest` holds, per strategy able to serve the call, the most
-    bytes any one rank moves and the bytes all ranks move; `unable` the reasons of the others."""
-
-    strategy: str
-    busiest: dict[str, tuple[int, int]]
-    unable: dict[str, str]
-
-    def __str__(self) -> str:
-        said = ", ".join(f"{name} {most} bytes" for name, (most, _) in self.busiest.items())
-        lost = "".join(f"; not {name}: {why}" for name, why in self.unable.items())
-        return f"attention: auto chose {self.strategy} (busiest rank: {said}{lost})"
 
 
 def unable(problem: Problem, strategy: str) -> str:
@@ -101,21 +86,6 @@ def attention_cost(problem: Problem, strategy: str, rank: int) -> AttentionCost:
     moved = _MOVED[strategy](problem, rank)
     forward, backward = _flops(problem, strategy, rank)
     return AttentionCost(*moved, forward, backward)
-
-
-def choose(problem: Problem) -> Choice:
-    """The strategy whose busiest rank moves the fewest bytes, forward and backward together.
-
-    Ties go to the fewest bytes over all ranks, then to the order of `STRATEGIES`.
-    """
-    reasons = {name: unable(problem, name) for name in STRATEGIES}
-    busiest = {}
-    for name in STRATEGIES:
-        if not reasons[name]:
-            moved = [sum(_MOVED[name](problem, rank)) for rank in range(problem.parts)]
-            busiest[name] = (max(moved), sum(moved))
-    best = min(busiest, key=lambda name: (busiest[name], STRATEGIES.index(name)))
-    return Choice(best, busiest, {name: why for name, why in reasons.items() if why})
 
 
 Moved = tuple[int, int, int, int]
@@ -205,7 +175,6 @@ _MOVED: dict[str, Callable[[Problem, int], Moved]] = {
 
 def _flops(problem: Problem, strategy: str, rank: int) -> tuple[int, int]:
     """FLOPs of the products over visible pairs alone: forward 2 of them, backward 5."""
-    pairs = 0
     if strategy == "ulysses":
         start, stop = problem.query_heads(rank)
         ranks = range(problem.parts)
@@ -216,10 +185,7 @@ def _flops(problem: Problem, strategy: str, rank: int) -> tuple[int, int]:
     else:
         start, stop = 0, problem.heads
         ranks = range(rank, rank + 1)
-    for r in ranks:
-        spans = head_spans(problem, problem.layout.positions(r), start, stop)
-        seen = [int(s.seen(0, problem.key_length).sum()) for s in spans]
-        pairs += sum(seen) if len(seen) > 1 else seen[0] * (stop - start)
+    pairs = int(problem.pairs[ranks.start : ranks.stop, start:stop].sum())
     pairs *= 2 * problem.batch
     return (
         pairs * (problem.dim + problem.value_dim),

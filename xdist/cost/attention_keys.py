@@ -59,6 +59,17 @@ class Problem:
         return needs_of(self)
 
     @cached_property
+    def pairs(self) -> NDArray[np.int64]:
+        """Visible pairs of query and key by rank that holds the query and query head, int64
+        `[P, H]`, computed once a call."""
+        counted = np.zeros((self.parts, self.heads), dtype=np.int64)
+        for rank in range(self.parts):
+            positions = self.layout.positions(rank)
+            spans = head_spans(self, positions, 0, self.heads)
+            counted[rank] = [int(seen.seen(0, self.key_length).sum()) for seen in spans]
+        return counted
+
+    @cached_property
     def rows(self) -> Rows:
         """The rows of ranks of strategy 2d, computed once a call."""
         return Rows(self)

@@ -38,8 +38,9 @@ def attention(
         shard: where this rank's queries lie; None is one device.
         mask: which keys a query sees, inside its own document.
         strategy: "ulysses", "ring", "gather" or "halo" (masks of finite reach on both sides);
-            "auto" takes the one whose busiest rank moves the fewest bytes, forward and backward
-            together (`xdist.parallel.attention.explain` says which and why).
+            "auto" takes the one that keeps its busiest rank shortest by counted FLOPs and bytes,
+            "2d" included (docs/strategies/auto.md; `xdist.parallel.attention.explain` says which
+            and why).
         scale: None is `D ** -0.5`.
         softcap: c > 0 turns a score s into `c * tanh(s / c)`, before the mask.
         sinks: `[H]`, one extra logit per head that takes probability and adds no value; its

@@ -8,7 +8,8 @@ from typing import TypeAlias
 from torch import Tensor
 
 from xdist.comm.checks import checks_are_on, raise_together
-from xdist.cost.attention import Choice, check_strategy, choose
+from xdist.cost.attention import STRATEGIES, check_strategy
+from xdist.cost.attention_choice import Choice, choose
 from xdist.cost.attention_keys import Problem
 from xdist.documents import Documents
 from xdist.dropout import Dropout
@@ -52,9 +53,7 @@ def attention(
         noted.append(Noted((problem,), strategy))
         return q.new_empty(*q.shape[:3], v.shape[3])
     if strategy == "auto":
-        choice = choose(problem)
-        _log.debug("%s", choice)
-        strategy = choice.strategy
+        strategy = _chosen(problem)
     check_strategy(problem, strategy)
     if checks_are_on():
         _check_values(q, k, v, shard)
@@ -67,6 +66,14 @@ def attention(
     if strategy == "ring":
         return RingAttention.apply(call, q, k, v, sinks)
     return FetchAttention.apply(call, strategy, q, k, v, sinks)
+
+
+def _chosen(problem: Problem) -> str:
+    if problem.parts == 1:  # nothing moves, and there is nothing to share: nothing to count
+        return STRATEGIES[0]
+    choice = choose(problem)
+    _log.debug("%s", choice)
+    return choice.strategy
 
 
 def _with_head_chunks(strategy: str, head_chunks: int) -> str:
@@ -93,7 +100,7 @@ def explain(
     mask: Mask,
     key_shard: KeyShard = "same",
 ) -> Choice:
-    """What `strategy="auto"` takes for this call, with the bytes of each strategy.
+    """What `strategy="auto"` takes for this call, with FLOPs and bytes of each strategy.
 
     Reads shapes and dtypes alone: tensors on the meta device will do.
     """

@@ -13,6 +13,7 @@ import torch
 
 from xdist.cost import attention as attention_cost
 from xdist.cost import recurrent as recurrent_cost
+from xdist.cost.attention_choice import choose as choose_attention
 from xdist.cost.attention_keys import Problem as AttentionProblem
 from xdist.cost.model import LOSS_COPIES, LOSS_TILE_TOKENS, TOKEN_BYTES, Activations
 from xdist.cost.moves import Moved
@@ -189,7 +190,7 @@ def _attention(
         batch=rows,
     )
     if strategy == "auto":
-        strategy = attention_cost.choose(problem).strategy
+        strategy = choose_attention(problem).strategy
     cost = attention_cost.attention_cost(problem, strategy, rank)
     forward = Moved(cost.forward_sent_bytes, cost.forward_received_bytes)
     back = Moved(cost.backward_sent_bytes, cost.backward_received_bytes)
