@@ -84,7 +84,7 @@ class Mask:
         chunk: tokens see only their own run of `chunk` tokens; None is no chunks.
 
     Raises:
-        MaskError: a negative or non-integer size.
+        MaskError: a negative or non-integer size, or causal that is not a bool.
     """
 
     causal: bool = True
@@ -93,6 +93,8 @@ class Mask:
     chunk: int | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.causal, bool):
+            raise MaskError("causal must be True or False", f"got {self.causal!r}")
         window = self.window
         if isinstance(window, list):
             window = PerHead(tuple(_checked_window(entry) for entry in window))
