@@ -17,6 +17,7 @@ from xdist.errors import MaskError, NumericsError, ShapeError, StrategyError
 from xdist.mask import Mask
 from xdist.parallel.attention_2d import TwoAxesAttention
 from xdist.parallel.attention_call import Call
+from xdist.parallel.attention_checks import check_device, check_settings
 from xdist.parallel.attention_fetch import FetchAttention
 from xdist.parallel.attention_ring import RingAttention
 from xdist.parallel.attention_ulysses import ulysses
@@ -44,14 +45,14 @@ def attention(
 ) -> Tensor:
     """`xdist.attention`, see there. Every check comes before anything is sent."""
     shard = resolve(shard, q.shape[1] if q.dim() == 4 else 0)
+    check_settings(mask, scale, softcap, dropout)
     problem = problem_of(q, k, v, shard, mask=mask, sinks=sinks, key_shard=key_shard)
-    if softcap is not None and not softcap > 0:
-        raise ShapeError("softcap must be positive", f"got {softcap}", "leave it None for no cap")
     strategy = _with_head_chunks(strategy, head_chunks)
     noted = notes()
     if noted is not None:
         noted.append(Noted((problem,), strategy))
         return q.new_empty(*q.shape[:3], v.shape[3])
+    check_device(q, shard)
     if strategy == "auto":
         strategy = _chosen(problem)
     check_strategy(problem, strategy)

@@ -1,0 +1,50 @@
+"""Checks of what is not a tensor in a call of attention, from what every rank knows alone."""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+
+from torch import Tensor
+
+from xdist.dropout import Dropout
+from xdist.errors import MaskError, ShapeError
+from xdist.mask import Mask
+from xdist.shard import SequenceShard
+
+
+def check_settings(
+    mask: Mask, scale: float | None, softcap: float | None, dropout: Dropout | None
+) -> None:
+    """Refuses settings of another kind, and numbers that would make every output a NaN."""
+    if not isinstance(mask, Mask):
+        raise MaskError(
+            "mask must be an xdist.Mask",
+            f"got {type(mask).__name__}",
+            "describe what is visible by xdist.Mask(causal=, window=, prefix=, chunk=)",
+        )
+    for name, value in (("scale", scale), ("softcap", softcap)):
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise ShapeError(f"{name} must be a number", f"got {type(value).__name__}")
+        if not math.isfinite(value):
+            raise ShapeError(f"{name} must be finite", f"got {value}")
+    if softcap is not None and not softcap > 0:
+        raise ShapeError("softcap must be positive", f"got {softcap}", "leave it None for no cap")
+    if dropout is not None and not isinstance(dropout, Dropout):
+        raise ShapeError(
+            "dropout must be an xdist.Dropout",
+            f"got {type(dropout).__name__}",
+            "pass xdist.Dropout(rate, seed=, step=, layer=): what every rank knows alike",
+        )
+
+
+def check_device(q: Tensor, shard: SequenceShard) -> None:
+    """Refuses tensors of another kind of device than the one the shard's ranks talk by."""
+    if shard.group is not None and q.device.type != shard.mesh.device.type:
+        raise ShapeError(
+            "q, k and v are not on the device of the shard's mesh",
+            f"they are on {q.device}, the mesh is on {shard.mesh.device}",
+            "move them there, or make the mesh with device=",
+        )
