@@ -28,6 +28,7 @@ class Case:
     """One call. `keys` is None (same), "replicated", or the segments of the keys' own layout.
 
     `ulysses` is the inner degree of the mesh, the outer one the ranks of `layout` over it.
+    `strided` inputs lie in memory as [B, heads, n, dim].
     """
 
     strategy: str
@@ -50,6 +51,7 @@ class Case:
     scale: float | None = None
     dropout: xdist.Dropout | None = None
     head_chunks: int = 1
+    strided: bool = False
 
     @property
     def key_tokens(self) -> int:
@@ -126,7 +128,14 @@ def call(case: Case, seed: int = 0) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         leaves.update(k=whole["k"][:, key_at], v=whole["v"][:, key_at])
     if case.sinks:
         leaves["sinks"] = whole["sinks"]
-    leaves = {name: x.clone().requires_grad_() for name, x in leaves.items()}
+    leaves = {name: x.clone() for name, x in leaves.items()}
+    dout = whole["dout"][:, at]
+    if case.strided:
+        dout = dout.transpose(1, 2).contiguous().transpose(1, 2)
+        for name in ("q", "k", "v"):
+            leaves[name] = leaves[name].transpose(1, 2).contiguous().transpose(1, 2)
+    for x in leaves.values():
+        x.requires_grad_()
     out = xdist.attention(
         leaves["q"],
         leaves["k"],
@@ -141,7 +150,7 @@ def call(case: Case, seed: int = 0) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         dropout=case.dropout,
         head_chunks=case.head_chunks,
     )
-    return out, leaves, whole["dout"][:, at]
+    return out, leaves, dout
 
 
 def results(case: Case, seed: int = 0) -> dict[str, Tensor]:
