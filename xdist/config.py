@@ -38,9 +38,13 @@ class Run(Section):
 class Model(Section):
     """The model; `kind` names its file in xdist/models."""
 
-    kind: Literal["hybrid_lm", "mixer_lm"] = setting(
+    kind: Literal["hybrid_lm", "mixer_lm", "transformers"] = setting(
         "hybrid_lm",
-        "hybrid_lm: linear and window attention, streamed; mixer_lm: any mixers and MLPs",
+        "hybrid_lm: linear and window attention, streamed; mixer_lm: any mixers and MLPs; "
+        "transformers: a decoder of that library (extra: transformers)",
+    )
+    config_class: str = setting(
+        "", 'transformers: configuration class of that library, e.g. "LlamaConfig"'
     )
     vocab_size: Annotated[int, Field(ge=2)] = setting(256, "number of token ids; 256 for bytes")
     dim: Count = setting(96, "width of the residual stream, channels")
@@ -60,15 +64,19 @@ class Model(Section):
     ngram_buckets: Count = setting(32768, "rows of each n-gram embedding table")
     dtype: Literal["float32", "float64"] = setting("float32", "dtype of the parameters")
     options: Annotated[dict[str, Any], AfterValidator(Table)] = setting(
-        Table(), "mixer_lm: options of a mixer by its name, e.g. {gla = {expand_k = 1.0}}"
+        Table(),
+        "mixer_lm: options of a mixer by its name, e.g. {gla = {expand_k = 1.0}}; transformers: "
+        'arguments of config_class, e.g. {hidden_size = 64}, where "none" is None',
     )
     recompute: bool = setting(
-        True, "mixer_lm: keep each layer's input and what it received, compute the rest again"
+        True,
+        "mixer_lm, transformers: keep each layer's input and what it received, compute the rest "
+        "again",
     )
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """The kind of each layer, bottom to top."""
+        """The kind of each layer, bottom to top; of hybrid_lm and mixer_lm."""
         return parse_pattern(self.pattern, self.kind)
 
 

@@ -144,7 +144,9 @@ def batches(config: Config) -> list[Problem]:
 def model_shape(config: Config) -> list[Problem]:
     """The pattern is known and the heads fill the width."""
     model = config.model
-    found = []
+    found: list[Problem] = []
+    if model.kind == "transformers":
+        return found
     try:
         parse_pattern(model.pattern, model.kind)
     except ConfigError as error:
@@ -250,8 +252,10 @@ def problems(config: Config) -> list[Problem]:
     from xdist.config_mixers import mixer_problems
     from xdist.config_optimizer import optimizer_problems
     from xdist.config_ray import ray_problems
+    from xdist.config_transformers import transformers_problems
 
     found += model_shape(config) + strategies(config) + mixer_problems(config)
+    found += transformers_problems(config)
     found += combinations(config)
     found += optimizer_problems(config)
     return found + engine_problems(config) + ray_problems(config)

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
 def mixer_problems(config: Config) -> list[Problem]:
     """Settings of the other kind of model, and options of mixers that are not in the pattern."""
-    return _of_mixers(config) if config.model.kind == "mixer_lm" else _of_hybrid(config)
+    kinds = {"mixer_lm": _of_mixers, "hybrid_lm": _of_hybrid}
+    of_kind = kinds.get(config.model.kind)
+    return [] if of_kind is None else of_kind(config)
 
 
 def _of_hybrid(config: Config) -> list[Problem]:

@@ -5,20 +5,34 @@ from __future__ import annotations
 from typing import Any
 
 from xdist.errors import ConfigError
-from xdist.models import hybrid_lm, mixer_lm
+from xdist.models import hybrid_lm, mixer_lm, transformers_lm
 from xdist.models.hybrid_lm import HybridConfig, HybridLM
 from xdist.models.mixer_lm import MixerConfig, MixerLM
+from xdist.models.transformers_lm import TransformersConfig, TransformersLM
 
-__all__ = ["HybridConfig", "HybridLM", "MixerConfig", "MixerLM", "build", "sizes_of"]
+__all__ = [
+    "HybridConfig",
+    "HybridLM",
+    "MixerConfig",
+    "MixerLM",
+    "TransformersConfig",
+    "TransformersLM",
+    "build",
+    "sizes_of",
+]
+
+Sizes = HybridConfig | MixerConfig | TransformersConfig
 
 
-def sizes_of(section: Any, parallel: Any = None) -> HybridConfig | MixerConfig:
+def sizes_of(section: Any, parallel: Any = None) -> Sizes:
     """The sizes of a config's section [model] (or of themselves); parallel: its section of
     strategies."""
-    if isinstance(section, HybridConfig | MixerConfig):
+    if isinstance(section, Sizes):
         return section
     if section.kind == "mixer_lm":
         return MixerConfig.of(section, parallel)
+    if section.kind == "transformers":
+        return TransformersConfig.of(section, parallel)
     return HybridConfig.of(section)
 
 
@@ -29,12 +43,12 @@ def build(
     tile_tokens: int = 1024,
     seed: int | None = None,
     parallel: Any = None,
-) -> HybridLM | MixerLM:
-    """The model of a config's section [model], or of a HybridConfig or MixerConfig.
+) -> HybridLM | MixerLM | TransformersLM:
+    """The model of a config's section [model], or of its sizes.
 
     precision: dtype of the matrix products (None: that of the parameters); seed: of the initial
     values (None: torch's generator as it stands); the same on every rank. parallel: the config's
-    section [parallel], whose strategies a mixer_lm takes.
+    section [parallel], whose strategies a mixer_lm or a model of transformers takes.
 
     Raises:
         ConfigError: sizes, options or a precision that the model cannot have.
@@ -43,8 +57,11 @@ def build(
     if isinstance(sizes, HybridConfig):
         return hybrid_lm.build(sizes, precision=precision, tile_tokens=tile_tokens, seed=seed)
     if precision not in (None, sizes.dtype):
+        kind = "mixer_lm" if isinstance(sizes, MixerConfig) else "model of transformers"
         raise ConfigError(
-            f"precision {precision!r} does not fit a mixer_lm with parameters in {sizes.dtype}",
-            "its mixers compute in the dtype of their parameters",
+            f"precision {precision!r} does not fit a {kind} with parameters in {sizes.dtype}",
+            "it computes in the dtype of its parameters",
         )
+    if isinstance(sizes, TransformersConfig):
+        return transformers_lm.build(sizes, seed=seed)
     return mixer_lm.build(sizes, tile_tokens=tile_tokens, seed=seed)
