@@ -72,16 +72,17 @@ def refuse_random(model: nn.Module, config: Any) -> None:
         )
 
 
-def checked_tokens(values: Mapping[str, Any], shard: SequenceShard) -> int:
-    """The batch size, after input_ids or inputs_embeds are found to be this rank's part.
+def checked_tokens(tokens: Tensor | None, shard: SequenceShard) -> None:
+    """Holds input_ids `[B, n]` or inputs_embeds `[B, n, C]` to this rank's share.
 
     Raises:
-        ShapeError: another number of tokens than the shard gives this rank.
+        ShapeError: another number of tokens than the shard gives this rank, or none at all.
     """
-    tokens = values.get("input_ids")
-    tokens = values.get("inputs_embeds") if tokens is None else tokens
     if tokens is None or tokens.dim() < 2:
-        raise ShapeError("an attached model needs input_ids [B, n] or inputs_embeds [B, n, C]")
+        raise ShapeError(
+            "an attached model needs input_ids [B, n] or inputs_embeds [B, n, C]",
+            "got none" if tokens is None else f"got {tuple(tokens.shape)}",
+        )
     if tokens.shape[1] != shard.local_length:
         raise ShapeError(
             f"the model got {tokens.shape[1]} tokens",
@@ -89,7 +90,6 @@ def checked_tokens(values: Mapping[str, Any], shard: SequenceShard) -> int:
             f"{shard.layout.length}",
             "pass shard.scatter(tokens), or set handle.shard to this batch's shard",
         )
-    return tokens.shape[0]
 
 
 def check_given(values: Mapping[str, Any], shard: SequenceShard) -> None:

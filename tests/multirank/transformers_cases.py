@@ -1,0 +1,183 @@
+"""Tiny random decoders of Transformers: the library's own run, and xdist's on ranks.
+
+The reference is the unmodified model with the library's eager attention, one document at a time.
+That library computes norms, softmax and rotary positions in float32 whatever the model's dtype.
+`in_float64` answers those requests in float64, on both sides: what is left is what sharding does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+import xdist
+from xdist.integrations.transformers import attach
+from xdist.testing import layouts, relative_error
+
+SMALL = {
+    "vocab_size": 19,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 4,
+    "max_position_embeddings": 64,
+}
+SLIDING = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]}
+GEMMA = {"query_pre_attn_scalar": 6, "pad_token_id": None}
+YARN = {
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 16,
+        "rope_theta": 1e4,
+    }
+}
+# Family: configuration class and what differs from SMALL. Shared key heads everywhere.
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", {"attention_bias": True}),
+    "mistral": ("MistralConfig", {"sliding_window": 6, "num_key_value_heads": 1}),
+    "qwen2": ("Qwen2Config", SLIDING | {"use_sliding_window": True}),
+    "qwen3": ("Qwen3Config", {"tie_word_embeddings": True}),
+    "gemma": ("GemmaConfig", {"pad_token_id": None}),
+    "gemma2": ("Gemma2Config", SLIDING | GEMMA | {"attn_logit_softcapping": 1.5}),
+    "gemma3_text": ("Gemma3TextConfig", SLIDING | GEMMA),
+    "gpt_oss": (
+        "GptOssConfig",
+        SLIDING | YARN | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
+}
+PACKED = (0, 0, 2, 9, 9, 17, 23)
+TOKENS = 23
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model under one shard."""
+
+    family: str
+    layout: str = "contiguous"
+    documents: tuple[int, ...] | None = None
+    strategy: str = "auto"
+    dtype: torch.dtype = torch.float64
+    n: int = TOKENS
+    recompute: bool = False
+    embeds: bool = False
+
+
+def make(family: str, dtype: torch.dtype = torch.float64, **options: Any) -> Any:
+    """A causal language model with the same random weights in every process."""
+    import transformers
+
+    name, own = FAMILIES[family]
+    config = getattr(transformers, name)(**(SMALL | own | options))
+    torch.manual_seed(0)
+    # The default product of grouped experts takes no float64.
+    model = transformers.AutoModelForCausalLM.from_config(
+        config, attn_implementation="eager", experts_implementation="eager"
+    )
+    # Norm weights and biases start as ones and zeros, which would hide a gradient's mistakes.
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape), alpha=0.1)
+    return model.to(dtype)
+
+
+def draw(n: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    """Tokens `[2, n]`, and the logits' gradient `[2, n, vocab]` of the loss sum(w * logits)."""
+    made = torch.Generator().manual_seed(1)
+    tokens = torch.randint(0, SMALL["vocab_size"], (2, n), generator=made)
+    weights = torch.randn(2, n, SMALL["vocab_size"], generator=made, dtype=torch.float64)
+    return tokens, weights.to(dtype)
+
+
+class _Wide(TorchFunctionMode):
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        name = getattr(func, "__name__", "")
+        if name == "float":
+            return args[0].double()
+        swap = {id(torch.float32): torch.float64}
+        args = tuple(swap.get(id(x), x) for x in args)
+        kwargs = {key: swap.get(id(x), x) for key, x in (kwargs or {}).items()}
+        return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def in_float64(dtype: torch.dtype) -> Iterator[None]:
+    """Requests for float32 get float64; only for a float64 model."""
+    with _Wide() if dtype == torch.float64 else contextlib.nullcontext():
+        yield
+
+
+def gradients(model: Any) -> dict[str, Tensor]:
+    return {name: p.grad.detach() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def reference(case: Case) -> dict[str, Tensor]:
+    """Logits and every gradient of the unmodified model, in case.dtype."""
+    model = make(case.family, case.dtype)
+    tokens, weights = draw(case.n, case.dtype)
+    cuts = case.documents or (0, case.n)
+    with in_float64(case.dtype):
+        logits = [
+            model(input_ids=tokens[:, a:b], use_cache=False).logits
+            for a, b in pairwise(cuts)
+            if b > a
+        ]
+        whole = torch.cat(logits, 1)
+        (whole * weights).sum().backward()
+    return {"logits": whole.detach(), **gradients(model)}
+
+
+def on_rank(cases: list[Case], degrees: tuple[int, int]) -> list[dict[str, Tensor]]:
+    """On one rank: this rank's logits and the summed gradients of each case."""
+    ring, ulysses = degrees
+    mesh = xdist.init_mesh(ring=ring, ulysses=ulysses)
+    return [_run(case, mesh) for case in cases]
+
+
+def layout_of(case: Case, parts: int) -> xdist.Layout:
+    return layouts(case.n, parts, seed=case.n)[case.layout]
+
+
+def _run(case: Case, mesh: xdist.Mesh) -> dict[str, Tensor]:
+    model = make(case.family, case.dtype)
+    if case.recompute:
+        model.gradient_checkpointing_enable()
+        model.train()
+    shard = xdist.SequenceShard(mesh, layout_of(case, mesh.sequence_size), case.documents)
+    handle = attach(model, shard, strategy=case.strategy)
+    tokens, weights = (shard.scatter(x) for x in draw(case.n, case.dtype))
+    with in_float64(case.dtype):
+        if case.embeds:
+            embedded = model.get_input_embeddings()(tokens)
+            logits = model(inputs_embeds=embedded).logits
+        else:
+            logits = model(input_ids=tokens).logits
+        # Another batch may be set before backward recomputes: the layers keep their own.
+        handle.shard = xdist.SequenceShard(mesh, xdist.Layout.contiguous(4, mesh.sequence_size))
+        (logits * weights).sum().backward()
+    xdist.reduce_gradients(model, mesh)
+    handle.detach()
+    return {"logits": logits.detach(), **gradients(model)}
+
+
+def errors(case: Case, ranks: list[dict[str, Tensor]], want: dict[str, Tensor]) -> dict[str, float]:
+    """Relative error of the logits and of every parameter's gradient, by name."""
+    layout = layout_of(case, len(ranks))
+    whole = torch.full_like(want["logits"], torch.nan)
+    for rank, found in enumerate(ranks):
+        whole[:, torch.from_numpy(layout.positions(rank))] = found["logits"].to(whole.dtype)
+    got = {**ranks[0], "logits": whole}
+    assert got.keys() == want.keys()
+    return {name: relative_error(got[name], want[name]) for name in want}
