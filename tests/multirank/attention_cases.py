@@ -99,10 +99,20 @@ def mesh_of(parts: int, ulysses: int = 1) -> Mesh | None:
     world = xdist.init_mesh()
     if parts == world.world_size:
         return xdist.init_mesh(ring=parts // ulysses, ulysses=ulysses)
-    if world.world_rank >= parts:
+    # The others make a group too: torch names a group by how many its members made before.
+    member = world.world_rank < parts
+    ranks = range(parts) if member else range(parts, world.world_size)
+    group = group_of(ranks, "part")
+    if not member:
         return None
-    group = group_of(range(parts), "sequence") if parts > 1 else None
-    return Mesh(1, parts // ulysses, ulysses, world.world_rank, world.device, sequence_group=group)
+    return Mesh(
+        1,
+        parts // ulysses,
+        ulysses,
+        world.world_rank,
+        world.device,
+        sequence_group=group if parts > 1 else None,
+    )
 
 
 def shards(case: Case) -> tuple[xdist.SequenceShard, xdist.SequenceShard | str]:
