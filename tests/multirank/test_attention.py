@@ -180,21 +180,3 @@ def test_rounding_is_that_of_one_rank_on_every_layout(
     names = tuple(layouts(24, 4))
     for parts, pool in ((2, pool2), (4, pool4)):
         check_medians(pool, parts, dtype, names, n=24)
-
-
-@pytest.mark.slow
-def test_the_whole_grid(pool2: RankPool, pool3: RankPool, pool4: RankPool) -> None:
-    for parts, pool in ((1, None), (2, pool2), (3, pool3), (4, pool4)):
-        for (heads, groups), packed in product(HEADS + ODD_HEADS, (False, True)):
-            cases = [
-                replace(c, heads=heads, groups=groups, documents=PACKED[c.n] if packed else None)
-                for c in grid(parts, (23,) if packed else (24,))
-                if c.mask.heads in (None, heads)
-            ]
-            check(cases, pool)
-
-
-@pytest.mark.slow
-def test_eight_ranks_equal_one_device() -> None:
-    with RankPool(8) as pool8:
-        check([*grid(8, (23, 7)), *cross_grid(8)], pool8)
