@@ -73,10 +73,12 @@ def pass_moves(
     layers = layers_of(config)
     documents = Documents.of(cu_seqlens, layout.length)
     once = {
-        kind: _sum([_moves(call, layout, documents, rank, rows) for call in layers.calls[kind]])
+        kind: summed(
+            [call_moves(call, layout, documents, rank, rows) for call in layers.calls[kind]]
+        )
         for kind in set(layers.kinds)
     }
-    return _sum([once[kind] for kind in layers.kinds])
+    return summed([once[kind] for kind in layers.kinds])
 
 
 def flops_per_token(config: MixerConfig, length: int) -> int:
@@ -89,7 +91,7 @@ def flops_per_token(config: MixerConfig, length: int) -> int:
     each = {kind: 2 * layers.matrices[kind] for kind in set(layers.kinds)}
     for kind in each:
         for call in layers.calls[kind]:
-            each[kind] += sum(_mixing_flops(problem, length) for problem in call.problems)
+            each[kind] += sum(mixing_flops(problem, length) for problem in call.problems)
     return sum(each[kind] for kind in layers.kinds) + 2 * config.dim * config.vocab_size
 
 
@@ -130,21 +132,24 @@ def forward_received(config: MixerConfig, layout: Layout, rank: int, rows: int) 
     layers = layers_of(config)
     documents = Documents.of(None, layout.length)
     once = {
-        kind: sum(
-            _one_way(call, layout, documents, rank, rows, backward=False)[1].received_bytes
-            for call in layers.calls[kind]
-        )
+        kind: sum(call_received(call, layout, documents, rank, rows) for call in layers.calls[kind])
         for kind in set(layers.kinds)
     }
     return sum(once[kind] for kind in layers.kinds)
 
 
-def _moves(call: Noted, layout: Layout, documents: Documents, rank: int, rows: int) -> Moves:
+def call_received(call: Noted, layout: Layout, documents: Documents, rank: int, rows: int) -> int:
+    """Bytes that one call receives in forward."""
+    return _one_way(call, layout, documents, rank, rows, backward=False)[1].received_bytes
+
+
+def call_moves(call: Noted, layout: Layout, documents: Documents, rank: int, rows: int) -> Moves:
+    """Bytes of one call, forward and backward, by move."""
     found: list[Moves] = []
     for backward in (False, True):
         name, moved = _one_way(call, layout, documents, rank, rows, backward=backward)
         found.append({name: moved})
-    return _sum(found)
+    return summed(found)
 
 
 def _one_way(
@@ -197,7 +202,8 @@ def _attention(
     return ATTENTION_MOVES[strategy], back if backward else forward
 
 
-def _mixing_flops(problem: object, length: int) -> int:
+def mixing_flops(problem: object, length: int) -> int:
+    """Floating-point operations of a token in one call's states or scores, forward."""
     if isinstance(problem, ConvProblem):
         return 2 * problem.channels * problem.width
     if isinstance(problem, AttentionProblem):
@@ -210,7 +216,8 @@ def _mixing_flops(problem: object, length: int) -> int:
     return problem.heads * (4 * state + 2 * within)
 
 
-def _sum(moves: list[Moves]) -> Moves:
+def summed(moves: list[Moves]) -> Moves:
+    """Moves added up by their names."""
     total: Moves = {}
     for one in moves:
         for name, moved in one.items():

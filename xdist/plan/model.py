@@ -11,11 +11,19 @@ from xdist.cost.model import Activations, Streamed
 from xdist.cost.model import activation_bytes as streamed_activations
 from xdist.cost.model import pass_bytes as streamed_moves
 from xdist.layout import Layout
-from xdist.models import HybridConfig, HybridLM, MixerConfig, MixerLM, build, hybrid_lm, sizes_of
-from xdist.plan import mixers
+from xdist.models import (
+    HybridLM,
+    MixerConfig,
+    MixerLM,
+    Sizes,
+    TransformersConfig,
+    TransformersLM,
+    build,
+    hybrid_lm,
+    sizes_of,
+)
+from xdist.plan import decoders, mixers
 from xdist.plan.result import Moves
-
-Sizes = HybridConfig | MixerConfig
 
 
 def sizes(config: Config) -> Sizes:
@@ -24,7 +32,7 @@ def sizes(config: Config) -> Sizes:
 
 
 @lru_cache(maxsize=8)
-def meta_model(model: Sizes) -> HybridLM | MixerLM:
+def meta_model(model: Sizes) -> HybridLM | MixerLM | TransformersLM:
     """The model without values: on the meta device nothing is allocated."""
     with torch.device("meta"):
         return build(model)
@@ -36,6 +44,8 @@ def pass_moves(
     """Bytes of forward and backward of one call of the model, by move, without the loss."""
     if isinstance(model, MixerConfig):
         return mixers.pass_moves(model, layout, cu_seqlens, rank, rows)
+    if isinstance(model, TransformersConfig):
+        return decoders.pass_moves(model, layout, cu_seqlens, rank, rows)
     return streamed_moves(Streamed.of(model), layout, cu_seqlens, rank, rows)
 
 
@@ -48,12 +58,15 @@ def flops_per_token(model: Sizes, length: int) -> int:
     """Floating-point operations of a token forward in a sequence of `length` tokens."""
     if isinstance(model, MixerConfig):
         return mixers.flops_per_token(model, length)
+    if isinstance(model, TransformersConfig):
+        return decoders.flops_per_token(model, length)
     return hybrid_lm.flops_per_token(model)
 
 
 def passes(model: Sizes) -> int:
     """How often a token's forward operations are made in a step: backward twice, recompute once."""
-    return 3 if isinstance(model, MixerConfig) and not model.recompute else 4
+    whole = isinstance(model, MixerConfig | TransformersConfig) and not model.recompute
+    return 3 if whole else 4
 
 
 def activations(
@@ -65,6 +78,11 @@ def activations(
     if isinstance(model, MixerConfig):
         received = mixers.forward_received(model, layout, rank, rows)
         return mixers.activation_bytes(
+            model, tokens=tokens, rows=rows, tile_tokens=tile_tokens, received=received
+        )
+    if isinstance(model, TransformersConfig):
+        received = decoders.forward_received(model, layout, rank, rows)
+        return decoders.activation_bytes(
             model, tokens=tokens, rows=rows, tile_tokens=tile_tokens, received=received
         )
     streamed = Streamed.of(model)
