@@ -5,9 +5,11 @@ Each test is one case of that page, by its number; the page names the tests of t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -40,6 +42,7 @@ from xdist.testing import RankPool, relative_error
 EVERY = ("ulysses", "ring", "gather", "2d")
 DOCUMENTS = (0, 3, 3, 10, 11, 24)
 LIMIT = 1e-10
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def zigzag(n: int = 24, parts: int = 4) -> Any:
@@ -64,6 +67,17 @@ def exact(cases: Sequence[Case], pool: RankPool) -> list[list[dict[str, Tensor]]
         for name, error in errors(case, ranks).items():
             assert error <= LIMIT, (name, error, case)
     return found
+
+
+def test_the_page_of_cases_names_tests_that_exist() -> None:
+    rows = re.findall(r"^\| (\d+) \|(.*)$", (ROOT / "docs/attention_bugs.md").read_text(), re.M)
+    assert [int(number) for number, _ in rows] == list(range(1, 18))
+    for number, row in rows:
+        named = re.findall(r"`([a-z_/]*(?:\.py)?)::(\w+)`", row)
+        assert named, number
+        for file, test in named:
+            text = (ROOT / "tests" / (file or "multirank/test_attention_bugs.py")).read_text()
+            assert f"def {test}(" in text, (number, file, test)
 
 
 def test_case_01_packed_documents_do_not_see_each_other(pool4: RankPool) -> None:
