@@ -79,7 +79,7 @@ class TransformersConfig:
                     f"it has {', '.join(known)}",
                     f"did you mean {near[0]!r}?" if near else "leave it out of model.options",
                 )
-        given = {name: None if value == "none" else value for name, value in self.options.items()}
+        given = {name: _given(value) for name, value in self.options.items()}
         try:
             return kind(**given, vocab_size=self.vocab_size, use_cache=False)
         except Exception as error:  # the library raises its own family, TypeError and ValueError
@@ -176,6 +176,15 @@ def build(config: TransformersConfig, *, seed: int | None = None) -> Transformer
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return TransformersLM(config)
+
+
+def _given(value: Any) -> Any:
+    """A value of a settings file as the library takes it."""
+    if isinstance(value, Mapping):
+        return {name: _given(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_given(item) for item in value]
+    return None if value == "none" else value
 
 
 def _decoder(config: TransformersConfig) -> Any:
