@@ -194,4 +194,5 @@ def _size(name: str, value: object, least: int) -> int:
         raise MaskError(f"{name} must be an integer", f"got {value!r}") from error
     if number < least:
         raise MaskError(f"{name} must be at least {least}", f"got {number}")
-    return number
+    # Larger than any sequence: a position added to it still fits 64 bits.
+    return min(number, _FAR)

@@ -15,6 +15,8 @@ from xdist.mask import Mask, PerHead, Window
 # float64 most often: there every fault shows beyond doubt.
 DTYPES = [torch.float64] * 4 + [torch.float32, torch.bfloat16]
 STRATEGIES = ("ring", "ulysses", "gather", "2d", "halo", "auto")
+# Sizes that mean "no limit" to whoever writes them.
+FAR = (2**31, 2**63 - 1, 10**30)
 
 
 @st.composite
@@ -59,7 +61,8 @@ def cases(draw: st.DrawFn, parts: int, strategy: str) -> Case:
 def cross(draw: st.DrawFn, keys: str, parts: int, **common: Any) -> Case:
     """Keys of another length, on every rank or in a layout of their own."""
     n, m = common["n"], draw(st.integers(0, 40))
-    mask = Mask(False, None, draw(st.integers(0, 3)), draw(st.none() | st.integers(1, n + 3)))
+    chunk = draw(st.none() | st.integers(1, n + 3) | st.sampled_from(FAR))
+    mask = Mask(False, None, draw(st.integers(0, 3)), chunk)
     if keys == "replicated":
         return Case(mask=mask, keys=keys, m=m, **common)
     documents = draw(st.none() | cuts(n))
@@ -92,14 +95,14 @@ def masks(draw: st.DrawFn, heads: int, n: int, *, bounded: bool) -> Mask:
 
     `bounded` masks see a limited number of tokens to both sides.
     """
-    size = st.integers(0, n + 3) | st.integers(0, 4)
-    chunk = draw(st.none() | st.none() | st.integers(1, n + 3))
+    size = st.integers(0, n + 3) | st.integers(0, 4) | st.sampled_from(FAR)
+    chunk = draw(st.none() | st.none() | st.integers(1, n + 3) | st.sampled_from(FAR))
     limited = bounded and chunk is None
     side = size if limited else st.none() | size
     some: st.SearchStrategy[Window] = size | st.tuples(side, side)
     one = some if limited else st.none() | some
     window = draw(one | st.lists(one, min_size=heads, max_size=heads))
-    prefix = 0 if limited else draw(st.just(0) | st.integers(0, n + 2))
+    prefix = 0 if limited else draw(st.just(0) | st.integers(0, n + 2) | st.sampled_from(FAR))
     return Mask(draw(st.booleans()), window, prefix, chunk)
 
 

@@ -106,3 +106,19 @@ def test_head_groups_share_a_window() -> None:
 def test_bad_masks_raise(options: dict[str, object]) -> None:
     with pytest.raises(MaskError):
         Mask(**options)
+
+
+@pytest.mark.parametrize("far", [2**31, 2**62, 2**63 - 1, 10**30])
+def test_sizes_beyond_any_sequence_are_no_limit(far: int) -> None:
+    """A position added to them once passed 64 bits, and a query saw nothing."""
+    documents, at = Documents.of([0, 4, 9], 9), np.arange(9)
+    for mask, same in (
+        (Mask(causal=False, window=far), Mask(causal=False)),
+        (Mask(window=(None, far)), Mask()),
+        (Mask(chunk=far), Mask()),
+        (Mask(prefix=far), Mask(causal=False)),
+        (Mask(window=[far, 2]), Mask(window=[None, 2])),
+    ):
+        for head in range(mask.heads or 1):
+            wanted = same.spans(at, documents, head).visible(at)
+            assert (mask.spans(at, documents, head).visible(at) == wanted).all(), mask

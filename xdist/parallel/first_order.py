@@ -1,12 +1,15 @@
-"""Backward passes written by hand have no derivative of their own, and say so."""
+"""Backward passes written by hand: they have no derivative of their own, and say so; autocast does
+not reach into them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from xdist.errors import StrategyError
 
@@ -18,7 +21,8 @@ def first_order(backward: Backward) -> Backward:
 
     What other ranks contribute to a second derivative would be missing. torch's own
     `once_differentiable` refuses only where `.backward()` comes by: `torch.autograd.grad` gives
-    None for that path, and a wrong sum where there are others.
+    None for that path, and a wrong sum where there are others. Inside `torch.autocast` the
+    products of a backward pass stay in the dtypes that it chose.
 
     Raises:
         StrategyError: backward with create_graph=True, on every rank before anything is sent.
@@ -32,6 +36,15 @@ def first_order(backward: Backward) -> Backward:
                 "backward was called with create_graph=True",
                 "leave create_graph out, or detach what needs a second derivative from them",
             )
-        return backward(ctx, *grads)
+        with without_autocast(next(grad for grad in grads if grad is not None)):
+            return backward(ctx, *grads)
 
     return refusing
+
+
+def without_autocast(like: Tensor) -> AbstractContextManager[object]:
+    """Inside, autocast leaves operations on `like`'s device alone."""
+    kind = like.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return nullcontext()
