@@ -18,6 +18,7 @@ from xdist.integrations.transformers_checks import (
     refuse_random,
     refuse_settings,
 )
+from xdist.integrations.transformers_rotary import follow_whole_length
 from xdist.mesh import Mesh
 from xdist.shard import SequenceShard, resolve
 
@@ -86,11 +87,12 @@ class Attached:
             self.model.register_forward_pre_hook(self._check, with_kwargs=True),
             self._base.register_forward_pre_hook(self._enter, with_kwargs=True),
             self._base.register_forward_hook(self._leave, always_call=True),
+            *follow_whole_length(self.model),
         ]
 
     def _give_own_config(self) -> None:
         """Another model may have been made from the same object: this one gets a copy."""
-        kind = _library().PreTrainedConfig
+        kind = library().PreTrainedConfig
         held = [
             (module, name, value)
             for module in self.model.modules()
@@ -202,7 +204,12 @@ def attach(
     return handle
 
 
-def _library() -> Any:
+def library() -> Any:
+    """The package `transformers`; the one place that imports it.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
     try:
         import transformers
     except ImportError as error:
@@ -215,14 +222,14 @@ def _library() -> Any:
 
 
 def _register() -> None:
-    library = _library()
-    library.AttentionInterface.register(NAME, registered.attention)
-    library.AttentionMaskInterface.register(NAME, registered.mask)
+    package = library()
+    package.AttentionInterface.register(NAME, registered.attention)
+    package.AttentionMaskInterface.register(NAME, registered.mask)
 
 
 def _checked_model(model: Any, untested: bool) -> Any:
     """The decoder inside `model`, after checking that it is one."""
-    if not isinstance(model, _library().PreTrainedModel):
+    if not isinstance(model, library().PreTrainedModel):
         raise ConfigError(
             "attach takes a model of HuggingFace Transformers",
             f"got {type(model).__name__}",

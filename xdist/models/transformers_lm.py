@@ -21,8 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xdist.errors import ConfigError
-from xdist.integrations.transformers import _library as library
-from xdist.integrations.transformers import attach
+from xdist.integrations.transformers import attach, library
 from xdist.memory.checkpoint import checkpoint
 from xdist.ops import cross_entropy
 
