@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from xdist_kernels.attention import blocks
-from xdist_kernels.attention import torch as blockwise
+from xdist_kernels.attention import blocks, blockwise
+from xdist_kernels.attention import torch as door
 from xdist_kernels.attention.reference import attention_reference
 from xdist_kernels.errors import KernelError
 
@@ -89,12 +89,12 @@ def run_both(case: Case, dtype: torch.dtype, seed: int = 0) -> list[tuple[str, T
     (q, k, v, dout), sinks = inputs_of(case, seed, dtype)
     spans, keys = spans_of(case)
     options = {"scale": 0.7, "spans": spans, "k_positions": keys, "softcap": case.softcap}
-    out, lse = blockwise.attention_forward(q, k, v, sinks=sinks, **options)
-    delta = blockwise.attention_delta(out, dout)
-    grads = list(blockwise.attention_backward(q, k, v, lse, delta, dout, **options))
+    out, lse = door.attention_forward(q, k, v, sinks=sinks, **options)
+    delta = door.attention_delta(out, dout)
+    grads = list(door.attention_backward(q, k, v, lse, delta, dout, **options))
     leaves = [x.double().clone().requires_grad_() for x in (q, k, v)]
     if sinks is not None:
-        grads.append(blockwise.sinks_backward(sinks, lse, delta))
+        grads.append(door.sinks_backward(sinks, lse, delta))
         sinks = sinks.clone().requires_grad_()
         leaves.append(sinks)
     want, want_lse = attention_reference(*leaves[:3], sinks=sinks, **options)
@@ -165,7 +165,7 @@ def test_large_scores_do_not_overflow() -> None:
     (q, k, v, _), _ = inputs_of(case, 1, torch.float32)
     spans, keys = spans_of(case)
     options = {"scale": 300.0, "spans": spans, "k_positions": keys}
-    out, lse = blockwise.attention_forward(q, k, v, **options)
+    out, lse = door.attention_forward(q, k, v, **options)
     want, want_lse = attention_reference(q, k, v, **options)
     assert worst([("lse", lse / 1e3, want_lse / 1e3)]) <= 1e-6
     assert worst([("out", out, want)]) <= 1e-3
@@ -220,10 +220,10 @@ def test_working_memory_is_one_block_whatever_the_length() -> None:
         q, k, v = (torch.randn(1, n, 1, 2) for _ in range(3))
         own = torch.arange(n)
         spans = (torch.zeros_like(own), own + 1, torch.zeros_like(own), torch.zeros_like(own))
-        options = {"scale": 1.0, "spans": spans, "k_positions": own}
+        options = {"scale": 1.0, "spans": spans, "k_positions": own, "form": "blockwise"}
         with Largest() as mode:
-            out, lse = blockwise.attention_forward(q, k, v, **options)
-            blockwise.attention_backward(q, k, v, lse, (out * out).sum(-1), out, **options)
+            out, lse = door.attention_forward(q, k, v, **options)
+            door.attention_backward(q, k, v, lse, (out * out).sum(-1), out, **options)
         return mode.elements
 
     assert largest(4096) == largest(512)
@@ -241,8 +241,8 @@ def test_strides_past_two_to_the_31_elements() -> None:
     q, v = torch.randn(1, n, 1, 4).bfloat16(), torch.randn(1, n, 1, 4).bfloat16()
     own, zero = torch.arange(n), torch.zeros(n, dtype=torch.int64)
     options = {"scale": 1.0, "spans": (zero, own + 1, zero, zero), "k_positions": own}
-    far, _ = blockwise.attention_forward(q, k, v, **options)
-    near, _ = blockwise.attention_forward(q, k.contiguous(), v, **options)
+    far, _ = door.attention_forward(q, k, v, **options)
+    near, _ = door.attention_forward(q, k.contiguous(), v, **options)
     assert torch.equal(far, near)
 
 
@@ -251,12 +251,12 @@ def test_shapes_that_do_not_fit_raise() -> None:
     spans, keys = spans_of(Case("all"))
     options = {"scale": 1.0, "spans": spans, "k_positions": keys}
     with pytest.raises(KernelError, match="3 query heads do not divide into 2"):
-        blockwise.attention_forward(q[:, :, :3], k, v, **options)
+        door.attention_forward(q[:, :, :3], k, v, **options)
     with pytest.raises(KernelError, match="one float dtype"):
-        blockwise.attention_forward(q.double(), k, v, **options)
+        door.attention_forward(q.double(), k, v, **options)
     with pytest.raises(KernelError, match="spans are"):
-        blockwise.attention_forward(q[:, 1:], k, v, **options)
+        door.attention_forward(q[:, 1:], k, v, **options)
     with pytest.raises(KernelError, match="key positions"):
-        blockwise.attention_forward(q, k[:, 1:], v[:, 1:], **options)
+        door.attention_forward(q, k[:, 1:], v[:, 1:], **options)
     with pytest.raises(KernelError, match="sinks"):
-        blockwise.attention_forward(q, k, v, sinks=torch.zeros(1), **options)
+        door.attention_forward(q, k, v, sinks=torch.zeros(1), **options)

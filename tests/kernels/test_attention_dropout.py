@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from xdist_kernels.attention import blocks
-from xdist_kernels.attention import torch as blockwise
+from xdist_kernels.attention import blocks, blockwise
+from xdist_kernels.attention import torch as door
 from xdist_kernels.attention.dropout import Dropped
 from xdist_kernels.attention.reference import attention_reference
 from xdist_kernels.errors import KernelError
@@ -103,9 +103,9 @@ def run(
         "scale": 0.6, "spans": spans, "k_positions": own, "softcap": softcap,
         "dropout": dropped(n),
     }  # fmt: skip
-    out, lse = blockwise.attention_forward(q, k, v, sinks=sink, **options)
-    delta = blockwise.attention_delta(out, dout)
-    grads = blockwise.attention_backward(q, k, v, lse, delta, dout, **options)
+    out, lse = door.attention_forward(q, k, v, sinks=sink, **options)
+    delta = door.attention_delta(out, dout)
+    grads = door.attention_backward(q, k, v, lse, delta, dout, **options)
     leaves = [x.double().clone().requires_grad_() for x in (q, k, v)]
     want, want_lse = attention_reference(*leaves, sinks=sink, **options)
     wanted = [want, want_lse, *torch.autograd.grad(want, leaves, dout.double())]
@@ -113,7 +113,7 @@ def run(
     errors = [
         float((a.double() - b.detach()).abs().max()) for a, b in zip(found, wanted, strict=True)
     ]
-    plain, _ = blockwise.attention_forward(q, k, v, sinks=sink, **(options | {"dropout": None}))
+    plain, _ = door.attention_forward(q, k, v, sinks=sink, **(options | {"dropout": None}))
     return max(errors), not torch.equal(plain, out)
 
 
@@ -135,9 +135,9 @@ def test_blocks_do_not_change_what_falls(monkeypatch: pytest.MonkeyPatch) -> Non
     own, zero = torch.arange(70), torch.zeros(70, dtype=torch.int64)
     spans: blocks.Spans = (zero, own + 1, zero, zero)
     options = {"scale": 0.5, "spans": spans, "k_positions": own, "dropout": dropped(70)}
-    whole, _ = blockwise.attention_forward(q, k, v, **options)
+    whole, _ = door.attention_forward(q, k, v, **options)
     monkeypatch.setattr(blockwise, "_KEY_TOKENS", 7)
-    cut, _ = blockwise.attention_forward(q, k, v, **options)
+    cut, _ = door.attention_forward(q, k, v, **options)
     assert float((whole - cut).abs().max()) <= 1e-13
 
 
@@ -149,8 +149,8 @@ def test_inputs_are_left_as_they_were() -> None:
         "dropout": dropped(9),
     }  # fmt: skip
     before = [x.clone() for x in (q, k, v, dout)]
-    out, lse = blockwise.attention_forward(q, k, v, **options)
-    blockwise.attention_backward(q, k, v, lse, (out * dout).sum(-1), dout, **options)
+    out, lse = door.attention_forward(q, k, v, **options)
+    door.attention_backward(q, k, v, lse, (out * dout).sum(-1), dout, **options)
     assert all(torch.equal(x, y) for x, y in zip(before, (q, k, v, dout), strict=True))
 
 
@@ -159,6 +159,6 @@ def test_positions_and_rates_that_do_not_fit_raise() -> None:
     own, zero = torch.arange(4), torch.zeros(4, dtype=torch.int64)
     options = {"scale": 1.0, "spans": (zero, own + 1, zero, zero), "k_positions": own}
     with pytest.raises(KernelError, match=r"query positions \(3,\) for 4"):
-        blockwise.attention_forward(q, q, q, dropout=dropped(3), **options)
+        door.attention_forward(q, q, q, dropout=dropped(3), **options)
     with pytest.raises(KernelError, match=r"\[0, 1\): got 1.0"):
-        blockwise.attention_forward(q, q, q, dropout=dropped(4, 1.0), **options)
+        door.attention_forward(q, q, q, dropout=dropped(4, 1.0), **options)

@@ -120,8 +120,8 @@ def test_bfloat16_is_within_its_rounding(case: Case) -> None:
 
 def test_small_bfloat16_scores_stay_in_bfloat16() -> None:
     q, k, _, _ = tensors(Case(64, 0, 3), torch.bfloat16)
-    assert window._factor(q * 0.1, k, None)[2] == torch.bfloat16
-    assert window._factor(q * 10, k, None)[2] == torch.float32
+    assert window.factor_of(q * 0.1, k, None)[2] == torch.bfloat16
+    assert window.factor_of(q * 10, k, None)[2] == torch.float32
 
 
 def test_not_a_number_stays_visible() -> None:

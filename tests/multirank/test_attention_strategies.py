@@ -16,7 +16,7 @@ from xdist.errors import MaskError, NumericsError, ShapeError, StrategyError
 from xdist.mask import Mask
 from xdist.parallel.attention import explain, problem_of
 from xdist.testing import RankPool, count_c10d_bytes, layouts
-from xdist_kernels.attention import torch as blockwise
+from xdist_kernels.attention import blockwise, window
 
 Bytes = tuple[int, int, int, int]
 
@@ -170,15 +170,16 @@ def peaks(case: Case) -> tuple[int, int]:
     shard, _ = shards(case)
     whole = torch.randn(1, shard.local_length, 1, case.dim)
     q, k, v = (whole.clone().requires_grad_() for _ in range(3))
-    sizes = blockwise._KEY_TOKENS, blockwise._BLOCK_SCORES
+    sizes = blockwise._KEY_TOKENS, blockwise._BLOCK_SCORES, window._RUN_SCORES
     blockwise._KEY_TOKENS, blockwise._BLOCK_SCORES = 64, 64 * 64  # so that keys are what weighs
+    window._RUN_SCORES = 64 * 64
     try:
         with PeakBytes() as forward:
             out = xdist.attention(q, k, v, shard, mask=case.mask, strategy=case.strategy)
         with PeakBytes() as backward:
             torch.autograd.grad(out, (q, k, v), whole)
     finally:
-        blockwise._KEY_TOKENS, blockwise._BLOCK_SCORES = sizes
+        blockwise._KEY_TOKENS, blockwise._BLOCK_SCORES, window._RUN_SCORES = sizes
     return forward.peak_bytes, backward.peak_bytes
 
 

@@ -69,15 +69,25 @@ def window_attention_forward(
     accumulate in float32, and while scores are small they pass from product to product in bfloat16.
     Working memory is a few MiB whatever n is. Raises KernelError on shapes that do not fit.
     """
-    prefix = _check(q, k, v, window_left, first_visible)
-    factor, safe, compute = _factor(q, k, scale)
+    _check(q, k, v, window_left, first_visible)
+    factor, safe, compute = factor_of(q, k, scale)
     wide = _wide(q.dtype)
     batch, tokens, heads, _ = q.shape
     out = q.new_empty(batch, tokens, heads, v.shape[-1])
     lse = q.new_empty(batch, tokens, heads, dtype=wide)
     q, k, v = q.to(compute), k.to(compute), v.to(compute)
+    forward_into(q, k, v, out, lse, window_left, factor, safe, first_visible)
+    return out, lse
+
+
+def forward_into(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    window_left: int, factor: float, safe: bool, first_visible: Tensor | None,
+) -> None:  # fmt: skip
+    """Fills `out` and `lse` from q, k, v in the dtype of products; `safe` as `factor_of` says."""
+    wide = lse.dtype
     first = _host_list(first_visible)
-    for run in _runs(tokens, prefix, window_left):
+    for run in _runs(q.shape[1], k.shape[1] - q.shape[1], window_left):
         edges = _Edges(run, window_left, q)
         for b, h, g in _heads(q, k):
             q_, k_, v_ = _rows(q[b, :, h], run), _keys(k[b, :, g], run), _keys(v[b, :, g], run)
@@ -89,7 +99,6 @@ def window_attention_forward(
             torch.div(torch.bmm(p_, v_), whole.unsqueeze(-1), out=_rows(out[b, :, h], run))
             log2 = sums.log2_() if shift is None else sums.log2_().add_(shift)
             torch.mul(log2, _LN2, out=_rows(lse[b, :, h].unsqueeze(-1), run).squeeze(-1))
-    return out, lse
 
 
 def window_attention_backward(
@@ -109,21 +118,31 @@ def window_attention_backward(
     dout `[B,n,H,E]`. Returns dq `[B,n,H,D]` in q's dtype, and dk `[B,p+n,G,D]`, dv `[B,p+n,G,E]`
     in float32 (float64 for float64 inputs): the prefix's part is to be added to its owner's.
     """
-    prefix = _check(q, k, v, window_left, first_visible)
-    factor, safe, compute = _factor(q, k, scale)
+    _check(q, k, v, window_left, first_visible)
+    factor, safe, compute = factor_of(q, k, scale)
     wide = lse.dtype
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
     dk = k.new_zeros(k.shape, dtype=wide)
     dv = v.new_zeros(v.shape, dtype=wide)
-    delta = (dout.to(wide) * out.to(wide)).sum(-1, keepdim=True)  # [B,n,H,1]
-    log2 = (lse * _LOG2E).unsqueeze(-1)
+    delta = (dout.to(wide) * out.to(wide)).sum(-1)
+    q, k, v = q.to(compute), k.to(compute), v.to(compute)
+    backward_into(q, k, v, lse, delta, dout, dq, dk, dv, window_left, factor, safe, first_visible)
+    return dq, dk, dv
+
+
+def backward_into(
+    q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, dout: Tensor,
+    dq: Tensor, dk: Tensor, dv: Tensor,
+    window_left: int, factor: float, safe: bool, first_visible: Tensor | None,
+) -> None:  # fmt: skip
+    """Fills `dq`, adds to `dk` and `dv`; q, k, v in the dtype of products, `delta` `[B,n,H]`."""
+    log2, delta = (lse * _LOG2E).unsqueeze(-1), delta.unsqueeze(-1)
     if safe:
         inverse = torch.exp2(-log2).masked_fill_(log2 == -torch.inf, 0.0)
         dout, delta = dout * inverse, delta * inverse
-    q, k, v = q.to(compute), k.to(compute), v.to(compute)
-    dout, delta = dout.to(compute), delta.to(compute)
+    dout, delta = dout.to(q.dtype), delta.to(q.dtype)
     first = _host_list(first_visible)
-    for run in _runs(q.shape[1], prefix, window_left):
+    for run in _runs(q.shape[1], k.shape[1] - q.shape[1], window_left):
         edges = _Edges(run, window_left, q)
         for b, h, g in _heads(q, k):
             q_, k_, v_ = _rows(q[b, :, h], run), _keys(k[b, :, g], run), _keys(v[b, :, g], run)
@@ -135,7 +154,6 @@ def window_attention_backward(
             ds_.sub_(_rows(delta[b, :, h], run)).mul_(p_)
             torch.mul(torch.bmm(ds_, k_), factor * _LN2, out=_rows(dq[b, :, h], run))
             _overlap_add(dk[b, :, g], torch.bmm(ds_.transpose(1, 2), q_), run, factor * _LN2)
-    return dq, dk, dv
 
 
 class _Edges:
@@ -201,7 +219,7 @@ def _host_list(first_visible: Tensor | None) -> list[int] | None:
     return None if first_visible is None else first_visible.tolist()
 
 
-def _factor(q: Tensor, k: Tensor, scale: float | None) -> tuple[float, bool, torch.dtype]:
+def factor_of(q: Tensor, k: Tensor, scale: float | None) -> tuple[float, bool, torch.dtype]:
     """`scale * log2(e)`; whether no score times it passes `_SAFE_LOG2`; the dtype of products."""
     factor = (q.shape[-1] ** -0.5 if scale is None else scale) * _LOG2E
     if q.numel() == 0 or k.numel() == 0:
