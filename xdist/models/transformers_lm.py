@@ -189,8 +189,11 @@ def _given(value: Any) -> Any:
 def _decoder(config: TransformersConfig) -> Any:
     """The library's causal language model, in the parameters' dtype, not attached yet."""
     made = config.made()
+    # Without values (plan, dry run) only this way of running experts knows its shapes.
+    form = "batched_mm" if torch.get_default_device().type == "meta" else None
+    kind = library().AutoModelForCausalLM
     try:
-        decoder = library().AutoModelForCausalLM.from_config(made)
+        decoder = kind.from_config(made, **({"experts_implementation": form} if form else {}))
     except Exception as error:  # the library says in many ways what it cannot build
         raise ConfigError(
             f"transformers cannot build a causal language model from {config.config_class}",
