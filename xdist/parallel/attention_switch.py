@@ -154,7 +154,8 @@ class Switch:
         cut = [m.x.split(list(m.tokens), dim=1) for m in moved]
         sends = [[pieces[r] for pieces in cut] for r in places]
         arriving = self._exchange(sends, moved, lambda m, r: (m.tokens[me], len(m.heads[r])))
-        targets = [replace(m, x=m.x[:0]) for m in moved]
+        # A view of x would keep it alive while the messages travel.
+        targets = [replace(m, x=m.x.new_empty(0)) for m in moved]
         # This rank's own part is put in place at once, so that nothing of `moved` outlives here.
         for part, m in zip(sends[me], moved, strict=True):
             _put(part, m.heads[me], m)

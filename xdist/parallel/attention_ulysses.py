@@ -10,8 +10,9 @@
    sent twice.
 4. Divides: H by G. Any number of heads, also fewer than ranks; any shares, also empty ones.
 
-With `chunks` each rank's heads are switched and computed in that many runs: the next run is on its
-way in and the last on its way back while one is computed. The bytes do not change.
+With `chunks` each rank's heads are switched and computed in that many runs: while one is computed
+the outputs of the last are on their way back, and the next is on its way in where what is kept for
+backward outgrows it (without a backward it would be the peak). The bytes do not change.
 
 After Jacobs et al. 2023, arXiv 2309.14509; a key head is sent once to each rank that needs it.
 """
@@ -65,7 +66,7 @@ class UlyssesAttention(Function):
             q_, k_, v_ = arriving.wait()
             k_, v_ = _with_carried(carried, (k_, v_))
             carried = _carried(switch, chunk, (k_, v_))
-            if chunk + 1 < chunks:
+            if keep and chunk + 1 < chunks:
                 arriving = switch.start_in(chunk + 1, q, k, v)
             heads = switch.heads(chunk)
             own = None if sinks is None else sinks[heads.start : heads.stop]
@@ -82,6 +83,8 @@ class UlyssesAttention(Function):
             else:
                 leaving = switch.start_out(chunk, out, whole)
             del out
+            if not keep and chunk + 1 < chunks:
+                arriving = switch.start_in(chunk + 1, q, k, v)
         leaving.wait()
         ctx.call, ctx.switch, ctx.like = call, switch, (q.to("meta"), k.to("meta"), v.to("meta"))
         ctx.save_for_backward(sinks, *kept)
@@ -111,8 +114,8 @@ class UlyssesAttention(Function):
                 heads = slice(switch.heads(chunk).start, switch.heads(chunk).stop)
                 dsinks[heads] = sinks_backward(sinks[heads], lse, delta).to(sinks.dtype)
             dq = dq.to(q_.dtype)
-            for x, before in zip(pair, carried or (), strict=False):
-                x[:, :, :1] += before
+            if carried is not None:
+                _add_carried((pair[0], pair[1]), carried)
             carried = _carried(switch, chunk, (pair[0], pair[1]))
             leaving.wait()
             if switch.alone:
@@ -134,6 +137,12 @@ def _with_carried(carried: Pair | None, arrived: Pair) -> Pair:
     if arrived[0].shape[2] == 0:
         return carried
     return torch.cat([carried[0], arrived[0]], dim=2), torch.cat([carried[1], arrived[1]], dim=2)
+
+
+def _add_carried(pair: Pair, carried: Pair) -> None:
+    """Adds the gradients of a head that the chunk before read too."""
+    for x, before in zip(pair, carried, strict=True):
+        x[:, :, :1] += before
 
 
 def _carried(switch: Switch, chunk: int, pair: Pair) -> Pair | None:
