@@ -105,13 +105,14 @@ def backward_rows(
                 seen = p_ * kept
                 ds_.mul_(kept)
             dv[:, :, part] += torch.bmm(seen.transpose(1, 2), do_).view(
-                batch, groups, -1, v.shape[-1]
+                batch, groups, keys.stop - keys.start, v.shape[-1]
             )
             ds_.sub_(delta_).mul_(p_)
             if slope is not None:
                 ds_.mul_(slope)
             dq_.baddbmm_(ds_, k_, alpha=scale)
-            dk_ = torch.bmm(ds_.transpose(1, 2), q_).view(batch, groups, -1, q.shape[-1])
+            dk_ = torch.bmm(ds_.transpose(1, 2), q_)
+            dk_ = dk_.view(batch, groups, keys.stop - keys.start, q.shape[-1])
             dk[:, :, part].add_(dk_, alpha=scale)
         _unfold_into(dq[:, rows], dq_, groups)
 
