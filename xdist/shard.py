@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any
+from collections.abc import Callable, Hashable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +16,10 @@ from xdist.documents import Documents
 from xdist.errors import DesyncError, LayoutError, ShapeError
 from xdist.layout import Layout
 from xdist.mesh import Mesh
+
+T = TypeVar("T")
+# How many different calls a shard remembers; a model makes a few.
+MOST_KEPT = 32
 
 
 class SequenceShard:
@@ -46,6 +51,7 @@ class SequenceShard:
         _compare(mesh, layout, self.documents if self.packed else None)
         self._positions: Tensor | None = None
         self._document_positions: Tensor | None = None
+        self._kept: dict[Hashable, Any] = {}
 
     @property
     def rank(self) -> int:
@@ -83,6 +89,19 @@ class SequenceShard:
             inside = torch.from_numpy(positions - self.documents.starts(positions))
             self._document_positions = inside.to(self.mesh.device)
         return self._document_positions
+
+    def once(self, name: Hashable, make: Callable[[], T]) -> T:
+        """What `make` gives, made by the first layer that asks for `name` and kept with this shard.
+
+        For what follows from layout, documents and `name` alone. The `MOST_KEPT` newest names are
+        kept.
+        """
+        if name not in self._kept:
+            if len(self._kept) >= MOST_KEPT:
+                self._kept.pop(next(iter(self._kept)), None)
+            self._kept[name] = make()
+        found: T = self._kept[name]
+        return found
 
     def scatter(self, x: Tensor, dim: int = 1) -> Tensor:
         """This rank's part of the whole `x`, in its segments' order. Nothing moves.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,14 +55,19 @@ class Problem:
         return max(4, self.element_bytes)
 
     @cached_property
+    def kept(self) -> dict[Any, Any]:
+        """What follows from this problem alone and every call with it needs again."""
+        return {}
+
+    @cached_property
     def needs(self) -> Needs:
-        """Who needs which keys of whom (`needs_of`), computed once a call."""
+        """Who needs which keys of whom (`needs_of`), computed once."""
         return needs_of(self)
 
     @cached_property
     def pairs(self) -> NDArray[np.int64]:
         """Visible pairs of query and key by rank that holds the query and query head, int64
-        `[P, H]`, computed once a call."""
+        `[P, H]`, computed once."""
         counted = np.zeros((self.parts, self.heads), dtype=np.int64)
         for rank in range(self.parts):
             positions = self.layout.positions(rank)
@@ -71,7 +77,7 @@ class Problem:
 
     @cached_property
     def rows(self) -> Rows:
-        """The rows of ranks of strategy 2d, computed once a call."""
+        """The rows of ranks of strategy 2d, computed once."""
         return Rows(self)
 
     def key_lengths(self) -> tuple[int, ...]:

@@ -72,8 +72,10 @@ def attention(
 def _chosen(problem: Problem) -> str:
     if problem.parts == 1:  # nothing moves, and there is nothing to share: nothing to count
         return STRATEGIES[0]
-    choice = choose(problem)
-    _log.debug("%s", choice)
+    if "choice" not in problem.kept:
+        problem.kept["choice"] = choose(problem)
+        _log.debug("%s", problem.kept["choice"])
+    choice: Choice = problem.kept["choice"]
     return choice.strategy
 
 
@@ -151,9 +153,14 @@ def problem_of(
             "shard them alike, or pass key_shard",
         )
     batch, _, heads, dim = q.shape
-    return Problem(
-        shard.layout, shard.documents, mask, layout, documents, not same,
-        batch, heads, k.shape[2], dim, v.shape[3], q.element_size(), shard.mesh.ulysses_size,
+    sizes = (batch, heads, k.shape[2], dim, v.shape[3], q.element_size())
+    # Layers of one shard share the problem, with what was counted for it (`Problem.kept`).
+    return shard.once(
+        ("attention", mask, "same" if same else key_shard, k.shape[1], sizes),
+        lambda: Problem(
+            shard.layout, shard.documents, mask, layout, documents, not same, *sizes,
+            shard.mesh.ulysses_size,
+        ),
     )  # fmt: skip
 
 

@@ -81,4 +81,4 @@ def _ring(call: Call, switch: Switch) -> Ring:
     needs = rows.needs[switch.me]
     groups = len(switch.chunks[0].keys[switch.me])
     blocks = Blocks(call, needs, "ring", groups=groups, rows=rows)
-    return Ring(call, blocks, switch.runs(0, switch.query_positions()))
+    return Ring(call, blocks, switch.runs(0))

@@ -78,11 +78,19 @@ class Blocks:
 
     def positions(self, owner: int) -> Tensor:
         """Global positions of the keys this rank sees of `owner`."""
-        held = self.key_positions(owner)
-        return self.call.tensor(positions_at(held, self.needs.ranges[self.me][owner]))
+        ranges = self.needs.ranges[self.me][owner]
+        return self.call.once(
+            (self.move, self.rows is None, owner),
+            lambda: self.call.tensor(positions_at(self._held(owner), ranges)),
+        )
 
-    def key_positions(self, owner: int) -> NDArray[np.int64]:
-        """Global positions of all keys that `owner` holds."""
+    def own_positions(self) -> Tensor:
+        """Global positions of all keys that this place holds."""
+        return self.call.once(
+            ("own", self.rows is None), lambda: self.call.tensor(self._held(self.me))
+        )
+
+    def _held(self, owner: int) -> NDArray[np.int64]:
         if self.rows is None or self.rows.key_layout is None:
             return self.call.key_positions(owner)
         return self.rows.key_layout.positions(owner)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -16,6 +17,8 @@ from xdist.dropout import Dropout
 from xdist_kernels.attention.blocks import Spans
 from xdist_kernels.attention.dropout import Dropped
 from xdist_kernels.attention.torch import attention_backward, attention_forward
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -42,17 +45,33 @@ class Call:
         """The other sequence ranks."""
         return [rank for rank in range(self.problem.parts) if rank != self.rank]
 
-    def seen(self, positions: NDArray[np.int64], start: int, stop: int) -> Seen:
-        """What queries at `positions` of heads `[start, stop)` see, as the kernels take it."""
+    def once(self, name: Hashable, make: Callable[[], T]) -> T:
+        """What `make` gives, made by the first of the calls that share this problem: the same for
+        all of them that have this `name` and device."""
+        key = (name, self.device)
+        if key not in self.problem.kept:
+            self.problem.kept[key] = make()
+        found: T = self.problem.kept[key]
+        return found
+
+    def seen(self, ranks: range, start: int, stop: int) -> Seen:
+        """What the queries of `ranks`, one rank after another, of heads `[start, stop)` see."""
+        mask = self.problem.mask
+        alike = len(mask.for_heads(start, stop).head_groups(stop - start)) <= 1
+        # Heads that see the same share one set of spans, in whatever runs they are computed.
+        heads: Hashable = mask.sides(start if start < stop else 0) if alike else (start, stop)
+        spans = self.once(("spans", ranks, heads), lambda: self._spans(ranks, start, stop))
         drop = self.dropout
         if drop is None or drop.rate == 0.0:
-            return Seen(self._spans(positions, start, stop), None)
-        at = self.tensor(positions)
-        dropped = Dropped(drop.rate, drop.key, drop.first_row, start, at)
-        return Seen(self._spans(positions, start, stop), dropped)
+            return Seen(spans, None)
+        at = self.once(("queries", ranks), lambda: self.tensor(self._query_positions(ranks)))
+        return Seen(spans, Dropped(drop.rate, drop.key, drop.first_row, start, at))
 
-    def _spans(self, positions: NDArray[np.int64], start: int, stop: int) -> Spans:
-        found = head_spans(self.problem, positions, start, stop)
+    def _query_positions(self, ranks: range) -> NDArray[np.int64]:
+        return np.concatenate([self.problem.layout.positions(rank) for rank in ranks])
+
+    def _spans(self, ranks: range, start: int, stop: int) -> Spans:
+        found = head_spans(self.problem, self._query_positions(ranks), start, stop)
         if len(found) == 1:
             lo, hi, prefix_lo, prefix_hi = (self.tensor(side) for side in found[0])
         else:
@@ -62,8 +81,14 @@ class Call:
 
     def own_seen(self) -> Seen:
         """What this rank's queries see, all heads."""
-        positions = self.problem.layout.positions(self.rank)
-        return self.seen(positions, 0, self.problem.heads)
+        return self.seen(range(self.rank, self.rank + 1), 0, self.problem.heads)
+
+    def keys_at(self, ranks: range) -> Tensor:
+        """Global positions of the keys `ranks` hold, one rank after another, int64 `[m]`."""
+        return self.once(
+            ("keys", ranks),
+            lambda: self.tensor(np.concatenate([self.key_positions(rank) for rank in ranks])),
+        )
 
     def key_positions(self, rank: int) -> NDArray[np.int64]:
         """Global positions of the keys `rank` holds."""

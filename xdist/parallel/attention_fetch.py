@@ -34,7 +34,7 @@ class FetchAttention(Function):
         ctx: Any, call: Call, move: str, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None
     ) -> Tensor:
         blocks = Blocks(call, _needs(call, move), move, groups=k.shape[2])
-        seen, own = call.own_seen(), call.tensor(call.key_positions(call.rank))
+        seen, own = call.own_seen(), blocks.own_positions()
         arriving = blocks.start_keys(k, v, call.others(), call.others())
         out, lse = call.forward(q, k, v, seen, own)
         got = arriving.wait()
@@ -54,7 +54,7 @@ class FetchAttention(Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
         call, blocks = ctx.call, ctx.blocks
         q, k, v, out, lse, sinks, *far = ctx.saved_tensors
-        seen, own = call.own_seen(), call.tensor(call.key_positions(call.rank))
+        seen, own = call.own_seen(), blocks.own_positions()
         delta = attention_delta(out, dout)
         given: dict[int, Block] = {}
         far_dq = None
@@ -85,4 +85,6 @@ def _joined(got: dict[int, Block]) -> Block:
 
 
 def _positions(blocks: Blocks, owners: list[tuple[int, int]]) -> Tensor:
-    return torch.cat([blocks.positions(owner) for owner, _ in owners])
+    return blocks.call.once(
+        (blocks.move, "far"), lambda: torch.cat([blocks.positions(owner) for owner, _ in owners])
+    )

@@ -108,7 +108,7 @@ class Ring:
         return dq, dk, dv
 
     def _own(self) -> Tensor:
-        return self.call.tensor(self.blocks.key_positions(self.blocks.me))
+        return self.blocks.own_positions()
 
     def _start(self, k: Tensor, v: Tensor, number: int) -> Pending[dict[int, Block]]:
         if number == len(self.steps):

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
 from xdist.parallel.attention_call import Call, Seen, joined
@@ -25,8 +23,8 @@ class Run:
     seen: Seen
 
 
-def runs_of(call: Call, heads: range, keys: range, positions: NDArray[np.int64]) -> list[Run]:
-    """Global query heads `heads`, which read `keys`, of queries at `positions`.
+def runs_of(call: Call, heads: range, keys: range, ranks: range) -> list[Run]:
+    """Global query heads `heads`, which read `keys`, of the queries of `ranks`.
 
     At most three runs, at least one: a share of the heads may cut a group at either end.
     """
@@ -39,10 +37,10 @@ def runs_of(call: Call, heads: range, keys: range, positions: NDArray[np.int64])
         end = h + whole * per_group if whole else min(heads.stop, (h // per_group + 1) * per_group)
         g = slice(h // per_group - keys.start, (end - 1) // per_group + 1 - keys.start)
         local = slice(h - heads.start, end - heads.start)
-        found.append(Run(local, g, call.seen(positions, h, end)))
+        found.append(Run(local, g, call.seen(ranks, h, end)))
         h = end
     none = slice(0, 0)
-    return found or [Run(none, none, call.seen(positions, 0, 0))]
+    return found or [Run(none, none, call.seen(ranks, 0, 0))]
 
 
 def forward(

@@ -10,9 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from xdist.comm.pending import Pending
@@ -55,22 +53,17 @@ class Switch:
         """Whether nothing is switched and no head waits: tensors stay what they are."""
         return len(self.members) == len(self.chunks) == 1
 
-    def query_positions(self) -> NDArray[np.int64]:
-        """Global positions of the members' queries, as they lie once switched."""
-        return np.concatenate([self.call.problem.layout.positions(r) for r in self.members])
-
-    def key_positions(self) -> NDArray[np.int64]:
+    def keys_at(self) -> Tensor:
         """Global positions of the members' keys, as they lie once switched."""
-        ranks = self.members if self.keys_move else self.members[:1]
-        return np.concatenate([self.call.key_positions(r) for r in ranks])
+        return self.call.keys_at(self.members if self.keys_move else self.members[:1])
 
     def heads(self, chunk: int) -> range:
         """This rank's query heads of a chunk."""
         return self.chunks[chunk].queries[self.me]
 
-    def runs(self, chunk: int, positions: NDArray[np.int64]) -> list[Run]:
+    def runs(self, chunk: int) -> list[Run]:
         """This rank's query heads of a chunk, in runs."""
-        return runs_of(self.call, self.heads(chunk), self.chunks[chunk].keys[self.me], positions)
+        return runs_of(self.call, self.heads(chunk), self.chunks[chunk].keys[self.me], self.members)
 
     def start_in(
         self, chunk: int, q: Tensor, k: Tensor, v: Tensor

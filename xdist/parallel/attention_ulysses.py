@@ -56,7 +56,7 @@ class UlyssesAttention(Function):
         q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None,
     ) -> Tensor:  # fmt: skip
         switch = Switch(call, range(call.problem.parts), chunks)
-        positions, at = switch.query_positions(), call.tensor(switch.key_positions())
+        at = switch.keys_at()
         whole = q if switch.alone else q.new_empty(*q.shape[:3], v.shape[3])
         arriving = switch.start_in(0, q, k, v)
         leaving: Pending[None] = Pending.done(None)
@@ -70,7 +70,7 @@ class UlyssesAttention(Function):
                 arriving = switch.start_in(chunk + 1, q, k, v)
             heads = switch.heads(chunk)
             own = None if sinks is None else sinks[heads.start : heads.stop]
-            runs = switch.runs(chunk, positions)
+            runs = switch.runs(chunk)
             out, lse = runs_forward(call, runs, q_, k_, v_, at, own)
             out = out.to(q.dtype)
             if keep:
@@ -95,7 +95,7 @@ class UlyssesAttention(Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
         call, switch = ctx.call, ctx.switch
         sinks, *kept = ctx.saved_tensors
-        positions, at = switch.query_positions(), call.tensor(switch.key_positions())
+        at = switch.keys_at()
         wide = kept[_KEPT - 1].dtype
         into = switch.new_gradients(ctx.like, wide)
         dsinks = None if sinks is None else torch.zeros_like(sinks)
@@ -108,7 +108,7 @@ class UlyssesAttention(Function):
             if chunk + 1 < len(switch.chunks):
                 arriving = switch.start_dout(chunk + 1, dout)
             delta = attention_delta(out, dout_)
-            runs = switch.runs(chunk, positions)
+            runs = switch.runs(chunk)
             dq, *pair = runs_backward(call, runs, q_, k_, v_, lse, delta, dout_, at)
             if dsinks is not None:
                 heads = slice(switch.heads(chunk).start, switch.heads(chunk).stop)
