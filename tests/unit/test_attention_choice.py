@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from xdist import Layout, Mask
 from xdist.cost.attention import STRATEGIES
 from xdist.cost.attention_choice import FLOPS_PER_BYTE, choose
 from xdist.cost.attention_keys import Problem
+from xdist.cost.attention_table import page
 from xdist.documents import Documents
 
 Dense = NDArray[np.bool_]
@@ -249,3 +251,9 @@ def test_pairs_are_the_visible_ones(mask: Mask) -> None:
     counted = Counted.of(call)
     for rank, head in product(range(3), range(4)):
         assert call.pairs[rank, head] == counted.pairs([rank], [head])
+
+
+def test_the_table_of_choices_in_the_docs_is_the_one_counted() -> None:
+    docs = Path(__file__).resolve().parents[2] / "docs" / "strategies" / "auto.md"
+    wanted = "run: python -m xdist.cost.attention_table > docs/strategies/auto.md"
+    assert docs.read_text(encoding="utf-8") == page(), wanted
