@@ -36,8 +36,9 @@ MIXERS: dict[str, tuple[str, dict[str, Any]]] = {
     "gated_deltanet": ("gated_deltanet", {"head_dim": HEAD_DIM, "conv_width": CONV}),
     "gated_deltanet, heads of 16": ("gated_deltanet", {"head_dim": 16, "conv_width": CONV}),
     **{
-        f"sse, {n} partitions": ("sse", {"head_dim": 8, "heads": 4, "partitions": n})
-        for n in (1, 4, 16)
+        # Two heads of 4: one partition is then too small for eight pairs, so that more can help.
+        f"sse, {n} partitions": ("sse", {"head_dim": 4, "heads": 2, "partitions": n})
+        for n in (1, 2, 4)
     },
     # Reads the token before, and nothing else.
     "local": ("attention", {"head_dim": HEAD_DIM, "window": 1}),
@@ -89,8 +90,8 @@ SETTINGS = (
     _share("1 of 2", ("linear", "attention"), "0 of 2"),
     _share("2 of 2", ("attention", "attention"), "1 of 2"),
     _pure("partitions of sparse state expansion", "sse, 1 partitions"),
-    _pure("partitions of sparse state expansion", "sse, 4 partitions", "sse, 1 partitions"),
-    _pure("partitions of sparse state expansion", "sse, 16 partitions", "sse, 4 partitions"),
+    _pure("partitions of sparse state expansion", "sse, 2 partitions", "sse, 1 partitions"),
+    _pure("partitions of sparse state expansion", "sse, 4 partitions", "sse, 2 partitions"),
     Setting("passkey", "gated_deltanet", ("gated_deltanet, heads of 16",) * 2, "", "passkey", 3e-3),
 )
 
