@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 import xdist
 from xdist.integrations.transformers import attach
-from xdist.testing import layouts, relative_error
+from xdist.testing import count_c10d_bytes, layouts, relative_error
 
 SMALL = {
     "vocab_size": 19,
@@ -55,6 +55,28 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         SLIDING | YARN | {"num_local_experts": 4, "num_experts_per_tok": 2},
     ),
 }
+# Rotary frequencies of these depend on the length of the whole sequence.
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "dynamic": (
+        "LlamaConfig",
+        {
+            "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4},
+            "max_position_embeddings": 16,
+        },
+    ),
+    "longrope": (
+        "LlamaConfig",
+        {
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "short_factor": [1.0, 1.0],
+                "long_factor": [2.0, 3.0],
+                "original_max_position_embeddings": 16,
+                "rope_theta": 1e4,
+            },
+        },
+    ),
+}
 PACKED = (0, 0, 2, 9, 9, 17, 23)
 TOKENS = 23
 
@@ -67,17 +89,19 @@ class Case:
     layout: str = "contiguous"
     documents: tuple[int, ...] | None = None
     strategy: str = "auto"
+    dropout: float = 0.0
     dtype: torch.dtype = torch.float64
     n: int = TOKENS
     recompute: bool = False
     embeds: bool = False
+    seed: int = 1
 
 
 def make(family: str, dtype: torch.dtype = torch.float64, **options: Any) -> Any:
     """A causal language model with the same random weights in every process."""
     import transformers
 
-    name, own = FAMILIES[family]
+    name, own = (FAMILIES | VARIANTS)[family]
     config = getattr(transformers, name)(**(SMALL | own | options))
     torch.manual_seed(0)
     # The default product of grouped experts takes no float64.
@@ -91,9 +115,9 @@ def make(family: str, dtype: torch.dtype = torch.float64, **options: Any) -> Any
     return model.to(dtype)
 
 
-def draw(n: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+def draw(n: int, dtype: torch.dtype = torch.float64, seed: int = 1) -> tuple[Tensor, Tensor]:
     """Tokens `[2, n]`, and the logits' gradient `[2, n, vocab]` of the loss sum(w * logits)."""
-    made = torch.Generator().manual_seed(1)
+    made = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, SMALL["vocab_size"], (2, n), generator=made)
     weights = torch.randn(2, n, SMALL["vocab_size"], generator=made, dtype=torch.float64)
     return tokens, weights.to(dtype)
@@ -126,7 +150,7 @@ def gradients(model: Any) -> dict[str, Tensor]:
 def reference(case: Case) -> dict[str, Tensor]:
     """Logits and every gradient of the unmodified model, in case.dtype."""
     model = make(case.family, case.dtype)
-    tokens, weights = draw(case.n, case.dtype)
+    tokens, weights = draw(case.n, case.dtype, case.seed)
     cuts = case.documents or (0, case.n)
     with in_float64(case.dtype):
         logits = [
@@ -151,13 +175,14 @@ def layout_of(case: Case, parts: int) -> xdist.Layout:
 
 
 def _run(case: Case, mesh: xdist.Mesh) -> dict[str, Tensor]:
-    model = make(case.family, case.dtype)
+    model = make(case.family, case.dtype, attention_dropout=case.dropout)
     if case.recompute:
-        model.gradient_checkpointing_enable()
-        model.train()
+        model.activation_checkpointing_enable()
+    model.train(case.recompute or case.dropout > 0)
     shard = xdist.SequenceShard(mesh, layout_of(case, mesh.sequence_size), case.documents)
-    handle = attach(model, shard, strategy=case.strategy)
-    tokens, weights = (shard.scatter(x) for x in draw(case.n, case.dtype))
+    dropout = xdist.Dropout(case.dropout, seed=3, step=2) if case.dropout else None
+    handle = attach(model, shard, strategy=case.strategy, dropout=dropout)
+    tokens, weights = (shard.scatter(x) for x in draw(case.n, case.dtype, case.seed))
     with in_float64(case.dtype):
         if case.embeds:
             embedded = model.get_input_embeddings()(tokens)
@@ -181,3 +206,58 @@ def errors(case: Case, ranks: list[dict[str, Tensor]], want: dict[str, Tensor]) 
     got = {**ranks[0], "logits": whole}
     assert got.keys() == want.keys()
     return {name: relative_error(got[name], want[name]) for name in want}
+
+
+def leaks(families: list[str], documents: tuple[int, ...]) -> list[Tensor]:
+    """For each family: which of this rank's logits `[n]` change with a token of document 1."""
+    mesh = xdist.init_mesh(ring=2)
+    shard = xdist.SequenceShard(mesh, layouts(TOKENS, 2)["zigzag"], documents)
+    tokens, _ = draw(TOKENS)
+    other = tokens.clone()
+    other[:, documents[2] - 1] += 1
+    found = []
+    for family in families:
+        model = make(family).eval()
+        attach(model, shard)
+        with torch.no_grad():
+            a, b = (model(input_ids=shard.scatter(x)).logits for x in (tokens, other % 19))
+        found.append(((a - b).abs() > 1e-9).any(2).any(0))
+    return found
+
+
+def sent_bytes(case: Case) -> tuple[int, int]:
+    """Bytes sent by an attached model's forward and backward, and by its attention calls alone."""
+    mesh = xdist.init_mesh(ring=2)
+    model = make(case.family)
+    shard = xdist.SequenceShard(mesh, layout_of(case, 2), case.documents)
+    attach(model, shard, strategy=case.strategy)
+    tokens, _ = (shard.scatter(x) for x in draw(case.n))
+    with count_c10d_bytes() as whole:
+        model(input_ids=tokens).logits.sum().backward()
+    heads = (SMALL["num_attention_heads"], SMALL["num_key_value_heads"])
+    q, k = (torch.randn(2, shard.local_length, h, 4).double().requires_grad_() for h in heads)
+    with count_c10d_bytes() as alone:
+        for _ in range(SMALL["num_hidden_layers"]):
+            y = xdist.attention(q, k, k, shard, mask=xdist.Mask(), strategy=case.strategy)
+            y.sum().backward()
+    return whole.sent_bytes, alone.sent_bytes
+
+
+def bad_call(name: str, degrees: tuple[int, int]) -> str:
+    """What a call says that is wrong on sequence rank 1 alone, or whose rank 1 holds nothing."""
+    mesh = xdist.init_mesh(ring=degrees[0], ulysses=degrees[1])
+    layout = layouts(TOKENS, mesh.sequence_size)["empty" if name == "empty" else "zigzag"]
+    shard = xdist.SequenceShard(mesh, layout)
+    model = make("llama")
+    attach(model, shard)
+    tokens = shard.scatter(draw(TOKENS)[0])
+    wrong = shard.rank == 1
+    given = {
+        "position_ids": shard.document_positions[None] + int(wrong),
+        "attention_mask": torch.ones_like(tokens) - int(wrong),
+    }
+    try:
+        model(input_ids=tokens, **({} if name == "empty" else {name: given[name]}))
+    except xdist.errors.XdistError as error:
+        return f"{type(error).__name__}: {error}"
+    return ""

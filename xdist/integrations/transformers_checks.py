@@ -76,8 +76,15 @@ def checked_tokens(tokens: Tensor | None, shard: SequenceShard) -> None:
     """Holds input_ids `[B, n]` or inputs_embeds `[B, n, C]` to this rank's share.
 
     Raises:
-        ShapeError: another number of tokens than the shard gives this rank, or none at all.
+        ShapeError: another number of tokens than the shard gives this rank, none at all, or a
+            layout that leaves a rank without tokens, which the library's layers do not take.
     """
+    if 0 in shard.layout.local_lengths:
+        raise ShapeError(
+            "a model of Transformers needs a token on every rank",
+            f"the ranks hold {list(shard.layout.local_lengths)} of {shard.layout.length}",
+            "use fewer sequence ranks, or a layout without empty shares",
+        )
     if tokens is None or tokens.dim() < 2:
         raise ShapeError(
             "an attached model needs input_ids [B, n] or inputs_embeds [B, n, C]",
