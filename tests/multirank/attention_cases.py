@@ -28,7 +28,8 @@ class Case:
     """One call. `keys` is None (same), "replicated", or the segments of the keys' own layout.
 
     `ulysses` is the inner degree of the mesh, the outer one the ranks of `layout` over it.
-    `strided` inputs lie in memory as [B, heads, n, dim].
+    `strided` inputs lie in memory as [B, heads, n, dim]. `few` is for who runs the case: kernels
+    then work in blocks of few tokens.
     """
 
     strategy: str
@@ -52,6 +53,7 @@ class Case:
     dropout: xdist.Dropout | None = None
     head_chunks: int = 1
     strided: bool = False
+    few: bool = False
 
     @property
     def key_tokens(self) -> int:

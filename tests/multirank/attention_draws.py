@@ -41,12 +41,13 @@ def cases(draw: st.DrawFn, parts: int, strategy: str) -> Case:
         "dtype": draw(st.sampled_from(DTYPES)),
         "softcap": draw(st.sampled_from([None, None, 0.7, 30.0])),
         "sinks": draw(st.booleans()),
-        "batch": draw(st.integers(1, 1 if many else 2)),
+        "batch": 1 if many else draw(st.sampled_from([1, 2, 1, 2, 1, 2, 0])),
         "dim": dim,
         "value_dim": draw(st.just(dim) | st.integers(1, 6)),
         "ulysses": draw(st.sampled_from([u for u in range(1, parts + 1) if parts % u == 0])),
         "scale": draw(st.sampled_from([None, None, 0.2, 1.7])),
         "strided": draw(st.booleans()),
+        "few": draw(st.booleans()),
         "dropout": draw(st.none() | st.none() | dropouts()),
     }
     if strategy in ("ulysses", "auto"):
