@@ -21,6 +21,7 @@ LENGTH, DIM, VOCAB = 37, 16, 19
 # Before and after the call of each kind of layer; nothing of what a call does is traced.
 GRAPHS = 4
 CUTS = [0, 5, 5, 23, LENGTH]
+MASK = xdist.Mask(causal=False)
 # name: mask, layout, documents, options of xdist.attention
 CASES: dict[str, tuple[xdist.Mask, str, list[int] | None, dict[str, Any]]] = {
     "ring zigzag": (xdist.Mask(causal=True), "zigzag", None, {"strategy": "ring"}),
@@ -123,9 +124,35 @@ def test_a_compiled_model_gives_the_same_on_one_rank() -> None:
     check(every(1))
 
 
+@pytest.mark.slow
 def test_a_compiled_model_gives_the_same_on_two_ranks(pool2: RankPool) -> None:
     for found in pool2.run(every, 2):
         check(found)
+
+
+@GRAD_OF_NON_LEAF
+def test_another_shard_documents_and_mask_compile_nothing_anew() -> None:
+    graphs = []
+
+    def counted(module: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        graphs.append(module)
+        return module
+
+    def attend(q: Tensor, shard: SequenceShard, mask: xdist.Mask) -> Tensor:
+        return xdist.attention(q * 2, q, q, shard, mask=mask) + 1
+
+    torch._dynamo.reset()
+    compiled = torch.compile(attend, backend=counted)
+    q = torch.randn(1, LENGTH, 2, 4, dtype=torch.float64)
+    for documents, mask in (
+        (None, xdist.Mask()),
+        (CUTS, xdist.Mask(window=3)),
+        ([0, LENGTH], MASK),
+    ):
+        given = (q, resolve(None, LENGTH, documents), mask)
+        assert torch.equal(compiled(*given), attend(*given))
+    torch._dynamo.reset()
+    assert len(graphs) == 2
 
 
 @pytest.mark.slow

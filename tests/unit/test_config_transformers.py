@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from xdist.config import Config, load, parse, to_toml
 from xdist.errors import ConfigError
@@ -89,6 +90,40 @@ def test_none_is_a_word_and_lists_are_lists() -> None:
     model = build(parse(text(options).replace("Llama", "Gemma2")).model)
     assert model.decoder.config.final_logit_softcapping is None
     assert model.decoder.config.layer_types == ["full_attention", "sliding_attention"]
+
+
+def test_dropout_is_refused_when_the_model_trains() -> None:
+    model = build(parse(text(f"{SIZES}, attention_dropout = 0.1")).model)
+    tokens = torch.zeros(1, 5, dtype=torch.int64)
+    with pytest.raises(ConfigError, match=r"drops 0\.1 of its attention probabilities"):
+        model.loss(tokens, tokens)
+    assert model.eval().loss(tokens, tokens) > 0
+
+
+def test_the_loss_is_the_library_s_own_and_logits_are_the_head_s() -> None:
+    model = build(parse(text(SIZES)).model, seed=3)
+    whole = build(parse(text(SIZES)).model, seed=3)
+    whole.handle.detach()
+    tokens = torch.arange(24).reshape(2, 12) % 11
+    labels = torch.cat([tokens[:, 1:], torch.full((2, 1), -100)], 1)
+    found = model.loss(tokens, labels)
+    wanted = whole.decoder(input_ids=tokens, labels=tokens)
+    found.backward()
+    wanted.loss.backward()
+    torch.testing.assert_close(found, wanted.loss)
+    torch.testing.assert_close(model(tokens), wanted.logits)
+    for (name, mine), theirs in zip(model.named_parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, msg=name)
+
+
+def test_roles_name_matrices_tables_and_a_tied_head() -> None:
+    roles = build(parse(text(SIZES)).model).parameter_roles()
+    assert roles["decoder.model.embed_tokens.weight"] == "table"
+    assert roles["decoder.lm_head.weight"] == "other"
+    assert roles["decoder.model.layers.1.mlp.up_proj.weight"] == "hidden"
+    assert roles["decoder.model.norm.weight"] == "other"
+    tied = build(parse(text(f"{SIZES}, tie_word_embeddings = true")).model).parameter_roles()
+    assert tied["decoder.model.embed_tokens.weight"] == "other"
 
 
 def test_the_example_config_is_valid_and_its_name_is_its_file() -> None:
