@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 import sys
 
+import attention_overlap
+import attention_zigzag
 import checkpoints
 import delta
 import learning
@@ -15,6 +17,7 @@ import memory
 import mixers
 import overhead
 import overlap
+import peers
 import precision
 import record
 import startup
@@ -40,6 +43,23 @@ BENCHMARKS = {
         "that rank's forward or backward; waited is how long its wait for the late message lasted, "
         "hidden = 1 - waited / delay. What can be computed ahead is the part that needs no state, "
         "of as many tiles as fit in 256 MiB.",
+    ),
+    "attention_overlap": (
+        attention_overlap,
+        "A slow ring behind local work",
+        "Two ranks with one thread each, causal zigzag, 8,192 tokens a rank, 4 heads of 64, "
+        "float32, forward and backward. Every message of the ring is delivered late to both ranks. "
+        "time is the slower rank's median; waited is how long it waited for late messages, "
+        "hidden = 1 - waited / delay. On two ranks the gradients of the only block of another rank "
+        "go home last, with nothing left to do meanwhile.",
+    ),
+    "attention_zigzag": (
+        attention_zigzag,
+        "A causal ring with zigzag and with contiguous shares",
+        "Two ranks with one thread each, heads of 64, float32, forward and backward between "
+        "barriers, interleaved pairs: medians, and the median, lowest and highest ratio of a pair. "
+        "Counted work gives 2/3: of the visible pairs the second contiguous share has three "
+        "quarters, each zigzag share half.",
     ),
     "precision": (
         precision,
@@ -92,6 +112,7 @@ BENCHMARKS = {
         "of interleaved passes; ratio is Transformers / xdist for Gated DeltaNet, with the lowest "
         "and highest of the pairs. DeltaNet and KDA are xdist's.",
     ),
+    "peers": (peers, peers.TITLE, peers.NOTE),
     "mixers": (
         mixers,
         "Mixers beside the torch paths of HuggingFace Transformers",
