@@ -173,6 +173,30 @@ def test_which_form_serves_what() -> None:
     ]
 
 
+@pytest.mark.parametrize("groups", [4, 2])
+@pytest.mark.parametrize("kind", ["causal", "square", "two pieces", "a part of the keys"])
+def test_one_run_goes_to_the_kernel_whole(kind: str, groups: int) -> None:
+    """All heads of one batch row at once, without a copy: the same numbers, laid out as asked."""
+    n = 100
+    call = causal(n)
+    lo, hi, prefix_lo, prefix_hi = call["spans"]
+    if kind == "square":
+        call["spans"] = (lo, torch.full_like(hi, n), prefix_lo, prefix_hi)
+    elif kind == "two pieces":
+        call["k_positions"] = torch.cat([torch.arange(300, 400), torch.arange(300)])
+        call["spans"] = (lo, hi + 300, prefix_lo, prefix_hi)
+    elif kind == "a part of the keys":
+        call["k_positions"] = torch.arange(2 * n)
+    q, k, v, dout = (x[:1] for x in tensors(n, len(call["k_positions"]), 4, groups, torch.float64))
+    wide = torch.randn(1, n, 4, 18, dtype=torch.float64)
+    q = wide[..., 6:12]  # as one of three in a fused projection
+    sinks = torch.randn(4, dtype=torch.float64)
+    found = everything(q, k, v, dout, sinks, form="flash", **call)
+    assert len(door.attention_forms(q, k, v, **call)) == 1
+    assert gap(found, everything(q, k, v, dout, sinks, form="blockwise", **call)) <= 1e-12
+    assert found[1].is_contiguous()
+
+
 def test_a_forced_form_serves_or_says_why_not() -> None:
     q = torch.zeros(1, 100, 1, 4)
     assert {x.form for x in door.attention_forms(q, q, q, form="blockwise", **causal(100))} == {
@@ -241,12 +265,16 @@ def test_the_kernel_is_given_a_few_heads_at_once(monkeypatch: pytest.MonkeyPatch
 def test_rows_of_zero_gradient_and_tiny_gradients_keep_their_delta() -> None:
     """The kernel asks for the output; what stands in for it must give the row's delta back."""
     dout = torch.randn(2, 1, 7, 5)
-    dout[0, 0, 3] = 0.0
     dout[1] *= 1e-30
+    holes = dout.clone()
+    holes[0, 0, 3] = 0.0
+    holes[0, 0, 4, :2] = 0.0
+    holes[0, 0, 5, 0] = 1e-42
     out = torch.randn(2, 1, 7, 5)
-    delta = (dout * out).sum(-1, keepdim=True)
-    given = (dout * flash._stand_in(dout, delta)).sum(-1, keepdim=True)
-    assert torch.allclose(given, delta, rtol=1e-6, atol=0.0)
+    for rows in (dout, holes):
+        delta = (rows * out).sum(-1, keepdim=True)
+        given = (rows * flash._stand_in(rows, delta)).sum(-1, keepdim=True)
+        assert torch.allclose(given, delta, rtol=1e-6, atol=0.0)
 
 
 def test_strides_the_kernel_cannot_take_are_left_to_blocks() -> None:

@@ -69,7 +69,9 @@ class Dropped:
                 for row in range(batch)
                 for head in range(self.first_head + heads.start, self.first_head + heads.stop)
             ]
-            states = positions.new_tensor(begun, dtype=torch.int64).view(batch, heads.stop - heads.start, 1)
+            states = positions.new_tensor(begun, dtype=torch.int64).view(
+                batch, heads.stop - heads.start, 1
+            )
             found.append(_signed(_absorb_all(states, positions)))
         return found[0], found[1]
 

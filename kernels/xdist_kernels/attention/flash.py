@@ -10,7 +10,8 @@
 
 The kernel sees q, k and v through strides: nothing is copied for shared key heads. Everything is
 float32, float64 for float64; narrower inputs are widened a few heads at a time, because the kernel
-would round what pieces add. Extra memory: one chunk of heads of a run's outputs.
+would round what pieces add. Extra memory: one chunk of heads of a run's outputs; where all heads
+go at once (`forward_whole`, `backward_whole`) nothing, and y.
 """
 
 from __future__ import annotations
@@ -52,6 +53,35 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, softcap: float | None, drops: bool)
     return None
 
 
+def forward_whole(
+    q: Tensor, k: Tensor, v: Tensor, pieces: tuple[Piece, ...], scale: float
+) -> tuple[Tensor, Tensor] | None:
+    """`forward_run` of all queries and heads at once, the kernel's result not copied; None for
+    several batch rows, or a dtype narrower than sums."""
+    if not pieces or not _is_wide(q.dtype) or q.shape[0] != 1:
+        return None
+    per_group = q.shape[2] // k.shape[2]
+    out, lse = _merged(_heads(q[0], per_group, q.dtype), k[0], v[0], pieces, scale)
+    return _ungrouped(out), _ungrouped(lse.unsqueeze(-1)).squeeze(-1).contiguous()
+
+
+def backward_whole(
+    q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, dout: Tensor,
+    pieces: tuple[Piece, ...], scale: float,
+) -> tuple[Tensor, Tensor, Tensor] | None:  # fmt: skip
+    """`backward_run` of all queries and heads at once, dq, dk, dv `[1,m,G,D]` not copied; None for
+    several batch rows or shared key heads, a dtype narrower than sums, or several pieces."""
+    one = len(pieces) == 1 and (pieces[0].start, pieces[0].stop) == (0, k.shape[1])
+    if not one or q.shape[0] != 1 or q.shape[2] != k.shape[2] or not _is_wide(q.dtype):
+        return None
+    q_, k_, v_, do_ = (_heads(x[0], 1, q.dtype) for x in (q, k, v, dout))
+    l_, delta_ = (_heads(x[0].unsqueeze(-1), 1, q.dtype) for x in (lse, delta))
+    y_ = _stand_in(do_, delta_)
+    got = _backward(do_, q_, k_, v_, y_, l_.squeeze(-1), 0.0, pieces[0].causal, scale=scale)
+    dq, dk, dv = (_ungrouped(x) for x in got)
+    return dq, dk, dv
+
+
 def forward_run(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, pieces: tuple[Piece, ...],
     scale: float,
@@ -68,16 +98,7 @@ def forward_run(
     for b, hs, gs in _chunks(q, k):
         per_group = (hs.stop - hs.start) // (gs.stop - gs.start)
         q_ = _heads(q[b, :, hs], per_group, wide)
-        found: tuple[Tensor, Tensor] | None = None
-        for piece in pieces:
-            at = slice(piece.start, piece.stop)
-            k_, v_ = (_shared(x[b, at, gs], per_group, wide) for x in (k, v))
-            o_, l_ = _forward(q_, k_, v_, 0.0, piece.causal, scale=scale)
-            if found is None:
-                found = o_, l_
-            else:
-                merge_(*found, o_, l_)
-        assert found is not None
+        found = _merged(q_, k[b, :, gs], v[b, :, gs], pieces, scale)
         _grouped(out[b, :, hs], per_group).copy_(found[0])
         _grouped(lse[b, :, hs].unsqueeze(-1), per_group).copy_(found[1].unsqueeze(-1))
 
@@ -111,12 +132,39 @@ def backward_run(
             dv[b, gs, at] += got_v.sum(1) if per_group > 1 else got_v[:, 0]
 
 
-def _stand_in(dout: Tensor, delta: Tensor) -> Tensor:
-    """Rows y with rowsum(dout * y) = delta: delta / dout_j at dout's largest element j, else 0.
+def _merged(
+    q: Tensor, k: Tensor, v: Tensor, pieces: tuple[Piece, ...], scale: float
+) -> tuple[Tensor, Tensor]:
+    """Out `[G,R,r,E]` and lse `[G,R,r]` of q `[G,R,r,D]` over all pieces of k, v `[m,G,D]`."""
+    found: tuple[Tensor, Tensor] | None = None
+    for piece in pieces:
+        at = slice(piece.start, piece.stop)
+        k_, v_ = (_shared(x[at], q.shape[1], q.dtype) for x in (k, v))
+        o_, l_ = _forward(q, k_, v_, 0.0, piece.causal, scale=scale)
+        if found is None:
+            found = o_, l_
+        else:
+            merge_(*found, o_, l_)
+    assert found is not None
+    return found
 
-    The kernel asks for the output, and uses nothing of it but that sum. A row of zeros has delta
-    zero and y zero.
+
+def _is_wide(dtype: torch.dtype) -> bool:
+    return dtype in (torch.float32, torch.float64)
+
+
+def _stand_in(dout: Tensor, delta: Tensor) -> Tensor:
+    """Rows y with rowsum(dout * y) = delta: delta / dout_j at one element j, 0 at the others.
+
+    The kernel asks for the output, and uses nothing of it but that sum. j is the first element;
+    where that is zero or too small for the quotient, the largest one of every row. A row of zeros
+    has delta zero and y zero.
     """
+    first = delta / dout[..., :1]
+    if bool(first.isfinite().all()):
+        found = torch.zeros_like(dout)
+        found[..., :1] = first
+        return found
     at = dout.abs().argmax(-1, keepdim=True)
     top = dout.gather(-1, at)
     return torch.zeros_like(dout).scatter_(-1, at, (delta / top).masked_fill_(top == 0, 0.0))
@@ -140,6 +188,11 @@ def _chunks(q: Tensor, k: Tensor) -> Iterator[tuple[int, slice, slice]]:
 def _grouped(x: Tensor, per_group: int) -> Tensor:
     """`[r,H,D]` seen as `[G,R,r,D]`."""
     return x.unflatten(1, (-1, per_group)).permute(1, 2, 0, 3)
+
+
+def _ungrouped(x: Tensor) -> Tensor:
+    """`[G,R,r,D]` as `[1,r,H,D]`: a view, where the kernel kept the order of its queries."""
+    return x.permute(2, 0, 1, 3).flatten(1, 2).unsqueeze(0)
 
 
 def _heads(x: Tensor, per_group: int, dtype: torch.dtype) -> Tensor:

@@ -19,7 +19,7 @@ from xdist_kernels.attention.band import backward_band, forward_band
 from xdist_kernels.attention.blocks import Spans
 from xdist_kernels.attention.blockwise import backward_rows, forward_rows
 from xdist_kernels.attention.dropout import Dropped
-from xdist_kernels.attention.flash import backward_run, forward_run
+from xdist_kernels.attention.flash import backward_run, backward_whole, forward_run, forward_whole
 from xdist_kernels.attention.forms import Served, forms_of
 from xdist_kernels.errors import KernelError
 from xdist_kernels.merge.torch import merge_sinks_
@@ -53,10 +53,17 @@ def attention_forward(
     """
     wide = _check(q, k, v, spans, k_positions, sinks, dropout)
     batch, n, heads, _ = q.shape
+    drops = dropout is not None and dropout.rate > 0.0
+    parts = list(forms_of(q, k, v, spans, k_positions, softcap, drops, form))
+    if len(parts) == 1 and parts[0].form == "flash":
+        found = forward_whole(q, k, v, parts[0].pieces, scale)
+        if found is not None:
+            if sinks is not None:
+                merge_sinks_(*found, sinks)
+            return found
     out = q.new_empty(batch, n, heads, v.shape[-1], dtype=wide)
     lse = q.new_empty(batch, n, heads, dtype=wide)
-    drops = dropout is not None and dropout.rate > 0.0
-    for part in forms_of(q, k, v, spans, k_positions, softcap, drops, form):
+    for part in parts:
         _forward_part(part, q, k, v, out, lse, k_positions, scale, softcap, sinks, dropout)
     return out, lse
 
@@ -84,11 +91,16 @@ def attention_backward(
     """
     wide = _check(q, k, v, spans, k_positions, None, dropout)
     batch, n, heads, dim = q.shape
+    drops = dropout is not None and dropout.rate > 0.0
+    parts = list(forms_of(q, k, v, spans, k_positions, softcap, drops, form))
+    if len(parts) == 1 and parts[0].form == "flash":
+        found = backward_whole(q, k, v, lse, delta, dout, parts[0].pieces, scale)
+        if found is not None:
+            return found
     dq = q.new_empty(batch, n, heads, dim, dtype=wide)
     dk = q.new_zeros(batch, k.shape[2], k.shape[1], dim, dtype=wide)
     dv = q.new_zeros(batch, v.shape[2], v.shape[1], v.shape[3], dtype=wide)
-    drops = dropout is not None and dropout.rate > 0.0
-    for part in forms_of(q, k, v, spans, k_positions, softcap, drops, form):
+    for part in parts:
         _backward_part(
             part, q, k, v, lse, delta, dout, dq, dk, dv, k_positions, scale, softcap, dropout
         )
