@@ -62,7 +62,7 @@ def cases(draw: st.DrawFn, parts: int, strategy: str) -> Case:
 def cross(draw: st.DrawFn, keys: str, parts: int, **common: Any) -> Case:
     """Keys of another length, on every rank or in a layout of their own."""
     n, m = common["n"], draw(st.integers(0, 40))
-    chunk = draw(st.none() | st.integers(1, n + 3) | st.sampled_from(FAR))
+    chunk = draw(st.none() | st.integers(1, 6) | st.integers(1, n + 3) | st.sampled_from(FAR))
     mask = Mask(False, None, draw(st.integers(0, 3)), chunk)
     if keys == "replicated":
         return Case(mask=mask, keys=keys, m=m, **common)
@@ -96,14 +96,15 @@ def masks(draw: st.DrawFn, heads: int, n: int, *, bounded: bool) -> Mask:
 
     `bounded` masks see a limited number of tokens to both sides.
     """
-    size = st.integers(0, n + 3) | st.integers(0, 4) | st.sampled_from(FAR)
-    chunk = draw(st.none() | st.none() | st.integers(1, n + 3) | st.sampled_from(FAR))
+    size = st.integers(0, n + 3) | st.integers(0, 8) | st.integers(0, 4) | st.sampled_from(FAR)
+    some_chunk = st.integers(1, n + 3) | st.integers(1, 8) | st.integers(2, 5)
+    chunk = draw(st.none() | st.none() | some_chunk | st.sampled_from(FAR))
     limited = bounded and chunk is None
     side = size if limited else st.none() | size
     some: st.SearchStrategy[Window] = size | st.tuples(side, side)
     one = some if limited else st.none() | some
     window = draw(one | st.lists(one, min_size=heads, max_size=heads))
-    prefix = 0 if limited else draw(st.just(0) | st.integers(0, n + 2) | st.sampled_from(FAR))
+    prefix = 0 if limited else draw(st.just(0) | st.just(0) | st.integers(1, 6) | size)
     return Mask(draw(st.booleans()), window, prefix, chunk)
 
 
