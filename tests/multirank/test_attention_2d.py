@@ -115,6 +115,19 @@ def test_a_degree_of_one_is_the_other_strategy() -> None:
                 assert attention_cost(call, "2d", rank) == attention_cost(call, same, rank)
 
 
+def test_it_can_move_less_than_ulysses_and_ring() -> None:
+    """The numbers of docs/strategies/2d.md."""
+    layout, documents = Layout.zigzag(4096, 8), Documents.of(None, 4096)
+    call = Problem(
+        layout, documents, Mask(), layout, documents, False, 1, 32, 4, 64, 64, 2, ulysses=4
+    )
+    moved = {
+        name: max(attention_cost(call, name, rank).bytes for rank in range(8))
+        for name in ("2d", "ulysses", "ring")
+    }
+    assert moved == {"2d": 17_301_504, "ulysses": 20_185_088, "ring": 22_020_096}
+
+
 def test_the_same_work_in_rows() -> None:
     for mask, heads in product(MASKS.values(), ((4, 2), (4, 1), (4, 4))):
         both = [problem(6, inner, mask, heads) for inner in (1, 2, 3)]

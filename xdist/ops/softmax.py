@@ -57,13 +57,14 @@ def attention(
         `[B, n, H, E]` in the dtype of q; a query that sees nothing gets 0. Scores and sums are
         float32 inside, float64 for float64.
 
-    What moves, how many bytes and what is saved: docs/strategies/ulysses.md, ring.md, gather.md
-    and halo.md. Shares may be uneven or empty, H and G need not divide by the ranks.
+    What moves, how many bytes and what is saved: docs/strategies/ulysses.md, ring.md, gather.md,
+    halo.md and 2d.md. Shares may be uneven or empty, H and G need not divide by the ranks.
 
     Raises:
         ShapeError: shapes, dtypes or devices that do not fit together or with the shard.
         MaskError: a window list of another length, or a mask that keys elsewhere cannot serve.
-        StrategyError: an unknown strategy, or halo with a mask of unlimited reach.
+        StrategyError: an unknown strategy, halo with a mask of unlimited reach, or head_chunks
+            above 1 with another strategy than ulysses or auto.
         NumericsError: inside `xdist.checks()`, inputs that are not finite.
 
     Source: blockwise as Dao, "FlashAttention-2" (2023), algorithms 1 and 2; ring as Liu et al.,
