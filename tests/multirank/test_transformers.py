@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import replace
 from statistics import median
 
@@ -11,6 +12,7 @@ import torch
 
 from tests.multirank.transformers_cases import (
     FAMILIES,
+    MORE,
     PACKED,
     TOKENS,
     VARIANTS,
@@ -22,6 +24,7 @@ from tests.multirank.transformers_cases import (
     reference,
     sent_bytes,
 )
+from xdist.integrations.transformers import TESTED
 from xdist.testing import RankPool, layouts
 
 pytest.importorskip("transformers")
@@ -30,11 +33,11 @@ LAYOUTS = ("contiguous", "zigzag", "drawn")
 STRATEGIES = ("auto", "ulysses", "ring", "gather")
 
 
-def family_cases(parts: int) -> list[Case]:
+def family_cases(parts: int, families: Iterable[str] = FAMILIES) -> list[Case]:
     """Every family dense and packed; layouts and strategies take turns."""
     return [
         Case(family, LAYOUTS[(i + packed) % 3], PACKED if packed else None, STRATEGIES[turn % 4])
-        for i, family in enumerate(FAMILIES)
+        for i, family in enumerate(families)
         for packed in (0, 1)
         for turn in [i + 2 * packed + parts]
     ]
@@ -61,6 +64,14 @@ def test_four_ranks_equal_the_unmodified_models(pool4: RankPool) -> None:
     cases = family_cases(4)
     check(pool4, cases, (4, 1))
     check(pool4, [replace(case, strategy="2d") for case in cases[:4]], (2, 2))
+
+
+@pytest.mark.slow
+def test_more_families_equal_the_unmodified_models(pool2: RankPool, pool3: RankPool) -> None:
+    """Experts, latent keys, chunks, fused projections; every family that attach knows is here."""
+    check(pool2, family_cases(2, MORE), (2, 1))
+    check(pool3, family_cases(3, MORE), (3, 1))
+    assert TESTED == {*FAMILIES, *MORE}
 
 
 def test_embeddings_shares_and_long_rotary(pool2: RankPool) -> None:

@@ -55,6 +55,46 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         SLIDING | YARN | {"num_local_experts": 4, "num_experts_per_tok": 2},
     ),
 }
+EXPERTS = {
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 12,
+}
+LATENT = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 8,
+    "kv_lora_rank": 8,
+    "qk_nope_head_dim": 4,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 6,
+    "n_routed_experts": 4,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+}
+# Families that share most of their code with those above, or bring experts, latent keys (values
+# of another head dim) or chunks.
+MORE: dict[str, tuple[str, dict[str, Any]]] = {
+    "phi3": ("Phi3Config", {"pad_token_id": None, "sliding_window": 5}),
+    "mixtral": ("MixtralConfig", EXPERTS | {"num_local_experts": 4}),
+    "qwen3_moe": ("Qwen3MoeConfig", EXPERTS | {"num_experts": 4}),
+    "olmo2": ("Olmo2Config", {"pad_token_id": None}),
+    "smollm3": ("SmolLM3Config", {"pad_token_id": None}),
+    "granite": ("GraniteConfig", {}),
+    "ministral3": ("Ministral3Config", {}),
+    "cohere2": ("Cohere2Config", SLIDING | {"pad_token_id": None}),
+    "deepseek_v3": ("DeepseekV3Config", EXPERTS | LATENT),
+    "llama4_text": (
+        "Llama4TextConfig",
+        {
+            "attention_chunk_size": 5,
+            "layer_types": ["chunked_attention", "full_attention"],
+            "intermediate_size_mlp": 24,
+            "num_local_experts": 4,
+            "floor_scale": 4,
+            "pad_token_id": None,
+        },
+    ),
+}
 # Rotary frequencies of these depend on the length of the whole sequence.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "dynamic": (
@@ -101,7 +141,7 @@ def make(family: str, dtype: torch.dtype = torch.float64, **options: Any) -> Any
     """A causal language model with the same random weights in every process."""
     import transformers
 
-    name, own = (FAMILIES | VARIANTS)[family]
+    name, own = (FAMILIES | MORE | VARIANTS)[family]
     config = getattr(transformers, name)(**(SMALL | own | options))
     torch.manual_seed(0)
     # The default product of grouped experts takes no float64.
@@ -112,7 +152,7 @@ def make(family: str, dtype: torch.dtype = torch.float64, **options: Any) -> Any
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape), alpha=0.1)
-    return model.to(dtype)
+    return model.to(dtype).eval()
 
 
 def draw(n: int, dtype: torch.dtype = torch.float64, seed: int = 1) -> tuple[Tensor, Tensor]:

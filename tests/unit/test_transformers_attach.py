@@ -118,9 +118,13 @@ def test_models_that_cannot_be_attached_raise() -> None:
         attach(model, None)
 
 
-def test_other_mixers_raise_when_they_run() -> None:
+def test_models_with_other_mixers_raise() -> None:
+    small = {"num_key_value_heads": 2, "head_dim": 4}
     layers = ["linear_attention", "full_attention"]
-    config = _config("Qwen3NextConfig", layer_types=layers, num_key_value_heads=2, head_dim=4)
+    config = _config("Qwen3NextConfig", layer_types=layers, **small)
+    with pytest.raises(ConfigError, match="does not use the library's attention interface"):
+        attach(transformers.AutoModelForCausalLM.from_config(config), None, untested=True)
+    config = _config("Lfm2Config", layer_types=["conv", "full_attention"], **small)
     model = transformers.AutoModelForCausalLM.from_config(config)
     attach(model, None, untested=True)
     with pytest.raises(ConfigError, match="1 calls from 2 layers"):

@@ -17,6 +17,7 @@ from xdist.integrations.transformers_checks import (
     refuse_arguments,
     refuse_random,
     refuse_settings,
+    tokens_of,
 )
 from xdist.integrations.transformers_rotary import follow_whole_length
 from xdist.mesh import Mesh
@@ -124,10 +125,8 @@ class Attached:
         self._check(module, args, kwargs)
         refuse_random(module, module.config)
         values = kwargs | ({"input_ids": args[0]} if args else {})
-        tokens = values.get("input_ids")
-        tokens = values.get("inputs_embeds") if tokens is None else tokens
-        shard = self._shard_for(tokens)
-        checked_tokens(tokens, shard)
+        shard = self._shard_for(values)
+        tokens = checked_tokens(values, shard)
         check_given(values, shard)
         # A mask of ones keeps the library from reading documents out of local positions.
         ones = torch.ones((1, 1), dtype=torch.bool, device=tokens.device)
@@ -139,13 +138,14 @@ class Attached:
         registered.running.set(registered.Forward(shard, self.strategy, self.dropout, self, before))
         return args, kwargs
 
-    def _shard_for(self, tokens: Any) -> SequenceShard:
+    def _shard_for(self, values: dict[str, Any]) -> SequenceShard:
         if self._shard is None and self.mesh is not None:
             raise ConfigError(
                 "the attached model has no shard for this batch",
                 "it was attached with a mesh",
                 "set handle.shard = xdist.SequenceShard(mesh, layout, documents)",
             )
+        tokens = tokens_of(values)
         return resolve(self._shard, 0 if tokens is None else tokens.shape[1])
 
     def _leave(self, module: Any, args: tuple[Any, ...], output: Any) -> None:

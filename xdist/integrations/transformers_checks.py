@@ -72,23 +72,30 @@ def refuse_random(model: nn.Module, config: Any) -> None:
         )
 
 
-def checked_tokens(tokens: Tensor | None, shard: SequenceShard) -> None:
-    """Holds input_ids `[B, n]` or inputs_embeds `[B, n, C]` to this rank's share.
+def tokens_of(values: Mapping[str, Any]) -> Tensor | None:
+    """input_ids `[B, n]`, or inputs_embeds `[B, n, C]` where there are none."""
+    found = values.get("input_ids")
+    return values.get("inputs_embeds") if found is None else found
+
+
+def checked_tokens(values: Mapping[str, Any], shard: SequenceShard) -> Tensor:
+    """The tokens or embeddings of a call, after they are found to be this rank's share.
 
     Raises:
         ShapeError: another number of tokens than the shard gives this rank, none at all, or a
             layout that leaves a rank without tokens, which the library's layers do not take.
     """
+    tokens = tokens_of(values)
+    if tokens is None or tokens.dim() < 2:
+        raise ShapeError(
+            "an attached model needs input_ids [B, n] or inputs_embeds [B, n, C]",
+            "got none" if tokens is None else f"got {tuple(tokens.shape)}",
+        )
     if 0 in shard.layout.local_lengths:
         raise ShapeError(
             "a model of Transformers needs a token on every rank",
             f"the ranks hold {list(shard.layout.local_lengths)} of {shard.layout.length}",
             "use fewer sequence ranks, or a layout without empty shares",
-        )
-    if tokens is None or tokens.dim() < 2:
-        raise ShapeError(
-            "an attached model needs input_ids [B, n] or inputs_embeds [B, n, C]",
-            "got none" if tokens is None else f"got {tuple(tokens.shape)}",
         )
     if tokens.shape[1] != shard.local_length:
         raise ShapeError(
@@ -97,6 +104,7 @@ def checked_tokens(tokens: Tensor | None, shard: SequenceShard) -> None:
             f"{shard.layout.length}",
             "pass shard.scatter(tokens), or set handle.shard to this batch's shard",
         )
+    return tokens
 
 
 def check_given(values: Mapping[str, Any], shard: SequenceShard) -> None:
