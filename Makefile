@@ -40,7 +40,7 @@ $(VENV)/.installed-run: constraints.txt pyproject.toml | $(BIN)/python
 
 $(VENV)/.installed-dev: constraints.txt pyproject.toml | $(VENV)/.installed-run
 	@echo "installing the tools of tests and docs"
-	@$(PIP) --no-build-isolation --editable '.[dev,docs,tensorboard,deepspeed,ray,mpi,transformers]'
+	@$(PIP) --no-build-isolation --editable '.[dev,docs,tensorboard,deepspeed,ray,mpi,transformers,peers]'
 	@touch $@
 
 # Real text that every machine has: the sources of the running Python's standard library. A store

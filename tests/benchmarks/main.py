@@ -22,6 +22,7 @@ import precision
 import record
 import startup
 import training
+import vanilla
 
 # name: (module, title, note)
 BENCHMARKS = {
@@ -113,6 +114,7 @@ BENCHMARKS = {
         "and highest of the pairs. DeltaNet and KDA are xdist's.",
     ),
     "peers": (peers, peers.TITLE, peers.NOTE),
+    "vanilla": (vanilla, vanilla.TITLE, vanilla.NOTE),
     "mixers": (
         mixers,
         "Mixers beside the torch paths of HuggingFace Transformers",
