@@ -119,6 +119,25 @@ def test_each_tested_family_trains_on_two_ranks_as_on_one(
 
 
 @pytest.mark.slow
+def test_dropout_inside_attention_falls_the_same_on_one_and_two_ranks(
+    folder: pathlib.Path, pool2: RankPool
+) -> None:
+    options = toml_value(SIZES | {"attention_dropout": 0.4})
+    exact = ("model.dtype=float64", "train.precision=float64")
+    drops = (*exact, f"model.options={options}", "evaluate.tokens=100")
+    cases = [("LlamaConfig", f"drops-{key}", (*drops, *ENGINES[key])) for key in ("plain", "data")]
+    assert pool2.run(train_all, str(folder), cases) == [[0] * 2] * 2
+    one = ("LlamaConfig", "drops-one", drops)
+    none = ("LlamaConfig", "drops-none", (*exact, "evaluate.tokens=100"))
+    assert train_all(str(folder), [one, none]) == [0, 0]
+    wanted = losses(config_of(str(folder), *one[:2]))
+    for _, named, settings in cases:
+        found = losses(config_of(str(folder), "LlamaConfig", named, *settings))
+        assert found == pytest.approx(wanted, rel=1e-7), named
+    assert losses(config_of(str(folder), *none[:2])) != pytest.approx(wanted, rel=1e-4)
+
+
+@pytest.mark.slow
 def test_the_bytes_of_a_step_are_the_planned_ones(folder: pathlib.Path, pool2: RankPool) -> None:
     """Where documents are joined: kept separate, the plan is the most that can move."""
     joined = ("data.documents=join",)

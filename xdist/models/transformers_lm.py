@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from xdist.dropout import Dropout
 from xdist.errors import ConfigError
 from xdist.integrations.transformers import attach, library
 from xdist.memory.checkpoint import checkpoint
@@ -151,6 +152,11 @@ class TransformersLM(nn.Module):
             self.hidden(tokens, shard), self.head, labels, shard,
             ignore_index=ignore_index, valid_tokens=valid_tokens,
         )  # fmt: skip
+
+    def name_dropout(self, *, seed: int, step: int, first_row: int) -> None:
+        """What the next call in training drops (config option attention_dropout) is drawn from."""
+        rate = getattr(self.decoder.config, "attention_dropout", None)
+        self.handle.dropout = Dropout(rate, seed, step, first_row=first_row) if rate else None
 
     def parameter_roles(self) -> dict[str, str]:
         """What each parameter is to an optimizer: "hidden" matrix, "table" (which does not decay),

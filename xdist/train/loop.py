@@ -28,6 +28,7 @@ from xdist.train import setup
 from xdist.train.agree import share_json, share_json_rows, together
 from xdist.train.bad_steps import BadSteps
 from xdist.train.desync import check_equal
+from xdist.train.dropout import name_dropout
 from xdist.train.engines.build import build_engine
 from xdist.train.engines.protocol import Engine
 from xdist.train.evaluate import Evaluation, evaluate
@@ -319,12 +320,9 @@ class Loop:
         device = self.mesh.device
         for micro in batch.micro:
             self.guard.enter("forward")
-            loss = self.engine.loss(
-                micro.tokens.to(device),
-                micro.labels.to(device),
-                self.shards.of(micro),
-                valid_tokens=valid,
-            )
+            name_dropout(self.engine.module, self.config, self.position.step, micro)
+            tokens, labels = micro.tokens.to(device), micro.labels.to(device)
+            loss = self.engine.loss(tokens, labels, self.shards.of(micro), valid_tokens=valid)
             self.guard.enter("backward")
             self.engine.backward(loss)
             total += float(loss.detach())
