@@ -91,7 +91,7 @@ class Parallel(Section):
     layout: Literal["contiguous", "zigzag"] = setting(
         "contiguous", "which positions each sequence rank holds"
     )
-    attention: Literal["auto", "ulysses", "ring", "gather", "halo"] = setting(
+    attention: Literal["auto", "ulysses", "ring", "gather", "halo", "2d"] = setting(
         "auto", "how attention layers cross ranks"
     )
     recurrent: Literal["auto", "scan", "switch"] = setting("auto", "how linear layers cross ranks")

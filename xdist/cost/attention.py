@@ -88,6 +88,16 @@ def attention_cost(problem: Problem, strategy: str, rank: int) -> AttentionCost:
     return AttentionCost(*moved, forward, backward)
 
 
+def moves_of(problem: Problem, strategy: str, rank: int) -> dict[str, Moved]:
+    """Bytes by the move that the ledger counts them under: (sent, received) forward, backward."""
+    check_strategy(problem, strategy)
+    if strategy == "2d":
+        inside, between = _two_parts(problem, rank)
+        return {"switch": inside, "ring": between}
+    move = "switch" if strategy == "ulysses" else strategy
+    return {move: _MOVED[strategy](problem, rank)}
+
+
 Moved = tuple[int, int, int, int]
 
 
@@ -125,13 +135,18 @@ def _ulysses(problem: Problem, rank: int) -> Moved:
 
 
 def _two_d(problem: Problem, rank: int) -> Moved:
+    a, b, c, d = (x + y for x, y in zip(*_two_parts(problem, rank), strict=True))
+    return a, b, c, d
+
+
+def _two_parts(problem: Problem, rank: int) -> tuple[Moved, Moved]:
+    """Inside the row, and between the rows."""
     rows = problem.rows
     row, column = rows.place(rank)
     start, stop = problem.key_heads(column, rows.inner)
     inside = _switched(problem, rank, rows.members(row))
     between = _blocks(problem, rows.needs[column], row, stop - start)
-    a, b, c, d = (x + y for x, y in zip(inside, between, strict=True))
-    return a, b, c, d
+    return inside, between
 
 
 def _switched(problem: Problem, rank: int, members: range) -> Moved:

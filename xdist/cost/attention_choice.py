@@ -62,6 +62,14 @@ def choose(problem: Problem) -> Choice:
     return Choice(min(busiest, key=order), busiest, lost)
 
 
+def chosen(problem: Problem) -> Choice:
+    """`choose`, counted once for all calls with this problem."""
+    if "choice" not in problem.kept:
+        problem.kept["choice"] = choose(problem)
+    found: Choice = problem.kept["choice"]
+    return found
+
+
 def _not_for_auto(problem: Problem, strategy: str) -> str:
     if strategy == "2d" and problem.ulysses in (1, problem.parts):
         return "2d needs ring and ulysses degrees above 1"

@@ -53,13 +53,15 @@ def decoder_of(config: TransformersConfig) -> Decoder:
 
 
 def pass_moves(
-    config: TransformersConfig, layout: Layout, cu_seqlens: tuple[int, ...], rank: int, rows: int
-) -> Moves:
-    """Bytes of forward and backward of one call of the model, by move, without the loss."""
+    config: TransformersConfig, layout: Layout, cu_seqlens: tuple[int, ...], rank: int, rows: int,
+    ulysses: int = 1,
+) -> Moves:  # fmt: skip
+    """Bytes of forward and backward of one call of the model, by move, without the loss; ulysses:
+    the inner degree of the mesh."""
     documents = Documents.of(cu_seqlens, layout.length)
     found: list[Moves] = []
     for call, times in decoder_of(config).calls:
-        found += [mixers.call_moves(call, layout, documents, rank, rows)] * times
+        found += [mixers.call_moves(call, layout, documents, rank, rows, ulysses)] * times
     return mixers.summed(found)
 
 
@@ -75,11 +77,13 @@ def flops_per_token(config: TransformersConfig, length: int) -> int:
     return known.flops + scores
 
 
-def forward_received(config: TransformersConfig, layout: Layout, rank: int, rows: int) -> int:
+def forward_received(
+    config: TransformersConfig, layout: Layout, rank: int, rows: int, ulysses: int = 1
+) -> int:
     """Bytes that arrive on a rank in the forward pass of one call, in one document."""
     documents = Documents.of(None, layout.length)
     return sum(
-        times * mixers.call_received(call, layout, documents, rank, rows)
+        times * mixers.call_received(call, layout, documents, rank, rows, ulysses)
         for call, times in decoder_of(config).calls
     )
 

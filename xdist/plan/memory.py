@@ -51,6 +51,7 @@ def work_of(config: Config, rows: int, layout: Layout, rank: int) -> Work:
         rows=rows,
         tile_tokens=config.train.tile_tokens,
         segments=segments,
+        ulysses=config.parallel.ulysses,
     )
     # Tokens and labels of the batches that are read ahead.
     kept = found.kept_bytes + config.data.prefetch * 2 * rows * tokens * TOKEN_BYTES

@@ -11,9 +11,9 @@ from functools import lru_cache
 
 import torch
 
-from xdist.cost import attention as attention_cost
 from xdist.cost import recurrent as recurrent_cost
-from xdist.cost.attention_choice import choose as choose_attention
+from xdist.cost.attention import moves_of
+from xdist.cost.attention_choice import chosen
 from xdist.cost.attention_keys import Problem as AttentionProblem
 from xdist.cost.model import LOSS_COPIES, LOSS_TILE_TOKENS, TOKEN_BYTES, Activations
 from xdist.cost.moves import Moved
@@ -25,8 +25,6 @@ from xdist.models.mixer_lm import MixerConfig
 from xdist.parallel.noted import Noted, noting
 from xdist.plan.result import Moves
 
-# Under which move the ledger counts a strategy of attention.
-ATTENTION_MOVES = {"ulysses": "switch", "ring": "ring", "halo": "halo", "gather": "gather"}
 # Copies of each projection's output that a mixer holds at its peak in backward: itself, what
 # norms, gates and the recurrence make of it, and gradients.
 MIXER_COPIES = 6
@@ -67,14 +65,19 @@ def layers_of(config: MixerConfig) -> Layers:
 
 
 def pass_moves(
-    config: MixerConfig, layout: Layout, cu_seqlens: tuple[int, ...], rank: int, rows: int
-) -> Moves:
-    """Bytes of forward and backward of one call of the model, by move, without the loss."""
+    config: MixerConfig, layout: Layout, cu_seqlens: tuple[int, ...], rank: int, rows: int,
+    ulysses: int = 1,
+) -> Moves:  # fmt: skip
+    """Bytes of forward and backward of one call of the model, by move, without the loss; ulysses:
+    the inner degree of the mesh."""
     layers = layers_of(config)
     documents = Documents.of(cu_seqlens, layout.length)
     once = {
         kind: summed(
-            [call_moves(call, layout, documents, rank, rows) for call in layers.calls[kind]]
+            [
+                call_moves(call, layout, documents, rank, rows, ulysses)
+                for call in layers.calls[kind]
+            ]
         )
         for kind in set(layers.kinds)
     }
@@ -127,41 +130,49 @@ def activation_bytes(
     return Activations(kept + integers, 2 * stream + max(largest // 2, loss), loss)
 
 
-def forward_received(config: MixerConfig, layout: Layout, rank: int, rows: int) -> int:
+def forward_received(
+    config: MixerConfig, layout: Layout, rank: int, rows: int, ulysses: int = 1
+) -> int:
     """Bytes that arrive on a rank in the forward pass of one call, in one document."""
     layers = layers_of(config)
     documents = Documents.of(None, layout.length)
     once = {
-        kind: sum(call_received(call, layout, documents, rank, rows) for call in layers.calls[kind])
+        kind: sum(
+            call_received(call, layout, documents, rank, rows, ulysses)
+            for call in layers.calls[kind]
+        )
         for kind in set(layers.kinds)
     }
     return sum(once[kind] for kind in layers.kinds)
 
 
-def call_received(call: Noted, layout: Layout, documents: Documents, rank: int, rows: int) -> int:
+def call_received(
+    call: Noted, layout: Layout, documents: Documents, rank: int, rows: int, ulysses: int = 1
+) -> int:
     """Bytes that one call receives in forward."""
-    return _one_way(call, layout, documents, rank, rows, backward=False)[1].received_bytes
+    forward, _ = _both_ways(call, layout, documents, rank, rows, ulysses)
+    return sum(moved.received_bytes for moved in forward.values())
 
 
-def call_moves(call: Noted, layout: Layout, documents: Documents, rank: int, rows: int) -> Moves:
+def call_moves(
+    call: Noted, layout: Layout, documents: Documents, rank: int, rows: int, ulysses: int = 1
+) -> Moves:
     """Bytes of one call, forward and backward, by move."""
-    found: list[Moves] = []
-    for backward in (False, True):
-        name, moved = _one_way(call, layout, documents, rank, rows, backward=backward)
-        found.append({name: moved})
-    return summed(found)
+    return summed(list(_both_ways(call, layout, documents, rank, rows, ulysses)))
 
 
-def _one_way(
-    call: Noted, layout: Layout, documents: Documents, rank: int, rows: int, *, backward: bool
-) -> tuple[str, Moved]:
-    """The move of one call, and its bytes in one direction."""
+def _both_ways(
+    call: Noted, layout: Layout, documents: Documents, rank: int, rows: int, ulysses: int
+) -> tuple[Moves, Moves]:
+    """Bytes of one call by move, forward and backward."""
     first = call.problems[0]
     if isinstance(first, ConvProblem):
         placed = replace(first, layout=layout, batch=rows)
-        return "halo", recurrent_cost.conv_bytes(placed, rank, backward=backward)
+        ways = (recurrent_cost.conv_bytes(placed, rank, backward=back) for back in (False, True))
+        forward, backward = ({"halo": moved} for moved in ways)
+        return forward, backward
     if isinstance(first, AttentionProblem):
-        return _attention(first, call.strategy, layout, documents, rank, rows, backward=backward)
+        return _attention(_placed(first, layout, documents, rows, ulysses), call.strategy, rank)
     problems = [
         replace(problem, layout=layout, documents=documents, batch=rows * problem.batch)
         for problem in call.problems
@@ -170,36 +181,32 @@ def _one_way(
     strategy = call.strategy
     if strategy == "auto":
         strategy = recurrent_cost.choose(*problems).strategy
-    moved = Moved()
-    for problem in problems:
-        moved += recurrent_cost.recurrent_bytes(problem, strategy, rank, backward=backward)
-    return strategy, moved
+    found: list[Moves] = []
+    for back in (False, True):
+        moved = Moved()
+        for problem in problems:
+            moved += recurrent_cost.recurrent_bytes(problem, strategy, rank, backward=back)
+        found.append({strategy: moved})
+    return found[0], found[1]
 
 
-def _attention(
-    noted: AttentionProblem,
-    strategy: str,
-    layout: Layout,
-    documents: Documents,
-    rank: int,
-    rows: int,
-    *,
-    backward: bool,
-) -> tuple[str, Moved]:
-    problem = replace(
-        noted,
-        layout=layout,
-        documents=documents,
-        key_layout=layout,
-        key_documents=documents,
-        batch=rows,
-    )
+@lru_cache(maxsize=16)
+def _placed(
+    noted: AttentionProblem, layout: Layout, documents: Documents, rows: int, ulysses: int
+) -> AttentionProblem:
+    """A noted call over ranks: the same object for all of them, which counts once."""
+    return replace(
+        noted, layout=layout, documents=documents, key_layout=layout, key_documents=documents,
+        batch=rows, ulysses=ulysses,
+    )  # fmt: skip
+
+
+def _attention(problem: AttentionProblem, strategy: str, rank: int) -> tuple[Moves, Moves]:
     if strategy == "auto":
-        strategy = choose_attention(problem).strategy
-    cost = attention_cost.attention_cost(problem, strategy, rank)
-    forward = Moved(cost.forward_sent_bytes, cost.forward_received_bytes)
-    back = Moved(cost.backward_sent_bytes, cost.backward_received_bytes)
-    return ATTENTION_MOVES[strategy], back if backward else forward
+        strategy = chosen(problem).strategy
+    moves = moves_of(problem, strategy, rank)
+    forward = {name: Moved(*moved[:2]) for name, moved in moves.items()}
+    return forward, {name: Moved(*moved[2:]) for name, moved in moves.items()}
 
 
 def mixing_flops(problem: object, length: int) -> int:

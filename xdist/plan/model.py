@@ -39,13 +39,15 @@ def meta_model(model: Sizes) -> HybridLM | MixerLM | TransformersLM:
 
 
 def pass_moves(
-    model: Sizes, layout: Layout, cu_seqlens: tuple[int, ...], rank: int, rows: int
-) -> Moves:
-    """Bytes of forward and backward of one call of the model, by move, without the loss."""
+    model: Sizes, layout: Layout, cu_seqlens: tuple[int, ...], rank: int, rows: int,
+    ulysses: int = 1,
+) -> Moves:  # fmt: skip
+    """Bytes of forward and backward of one call of the model, by move, without the loss; ulysses:
+    the inner degree of the mesh."""
     if isinstance(model, MixerConfig):
-        return mixers.pass_moves(model, layout, cu_seqlens, rank, rows)
+        return mixers.pass_moves(model, layout, cu_seqlens, rank, rows, ulysses)
     if isinstance(model, TransformersConfig):
-        return decoders.pass_moves(model, layout, cu_seqlens, rank, rows)
+        return decoders.pass_moves(model, layout, cu_seqlens, rank, rows, ulysses)
     return streamed_moves(Streamed.of(model), layout, cu_seqlens, rank, rows)
 
 
@@ -70,18 +72,19 @@ def passes(model: Sizes) -> int:
 
 
 def activations(
-    model: Sizes, layout: Layout, rank: int, *, rows: int, tile_tokens: int, segments: int
-) -> Activations:
+    model: Sizes, layout: Layout, rank: int, *, rows: int, tile_tokens: int, segments: int,
+    ulysses: int = 1,
+) -> Activations:  # fmt: skip
     """Activations at the peak of a micro-step of `rows` sequences, on one sequence rank; segments:
-    of a whole sequence."""
+    of a whole sequence; ulysses: the inner degree of the mesh."""
     tokens = layout.local_length(rank)
     if isinstance(model, MixerConfig):
-        received = mixers.forward_received(model, layout, rank, rows)
+        received = mixers.forward_received(model, layout, rank, rows, ulysses)
         return mixers.activation_bytes(
             model, tokens=tokens, rows=rows, tile_tokens=tile_tokens, received=received
         )
     if isinstance(model, TransformersConfig):
-        received = decoders.forward_received(model, layout, rank, rows)
+        received = decoders.forward_received(model, layout, rank, rows, ulysses)
         return decoders.activation_bytes(
             model, tokens=tokens, rows=rows, tile_tokens=tile_tokens, received=received
         )

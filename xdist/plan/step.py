@@ -89,7 +89,7 @@ def pass_bytes(
     count = parameter_count(config)
     found = []
     for rank in range(parts):
-        moves = pass_moves(model, layout, cuts, rank, rows)
+        moves = pass_moves(model, layout, cuts, rank, rows, config.parallel.ulysses)
         reduced = loss_bytes(parts, rank, counted=True)
         reduced += reduce_bytes(count, parts, rank, element_bytes(model))
         found.append(_sent(moves | {"reduce": reduced}))
@@ -179,7 +179,7 @@ def step_moves(
     rows = stage.batch // config.data_degree
     for cut in documents or [JOINED] * config.train.accumulation:
         cuts = _cuts(cut, stage.length)
-        moves = pass_moves(model, layout, cuts, rank % parts, rows)
+        moves = pass_moves(model, layout, cuts, rank % parts, rows, config.parallel.ulysses)
         moves["reduce"] = loss_bytes(ranks, rank, counted=False)
         _add(total, moves)
     return {name: moved for name, moved in total.items() if any(moved)}
