@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import xdist
-from tests.multirank.transformers_cases import make
+from tests.multirank.transformers_cases import FAMILIES, MORE, make
 from xdist.errors import ConfigError, MaskError, ShapeError
-from xdist.integrations.transformers import NAME, attach
+from xdist.integrations.transformers import NAME, TESTED, attach
 from xdist.integrations.transformers_masks import recognised
 from xdist.mask import Mask
 
@@ -21,6 +21,13 @@ TOKENS = torch.arange(6).reshape(1, 6)
 
 def shard(n: int = 6, documents: Any = None) -> xdist.SequenceShard:
     return xdist.SequenceShard(xdist.Mesh.one_rank(), xdist.Layout.contiguous(n, 1), documents)
+
+
+def test_every_family_that_attach_takes_is_tested() -> None:
+    families = FAMILIES | MORE
+    assert set(families) == TESTED
+    for family, (name, _) in families.items():
+        assert getattr(transformers, name).model_type == family
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,26 @@ NAME = "xdist"
 """What the attention interface is called in the library's registry and an attached config."""
 
 TESTED = frozenset(
-    ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "gpt_oss")
+    (
+        "llama",
+        "mistral",
+        "qwen2",
+        "qwen3",
+        "gemma",
+        "gemma2",
+        "gemma3_text",
+        "gpt_oss",
+        "cohere2",
+        "deepseek_v3",
+        "granite",
+        "llama4_text",
+        "ministral3",
+        "mixtral",
+        "olmo2",
+        "phi3",
+        "qwen3_moe",
+        "smollm3",
+    )
 )
 """`config.model_type` of the families whose sharded runs are held to equal the unsharded ones."""
 
