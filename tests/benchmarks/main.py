@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+import attention_kept
 import attention_overlap
 import attention_zigzag
 import checkpoints
@@ -17,6 +18,7 @@ import memory
 import mixers
 import overhead
 import overlap
+import packing
 import peers
 import precision
 import record
@@ -89,8 +91,8 @@ BENCHMARKS = {
         "What small models learn",
         "Share of right answers on held-out samples, five seeds each (data and initial weights), "
         "float32 on a CPU. Heads of 8 (sparse state expansion: two of 4), no MLPs. recall: width "
-        "32, multi-query associative recall of 8 pairs in 32 tokens, 15 keys and 16 values, 1,000 steps of 64 "
-        "samples; one who guesses among a sample's values has 1/8 right. local is attention to "
+        "32, multi-query associative recall of 8 pairs in 32 tokens, 15 keys and 16 values, 1,000 steps "
+        "of 64 samples; one who guesses among a sample's values has 1/8 right. local is attention to "
         "the token before, so that what follows needs no convolution to see pairs. passkey: width "
         "64, trained at 160 bytes, then at 2,048, evaluated at 2,048 and 16,384; by chance 1/10. "
         "found compares means, and counts the seeds in which the order is as expected: what does "
@@ -113,6 +115,8 @@ BENCHMARKS = {
         "of interleaved passes; ratio is Transformers / xdist for Gated DeltaNet, with the lowest "
         "and highest of the pairs. DeltaNet and KDA are xdist's.",
     ),
+    "attention_kept": (attention_kept, attention_kept.TITLE, attention_kept.NOTE),
+    "packing": (packing, packing.TITLE, packing.NOTE),
     "peers": (peers, peers.TITLE, peers.NOTE),
     "vanilla": (vanilla, vanilla.TITLE, vanilla.NOTE),
     "mixers": (
