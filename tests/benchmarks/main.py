@@ -91,9 +91,10 @@ BENCHMARKS = {
         "What small models learn",
         "Share of right answers on held-out samples, five seeds each (data and initial weights), "
         "float32 on a CPU. Heads of 8 (sparse state expansion: two of 4), no MLPs. recall: width "
-        "32, multi-query associative recall of 8 pairs in 32 tokens, 15 keys and 16 values, 1,000 steps "
-        "of 64 samples; one who guesses among a sample's values has 1/8 right. local is attention to "
-        "the token before, so that what follows needs no convolution to see pairs. passkey: width "
+        "32, multi-query associative recall of 8 pairs in 32 tokens, 15 keys and 16 values, 1,000 "
+        "steps of 64 samples; one who guesses among a sample's values has 1/8 right. local is "
+        "attention to the token before, so that what follows needs no convolution to see pairs. "
+        "passkey: width "
         "64, trained at 160 bytes, then at 2,048, evaluated at 2,048 and 16,384; by chance 1/10. "
         "found compares means, and counts the seeds in which the order is as expected: what does "
         "not reproduce at this size stands there. Sizes and learning rates were chosen by single "
