@@ -27,6 +27,7 @@ import xdist
 from tests.multirank.attention_cases import Case, joined, mesh_of, reference, results
 from tests.multirank.attention_draws import STRATEGIES, cases, finite
 from xdist.errors import StrategyError
+from xdist.mask import Mask, Spans
 from xdist.testing import RankPool
 from xdist_kernels.attention import band, blockwise, pieces
 
@@ -39,7 +40,18 @@ FLOOR = {torch.float32: 5e-6, torch.bfloat16: 2**-8}
 # What a rank gives: tensors, or what it refused with and how many bytes it had sent by then.
 Answer = dict[str, Tensor] | tuple[str, int]
 
-ONCE_WRONG: list[Case] = []
+HALVES = (((0, 5),), ((5, 9),))
+ONCE_WRONG = [
+    # Sizes that passed 64 bits when a position was added: queries saw nothing.
+    Case("ring", HALVES, Mask(causal=False, window=2**63 - 1), 9),
+    Case("ulysses", HALVES, Mask(chunk=2**63 - 1), 9, documents=(0, 4, 9)),
+    Case("gather", HALVES, Mask(prefix=10**30), 9, documents=(0, 4, 9)),
+    Case("gather", HALVES, Mask(False, chunk=10**30), 9, keys=HALVES, m=9),
+    # An empty batch: backward could not tell the shape of its gradients.
+    Case("ulysses", HALVES, Mask(), 9, batch=0),
+    Case("ring", HALVES, Mask(), 9, batch=0, softcap=2.0),
+    Case("halo", HALVES, Mask(window=3), 9, batch=0, dropout=xdist.Dropout(0.5, seed=1)),
+]
 
 
 def refused_or_results(case: Case) -> Answer | None:
@@ -217,6 +229,21 @@ def test_500_drawn_calls_on_up_to_8_ranks_equal_the_dense_reference(
     count = int(os.environ.get("XDIST_DRAWS", "500"))
     with RankPool(8) as pool8:
         check_draws(count, tuple(range(1, 9)), Pools(pool2, pool3, pool4, pool8))
+
+
+@pytest.mark.slow
+def test_a_fault_is_found_and_made_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With chunks that are a token too long, draws fail, and few tokens are left of the first."""
+    spans = Mask.spans
+
+    def too_long(mask: Mask, *arguments: Any) -> Spans:
+        chunk = None if mask.chunk is None else mask.chunk + 1
+        return spans(replace(mask, chunk=chunk), *arguments)
+
+    monkeypatch.setattr(Mask, "spans", too_long)
+    with pytest.raises(pytest.fail.Exception, match=r"small:\nCase\(.* n=\d, ") as failed:
+        check_draws(40, (1,), Pools())
+    assert "as drawn" in str(failed.value)
 
 
 def test_draws_that_were_once_wrong(pool2: RankPool, pool3: RankPool, pool4: RankPool) -> None:
