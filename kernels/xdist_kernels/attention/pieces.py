@@ -21,7 +21,7 @@ from torch import Tensor
 from xdist_kernels.attention.blocks import Spans
 
 # Fewer queries than this are not worth a call of their own.
-MIN_ROWS = 64
+MIN_ROWS = 16
 # A run that sees its keys in more pieces than one in so many keys is not worth their merging.
 MIN_KEYS = 128
 
