@@ -9,6 +9,7 @@ import argparse
 import sys
 
 import attention_kept
+import attention_kernels
 import attention_overlap
 import attention_zigzag
 import checkpoints
@@ -120,6 +121,14 @@ BENCHMARKS = {
     "packing": (packing, packing.TITLE, packing.NOTE),
     "peers": (peers, peers.TITLE, peers.NOTE),
     "vanilla": (vanilla, vanilla.TITLE, vanilla.NOTE),
+    "attention_kernels": (
+        attention_kernels,
+        "Attention on one device beside torch's scaled_dot_product_attention",
+        "Causal, forward and backward of the kernels alone, heads of 64: medians of interleaved "
+        "pairs; ratio is xdist / torch with the lowest and highest of the pairs, form is what "
+        "served (kernels/xdist_kernels/attention/README.md). Torch gets packed documents one "
+        "after another. In bfloat16 torch's gradients are summed in bfloat16, xdist's in float32.",
+    ),
     "mixers": (
         mixers,
         "Mixers beside the torch paths of HuggingFace Transformers",
