@@ -110,6 +110,37 @@ def refusals() -> dict[str, tuple[str, str, int, int]]:
     return found
 
 
+APART: dict[str, dict[str, Any]] = {
+    "mask": {"mask": Mask(window=2)},
+    "dtype": {x: torch.zeros(2, 4, 2, 3).double() for x in "qkv"},
+    "batch": {x: torch.zeros(1, 4, 2, 3) for x in "qkv"},
+    "strategy": {"strategy": "gather"},
+    "soft-cap": {"softcap": 2.0},
+    "dropout": {"dropout": xdist.Dropout(0.1, seed=3)},
+}
+
+
+def apart() -> dict[str, tuple[str, str, int]]:
+    """On one rank, of calls that differ on rank 1: the error's class, its text and bytes sent."""
+    shard, found = other(N), {}
+    for name, changes in APART.items():
+        arguments = {**good(shard), **(changes if shard.rank == 1 else {})}
+        with xdist.checks(), xdist.comm.ledger() as moved:
+            try:
+                xdist.attention(**arguments)
+            except Exception as error:
+                found[name] = type(error).__name__, str(error), moved.sent_bytes
+    return found
+
+
+def test_checks_refuse_ranks_that_make_different_calls(pool2: RankPool) -> None:
+    first, second = pool2.run(apart)
+    for name in APART:
+        assert first[name][0] == second[name][0] == "DesyncError"
+        assert first[name][2] == second[name][2] == 0
+        assert "sequence ranks [1]" in first[name][1]
+
+
 def test_bad_calls_raise_alike_on_all_ranks_before_anything_is_sent(pool2: RankPool) -> None:
     first, second = pool2.run(refusals)
     assert first == second

@@ -20,17 +20,19 @@ def under_autocast() -> list[bool]:
     """Of each strategy, whether float32 attention keeps its bits inside autocast; on this rank."""
     found = []
     for strategy in ("ulysses", "ring", "gather", "2d", "halo"):
-        layout = segments(xdist.Layout.zigzag(24, 2))
-        case = Case(strategy, layout, Mask(window=5), 24, dtype=torch.float32, sinks=True)
-        plain = results(case)
-        with torch.autocast("cpu", torch.bfloat16):
-            inside = results(case)
-        found.append(all(torch.equal(plain[name], inside[name]) for name in plain))
+        # Long enough for every form of the kernels.
+        for n in (24, 400):
+            layout = segments(xdist.Layout.zigzag(n, 2))
+            case = Case(strategy, layout, Mask(window=5), n, dtype=torch.float32, sinks=True)
+            plain = results(case)
+            with torch.autocast("cpu", torch.bfloat16):
+                inside = results(case)
+            found.append(all(torch.equal(plain[name], inside[name]) for name in plain))
     return found
 
 
 def test_attention_inside_autocast_keeps_the_dtype_of_its_inputs(pool2: RankPool) -> None:
-    assert pool2.run(under_autocast) == [[True] * 5] * 2
+    assert pool2.run(under_autocast) == [[True] * 10] * 2
 
 
 def _unit(x: Tensor) -> Tensor:

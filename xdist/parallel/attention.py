@@ -17,10 +17,11 @@ from xdist.errors import MaskError, NumericsError, ShapeError, StrategyError
 from xdist.mask import Mask
 from xdist.parallel.attention_2d import TwoAxesAttention
 from xdist.parallel.attention_call import Call
-from xdist.parallel.attention_checks import check_device, check_settings
+from xdist.parallel.attention_checks import check_alike, check_device, check_settings
 from xdist.parallel.attention_fetch import FetchAttention
 from xdist.parallel.attention_ring import RingAttention
 from xdist.parallel.attention_ulysses import ulysses
+from xdist.parallel.first_order import without_autocast
 from xdist.parallel.noted import Noted, notes
 from xdist.shard import SequenceShard, resolve
 
@@ -57,11 +58,19 @@ def attention(
         strategy = _chosen(problem)
     check_strategy(problem, strategy)
     if checks_are_on():
+        check_alike(problem, shard, strategy, q.dtype, scale, softcap, sinks is None, dropout)
         _check_values(q, k, v, shard)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     call = Call(problem, shard.rank, shard.group, scale, softcap, q.device, dropout)
+    with without_autocast(q):
+        return _run(call, strategy, q, k, v, sinks, head_chunks)
+
+
+def _run(
+    call: Call, strategy: str, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, chunks: int
+) -> Tensor:
     if strategy == "ulysses":
-        return ulysses(call, q, k, v, sinks, head_chunks)
+        return ulysses(call, q, k, v, sinks, chunks)
     if strategy == "2d":
         return TwoAxesAttention.apply(call, q, k, v, sinks)
     if strategy == "ring":

@@ -1,14 +1,17 @@
-"""Checks of what is not a tensor in a call of attention, from what every rank knows alone."""
+"""Checks of a call of attention before anything is sent, but those of its tensors' shapes."""
 
 from __future__ import annotations
 
+import hashlib
 import math
 from numbers import Real
 
 from torch import Tensor
 
+from xdist.comm.checks import disagreeing_ranks
+from xdist.cost.attention_keys import Problem
 from xdist.dropout import Dropout
-from xdist.errors import MaskError, ShapeError
+from xdist.errors import DesyncError, MaskError, ShapeError
 from xdist.mask import Mask
 from xdist.shard import SequenceShard
 
@@ -47,4 +50,16 @@ def check_device(q: Tensor, shard: SequenceShard) -> None:
             "q, k and v are not on the device of the shard's mesh",
             f"they are on {q.device}, the mesh is on {shard.mesh.device}",
             "move them there, or make the mesh with device=",
+        )
+
+
+def check_alike(problem: Problem, shard: SequenceShard, *settings: object) -> None:
+    """Inside `xdist.checks()`: refuses ranks that make different calls, on all of them."""
+    said = repr((problem, settings)).encode()
+    others = disagreeing_ranks(shard.group, hashlib.sha256(said).digest())
+    if others:
+        raise DesyncError(
+            "the ranks of one sequence make different calls of attention",
+            f"sequence ranks {others} differ from sequence rank 0, which sees {problem.mask}",
+            "give every rank the same mask, dtype, batch, heads, strategy and settings",
         )
