@@ -197,6 +197,19 @@ def test_one_run_goes_to_the_kernel_whole(kind: str, groups: int) -> None:
     assert found[1].is_contiguous()
 
 
+def test_no_keys_and_no_queries() -> None:
+    q = torch.randn(1, 80, 2, 4)
+    call = causal(80)
+    found = everything(q, q[:, :0], q[:, :0], q, spans=call["spans"], k_positions=torch.arange(0))
+    assert not found[0].any()
+    assert bool((found[1] == -torch.inf).all())
+    assert not found[2].any()
+    none = tuple(x[:0] for x in call["spans"])
+    found = everything(q[:, :0], q, q, q[:, :0], spans=none, k_positions=torch.arange(80))
+    assert found[0].shape == (1, 0, 2, 4)
+    assert not any(x.any() for x in found[3:])
+
+
 def test_a_forced_form_serves_or_says_why_not() -> None:
     q = torch.zeros(1, 100, 1, 4)
     assert {x.form for x in door.attention_forms(q, q, q, form="blockwise", **causal(100))} == {

@@ -58,10 +58,13 @@ def find_bands(spans: Spans, k_positions: Tensor) -> list[Band]:
     keys = key_runs(k_positions.cpu())
     cut = (hi.diff() != 1) | ((lo < hi).long().diff() != 0)
     plain = bool((prefix_lo >= prefix_hi).all())
-    starts = [0, *(torch.nonzero(cut).flatten() + 1).tolist()] if plain else []
-    for start, stop in zip(starts, [*starts[1:], len(lo)], strict=False):
-        if stop - start < MIN_ROWS or lo[start] >= hi[start]:
-            continue
+    inner = torch.nonzero(cut).flatten() + 1
+    starts, stops = (
+        torch.cat([inner.new_zeros(1), inner]),
+        torch.cat([inner, inner.new_tensor([len(lo)])]),
+    )
+    long = (stops - starts >= MIN_ROWS) & (lo[starts] < hi[starts]) & plain
+    for start, stop in zip(starts[long].tolist(), stops[long].tolist(), strict=True):
         for key in keys:
             # The queries of this run whose last key is one of these.
             a = max(start, start + key.first - int(hi[start]) + 1)

@@ -62,7 +62,8 @@ def cut_into_pieces(spans: Spans, k_positions: Tensor) -> list[QueryRun]:
     """
     lo, hi, prefix_lo, prefix_hi = (s.cpu() for s in spans)
     keys = key_runs(k_positions.cpu())
-    edges = torch.tensor(sorted({x for run in keys for x in (run.first, run.last)}))
+    ends = sorted({x for run in keys for x in (run.first, run.last)})
+    edges = torch.tensor(ends, dtype=torch.int64)
     starts = _run_starts(lo, hi, prefix_lo, prefix_hi, edges)
     stops = torch.cat([starts[1:], starts.new_tensor([len(lo)])])
     long = stops - starts >= MIN_ROWS
