@@ -181,7 +181,8 @@ def test_a_checkpoint_goes_on_under_another_engine_and_number_of_ranks(
 @pytest.mark.slow
 def test_the_example_certifies_and_passes_a_dry_run(pool2: RankPool) -> None:
     config = override(load(LLAMA), ["certify.ranks=[1,2]", "certify.length=96"])
-    report = certify_config(config, pools={2: pool2})
+    packed = override(config, ["data.documents=separate"])
+    report = certify_config(packed, pools={2: pool2})
     assert report.passed, report.table()
     assert all(row.planned_bytes == row.sent_bytes for row in report.rows)
     short = override(config, ["train.curriculum=[{length=256,batch=2,steps=2}]"])
