@@ -91,7 +91,8 @@ def alone(name: str, sizes: Sizes, warm: Sizes) -> dict[str, Any]:
     """
     mesh = _mesh()
     try:
-        _pass(METHODS[name].build(warm, mesh), _share(name, warm, mesh))
+        with count_c10d_bytes():  # what a first dispatch mode loads counts for no method
+            _pass(METHODS[name].build(warm, mesh), _share(name, warm, mesh))
         attention, share = METHODS[name].build(sizes, mesh), _share(name, sizes, mesh)
     except Exception as error:
         return {"refused": f"{type(error).__name__}: {error}".splitlines()[0]}
