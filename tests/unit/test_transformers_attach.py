@@ -167,6 +167,18 @@ def test_nothing_is_replaced_and_detach_gives_all_back() -> None:
     assert torch.equal(model(input_ids=TOKENS).logits, before)
 
 
+def test_autocast_gives_attention_one_dtype() -> None:
+    """The library rotates q and k in float32 beside v in bfloat16."""
+    model = make("qwen3", torch.float32)
+    want = model(input_ids=TOKENS).logits
+    attach(model, shard())
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(input_ids=TOKENS).logits
+    logits.sum().backward()
+    torch.testing.assert_close(logits.float(), want, rtol=0.1, atol=0.1)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
 def test_copies_share_the_handle() -> None:
     model = make("llama")
     handle = attach(model, shard())
