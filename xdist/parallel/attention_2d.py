@@ -43,9 +43,9 @@ class TwoAxesAttention(Function):
         ctx.save_for_backward(q_, k_, v_, out, lse, sinks)
         if switch.alone:
             return out
-        whole = q.new_empty(*q.shape[:3], v.shape[3])
-        switch.start_out(0, out, whole).wait()
-        return whole
+        into = switch.new_output(q, v.shape[3])
+        switch.start_out(0, [out], into).wait()
+        return into[0]
 
     @staticmethod
     @first_order
@@ -59,11 +59,12 @@ class TwoAxesAttention(Function):
         if sinks is not None:
             dsinks, heads = torch.zeros_like(sinks), _heads(switch)
             dsinks[heads] = sinks_backward(sinks[heads], lse, delta).to(sinks.dtype)
-        into = (dq, dk, dv)
+        found: tuple[Tensor, ...] = (dq, dk, dv)
         if not switch.alone:
             into = switch.new_gradients(ctx.like, lse.dtype)
-            switch.start_back(0, dq.to(q_.dtype), dk, dv, into).wait()
-        return None, *(x.to(q_.dtype) for x in into), dsinks
+            switch.start_back(0, [dq.to(q_.dtype), dk, dv], into).wait()
+            found = into.all()
+        return None, *(x.to(q_.dtype) for x in found), dsinks
 
 
 def _switch(call: Call) -> Switch:

@@ -23,14 +23,31 @@ from xdist.parallel.attention_wire import Spec, start_packed
 @dataclass(frozen=True)
 class _Moved:
     """A tensor `[B, tokens, heads, dim]`; by member, which heads it holds once switched and how
-    many tokens before. On the way back `into` is where all heads come together, `added` where
-    several members may hold one."""
+    many tokens before. On the way back `target` numbers where all heads come together, `added`
+    where several members may hold one."""
 
     x: Tensor
     heads: Sequence[Sequence[int]]
     tokens: Sequence[int]
-    into: Tensor | None = None
+    target: int = 0
     added: bool = False
+
+
+class Targets:
+    """Where heads of this rank's tokens come together: each tensor is made for its first part."""
+
+    def __init__(self, makers: Sequence[Callable[[], Tensor]]) -> None:
+        self._makers = makers
+        self._made: dict[int, Tensor] = {}
+
+    def __getitem__(self, number: int) -> Tensor:
+        if number not in self._made:
+            self._made[number] = self._makers[number]()
+        return self._made[number]
+
+    def all(self) -> tuple[Tensor, ...]:
+        """Every tensor, also one that got no part."""
+        return tuple(self[number] for number in range(len(self._makers)))
 
 
 class Switch:
@@ -83,50 +100,61 @@ class Switch:
         moved = [_Moved(dout, self.chunks[chunk].queries, self.queries)]
         return self._to_heads(moved).then(lambda got: got[0])
 
-    def start_out(self, chunk: int, out: Tensor, into: Tensor) -> Pending[None]:
-        """This rank's heads of `out` back: after the wait `into` `[B,n,H,E]` has all members'."""
-        return self._to_sequence([_Moved(out, self.chunks[chunk].queries, self.queries, into)])
+    def start_out(self, chunk: int, out: list[Tensor], into: Targets) -> Pending[None]:
+        """This rank's heads of `out` back: after the wait `into` `[B,n,H,E]` has all members'.
 
-    def start_back(
-        self, chunk: int, dq: Tensor, dk: Tensor, dv: Tensor, into: tuple[Tensor, Tensor, Tensor]
-    ) -> Pending[None]:
-        """The adjoint of `start_in`: `into` are dq, and dk and dv as `new_gradient` makes them.
+        `out` is emptied, so that the tensor is freed once it is packed.
+        """
+        moved = [_Moved(out.pop(), self.chunks[chunk].queries, self.queries)]
+        return self._to_sequence(moved, into)
+
+    def start_back(self, chunk: int, gradients: list[Tensor], into: Targets) -> Pending[None]:
+        """The adjoint of `start_in`: `gradients` are dq, dk and dv, and are taken out of the list.
 
         dk and dv hold the key heads that leave. Those that members share travel and are added in
         float32 or float64, the others in the dtype of dq.
         """
         heads = self.chunks[chunk]
-        moved = [_Moved(dq, heads.queries, self.queries, into[0])]
-        pairs = ((dk, into[1]), (dv, into[2]))
+        dq, dk, dv = gradients
+        gradients.clear()
+        moved = [_Moved(dq, heads.queries, self.queries)]
         own = heads.leaving[self.me]
         if not self.keys_move:
-            for x, target in pairs:
-                of_heads(target, own).copy_(x)
-            return self._to_sequence(moved)
+            for number, x in ((1, dk), (2, dv)):
+                of_heads(into[number], own).copy_(x)
+            del dq, dk, dv, x
+            return self._to_sequence(moved, into)
         for shared in (True, False):
             some = [[g for g in run if (g in self.shared) == shared] for run in heads.leaving]
-            for x, target in pairs:
+            for number, x in ((1, dk), (2, dv)):
                 part = _some_heads(x, [g - own.start for g in some[self.me]])
                 part = part if shared else part.to(dq.dtype)
-                moved.append(_Moved(part, some, self.keys, target, shared))
-        return self._to_sequence(moved)
+                if any(some):
+                    moved.append(_Moved(part, some, self.keys, number, shared))
+        del dq, dk, dv, x, part
+        return self._to_sequence(moved, into)
 
-    def new_gradients(
-        self, like: tuple[Tensor, Tensor, Tensor], wide: torch.dtype
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def new_output(self, like: Tensor, width: int) -> Targets:
+        """Where outputs of this rank's tokens come together: `[B,n,H,width]`."""
+        return Targets([lambda: like.new_empty(*like.shape[:3], width)])
+
+    def new_gradients(self, like: tuple[Tensor, Tensor, Tensor], wide: torch.dtype) -> Targets:
         """Where dq, dk and dv of this rank's tokens come together; `like` are q, k and v.
 
         dk and dv are zeros where a head may have several parts or none.
         """
         q, k, v = like
+        once = self.keys_move and not self.shared
+        make = torch.empty if once else torch.zeros
+        dtype = wide if self.keys_move and not once else k.dtype
         device = self.call.device
-        dq = torch.empty(q.shape, dtype=q.dtype, device=device)
-        if self.keys_move and not self.shared:
-            dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=device) for x in (k, v))
-        else:
-            dtype = wide if self.keys_move else k.dtype
-            dk, dv = (torch.zeros(x.shape, dtype=dtype, device=device) for x in (k, v))
-        return dq, dk, dv
+        return Targets(
+            [
+                lambda: torch.empty(q.shape, dtype=q.dtype, device=device),
+                lambda: make(k.shape, dtype=dtype, device=device),
+                lambda: make(v.shape, dtype=dtype, device=device),
+            ]
+        )
 
     def _to_heads(self, moved: list[_Moved]) -> Pending[list[Tensor]]:
         """Each member's heads of every tensor `[B, n, heads, dim]` go to it; tokens are joined."""
@@ -141,22 +169,26 @@ class Switch:
             ]
         )
 
-    def _to_sequence(self, moved: list[_Moved]) -> Pending[None]:
-        """Each member's tokens of every tensor `[B, all tokens, heads, dim]` go to it."""
+    def _to_sequence(self, moved: list[_Moved], into: Targets) -> Pending[None]:
+        """Each member's tokens of every tensor `[B, all tokens, heads, dim]` go to it.
+
+        `moved` is emptied: its tensors are freed, if nobody else has them, once they are packed.
+        """
         me, places = self.me, range(len(self.members))
-        cut = [m.x.split(list(m.tokens), dim=1) for m in moved]
-        sends = [[pieces[r] for pieces in cut] for r in places]
+        sends = [[m.x.split(list(m.tokens), dim=1)[r] for m in moved] for r in places]
         arriving = self._exchange(sends, moved, lambda m, r: (m.tokens[me], len(m.heads[r])))
+        own = sends[me]
         # A view of x would keep it alive while the messages travel.
-        targets = [replace(m, x=m.x.new_empty(0)) for m in moved]
-        # This rank's own part is put in place at once, so that nothing of `moved` outlives here.
-        for part, m in zip(sends[me], moved, strict=True):
-            _put(part, m.heads[me], m)
+        rest = [replace(m, x=m.x.new_empty(0)) for m in moved]
+        moved.clear()
+        sends.clear()
+        for m in rest:
+            _put(own.pop(0), m.heads[me], m, into)
 
         def finish(got: dict[int, list[Tensor]]) -> None:
             for place in sorted(got):
-                for part, m in zip(got[place], targets, strict=True):
-                    _put(part, m.heads[place], m)
+                for part, m in zip(got[place], rest, strict=True):
+                    _put(part, m.heads[place], m, into)
 
         return arriving.then(finish)
 
@@ -191,13 +223,12 @@ def _some_heads(x: Tensor, heads: Sequence[int]) -> Tensor:
     return of_heads(x, run) if len(run) == len(heads) else x[:, :, list(heads)]
 
 
-def _put(part: Tensor, heads: Sequence[int], moved: _Moved) -> None:
+def _put(part: Tensor, heads: Sequence[int], moved: _Moved, into: Targets) -> None:
     """Writes or adds `part` `[B, n, heads, dim]` to its heads."""
-    assert moved.into is not None
     start = 0
     for stop in range(1, len(heads) + 1):
         if stop == len(heads) or heads[stop] != heads[stop - 1] + 1:
-            place = moved.into[:, :, heads[start] : heads[stop - 1] + 1]
+            place = into[moved.target][:, :, heads[start] : heads[stop - 1] + 1]
             piece = part[:, :, start:stop]
             _ = place.add_(piece) if moved.added else place.copy_(piece)
             start = stop

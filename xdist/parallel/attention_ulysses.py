@@ -57,13 +57,15 @@ class UlyssesAttention(Function):
     ) -> Tensor:  # fmt: skip
         switch = Switch(call, range(call.problem.parts), chunks)
         at = switch.keys_at()
-        whole = q if switch.alone else q.new_empty(*q.shape[:3], v.shape[3])
+        into = switch.new_output(q, v.shape[3])
+        nothing: Pending[Any] = Pending.done(None)
         arriving = switch.start_in(0, q, k, v)
-        leaving: Pending[None] = Pending.done(None)
+        leaving: Pending[None] = nothing
         kept: list[Tensor] = []
         carried: Pair | None = None
         for chunk in range(chunks):
             q_, k_, v_ = arriving.wait()
+            arriving = nothing  # it would hold what it gave
             k_, v_ = _with_carried(carried, (k_, v_))
             carried = _carried(switch, chunk, (k_, v_))
             if keep and chunk + 1 < chunks:
@@ -78,56 +80,62 @@ class UlyssesAttention(Function):
             # Names would keep this chunk alive while the next one is worked on.
             del q_, k_, v_, lse
             leaving.wait()
-            if switch.alone:
-                whole = out
-            else:
-                leaving = switch.start_out(chunk, out, whole)
-            del out
+            if not switch.alone:
+                leaving = switch.start_out(chunk, [out], into)
+                del out
             if not keep and chunk + 1 < chunks:
                 arriving = switch.start_in(chunk + 1, q, k, v)
         leaving.wait()
         ctx.call, ctx.switch, ctx.like = call, switch, (q.to("meta"), k.to("meta"), v.to("meta"))
         ctx.save_for_backward(sinks, *kept)
-        return whole
+        return out if switch.alone else into[0]
 
     @staticmethod
     @first_order
     def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
         call, switch = ctx.call, ctx.switch
         sinks, *kept = ctx.saved_tensors
+        # What is kept is freed chunk by chunk (not with retain_graph): the gradients' messages come
+        # when all is computed, and both at once would be the peak.
+        ctx.maybe_clear_saved_tensors()
         at = switch.keys_at()
-        wide = kept[_KEPT - 1].dtype
+        wide, dtype = kept[_KEPT - 1].dtype, kept[0].dtype
         into = switch.new_gradients(ctx.like, wide)
         dsinks = None if sinks is None else torch.zeros_like(sinks)
+        nothing: Pending[Any] = Pending.done(None)
         arriving = switch.start_dout(0, dout)
-        leaving: Pending[None] = Pending.done(None)
+        leaving: Pending[None] = nothing
         carried: Pair | None = None
+        found: tuple[Tensor, ...] = ()
         for chunk in range(len(switch.chunks)):
-            q_, k_, v_, out, lse = kept[_KEPT * chunk : _KEPT * (chunk + 1)]
+            q_, k_, v_, out, lse = kept[:_KEPT]
+            del kept[:_KEPT]
             dout_ = arriving.wait()
+            arriving = nothing  # it would hold what it gave
             if chunk + 1 < len(switch.chunks):
                 arriving = switch.start_dout(chunk + 1, dout)
             delta = attention_delta(out, dout_)
             runs = switch.runs(chunk)
-            dq, *pair = runs_backward(call, runs, q_, k_, v_, lse, delta, dout_, at)
+            dq, dk, dv = runs_backward(call, runs, q_, k_, v_, lse, delta, dout_, at)
             if dsinks is not None:
                 heads = slice(switch.heads(chunk).start, switch.heads(chunk).stop)
                 dsinks[heads] = sinks_backward(sinks[heads], lse, delta).to(sinks.dtype)
-            dq = dq.to(q_.dtype)
+            del q_, k_, v_, out, lse, delta, dout_
+            dq = dq.to(dtype)
             if carried is not None:
-                _add_carried((pair[0], pair[1]), carried)
-            carried = _carried(switch, chunk, (pair[0], pair[1]))
+                _add_carried((dk, dv), carried)
+            carried = _carried(switch, chunk, (dk, dv))
             leaving.wait()
             if switch.alone:
-                into = (dq, pair[0].to(q_.dtype), pair[1].to(q_.dtype))
+                found = (dq, dk, dv)
             else:
                 done = len(switch.chunks[chunk].leaving[switch.me])
-                dk, dv = (x[:, :, :done] for x in pair)
-                leaving = switch.start_back(chunk, dq, dk, dv, into)
-                del dk, dv
-            del dq, pair, delta, dout_
+                given = [dq, dk[:, :, :done], dv[:, :, :done]]
+                del dq, dk, dv
+                leaving = switch.start_back(chunk, given, into)
         leaving.wait()
-        return None, None, None, *(x.to(dout.dtype) for x in into), dsinks
+        found = found or into.all()
+        return None, None, None, *(x.to(dtype) for x in found), dsinks
 
 
 def _with_carried(carried: Pair | None, arrived: Pair) -> Pair:
