@@ -10,6 +10,7 @@ import torch
 
 import xdist
 from tests.multirank.attention_cases import Case, call, draw, segments, shards, visible
+from tests.multirank.attention_peaks import PeakBytes
 from tests.multirank.test_attention import FINITE, MASKS, cross_grid, strategies
 from xdist.cost.attention import attention_cost
 from xdist.errors import MaskError, NumericsError, ShapeError, StrategyError
@@ -138,26 +139,6 @@ def test_a_token_changes_the_queries_that_see_it_and_no_other(pool2: RankPool) -
             for token, out in zip((0, 7, 13, 23), others, strict=True):
                 changed = (out != plain).any(-1).any(0)  # [n, H]
                 assert torch.equal(changed, seen[:, own, token].T), (token, case)
-
-
-class PeakBytes:
-    """The most bytes of CPU memory torch held at once inside the block, beyond the start."""
-
-    def __enter__(self) -> PeakBytes:
-        self._profile = torch.profiler.profile(
-            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
-        )
-        self._profile.__enter__()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._profile.__exit__(*error)
-        held = self.peak_bytes = 0
-        events = self._profile.profiler.kineto_results.events()
-        for event in sorted(events, key=lambda e: e.start_ns()):
-            if event.name() == "[memory]":
-                held += event.nbytes()
-                self.peak_bytes = max(self.peak_bytes, held)
 
 
 TOKENS = 1024  # a rank
