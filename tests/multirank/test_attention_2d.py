@@ -58,7 +58,7 @@ def test_one_row_and_rows_of_one_equal_one_device(pool3: RankPool) -> None:
 @pytest.mark.slow
 def test_eight_ranks_in_rows_equal_one_device() -> None:
     with RankPool(8) as pool8:
-        check([*cases_2d(8, 2), *cases_2d(8, 4)[1::2]], pool8)
+        check([*cases_2d(8, 2)[::2], *cases_2d(8, 4)[1::3]], pool8)
 
 
 def test_dropout_is_that_of_one_device(pool4: RankPool) -> None:
