@@ -195,6 +195,12 @@ def test_one_run_goes_to_the_kernel_whole(kind: str, groups: int) -> None:
     assert len(door.attention_forms(q, k, v, **call)) == 1
     assert gap(found, everything(q, k, v, dout, sinks, form="blockwise", **call)) <= 1e-12
     assert found[1].is_contiguous()
+    # With the output at hand nothing stands in for it.
+    out, lse = found[:2]
+    delta = door.attention_delta(out, dout)
+    options = {"scale": 0.4, "form": "flash", "out": out, **call}
+    grads = door.attention_backward(q, k, v, lse, delta, dout, **options)
+    assert gap(list(grads), found[2:]) <= 1e-12
 
 
 def test_no_keys_and_no_queries() -> None:

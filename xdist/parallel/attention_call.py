@@ -112,12 +112,12 @@ class Call:
 
     def backward(
         self, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, dout: Tensor,
-        seen: Seen, k_positions: Tensor,
+        seen: Seen, k_positions: Tensor, out: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """The kernel's backward with this call's scale and soft-cap."""
         return attention_backward(
             q, k, v, lse, delta, dout, scale=self.scale, spans=seen.spans,
-            k_positions=k_positions, softcap=self.softcap, dropout=seen.dropped,
+            k_positions=k_positions, softcap=self.softcap, dropout=seen.dropped, out=out,
         )  # fmt: skip
 
 

@@ -116,7 +116,7 @@ class UlyssesAttention(Function):
                 arriving = switch.start_dout(chunk + 1, dout)
             delta = attention_delta(out, dout_)
             runs = switch.runs(chunk)
-            dq, dk, dv = runs_backward(call, runs, q_, k_, v_, lse, delta, dout_, at)
+            dq, dk, dv = runs_backward(call, runs, q_, k_, v_, lse, delta, dout_, at, out)
             if dsinks is not None:
                 heads = slice(switch.heads(chunk).start, switch.heads(chunk).stop)
                 dsinks[heads] = sinks_backward(sinks[heads], lse, delta).to(sinks.dtype)

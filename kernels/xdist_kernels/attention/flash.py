@@ -11,7 +11,7 @@
 The kernel sees q, k and v through strides: nothing is copied for shared key heads. Everything is
 float32, float64 for float64; narrower inputs are widened a few heads at a time, because the kernel
 would round what pieces add. Extra memory: one chunk of heads of a run's outputs; where all heads
-go at once (`forward_whole`, `backward_whole`) nothing, and y.
+go at once (`forward_whole`, `backward_whole`) nothing, and y where the output is not at hand.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def forward_whole(
 
 def backward_whole(
     q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, dout: Tensor,
-    pieces: tuple[Piece, ...], scale: float,
+    out: Tensor | None, pieces: tuple[Piece, ...], scale: float,
 ) -> tuple[Tensor, Tensor, Tensor] | None:  # fmt: skip
     """`backward_run` of all queries and heads at once, dq, dk, dv `[1,m,G,D]` not copied; None for
     several batch rows or shared key heads, a dtype narrower than sums, or several pieces."""
@@ -76,7 +76,7 @@ def backward_whole(
         return None
     q_, k_, v_, do_ = (_heads(x[0], 1, q.dtype) for x in (q, k, v, dout))
     l_, delta_ = (_heads(x[0].unsqueeze(-1), 1, q.dtype) for x in (lse, delta))
-    y_ = _stand_in(do_, delta_)
+    y_ = _stand_in(do_, delta_) if out is None else _heads(out[0], 1, q.dtype)
     got = _backward(do_, q_, k_, v_, y_, l_.squeeze(-1), 0.0, pieces[0].causal, scale=scale)
     dq, dk, dv = (_ungrouped(x) for x in got)
     return dq, dk, dv

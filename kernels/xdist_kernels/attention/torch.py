@@ -82,19 +82,21 @@ def attention_backward(
     softcap: float | None = None,
     dropout: Dropped | None = None,
     form: str | None = None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients dq `[B,n,H,D]`, dk `[B,m,G,D]`, dv `[B,m,G,E]` of `attention_forward`.
 
     `lse` `[B,n,H]` as forward gave it (for a partial set of keys: that of all keys), `delta`
     `[B,n,H]` from `attention_delta`, `dout` `[B,n,H,E]`. Gradients are float32, float64 for
-    float64 inputs. The sinks' gradient needs no keys: `sinks_backward`.
+    float64 inputs. The sinks' gradient needs no keys: `sinks_backward`. `out` is that of which
+    `delta` was made, where it is still there: a form may then make no tensor of its size.
     """
     wide = _check(q, k, v, spans, k_positions, None, dropout)
     batch, n, heads, dim = q.shape
     drops = dropout is not None and dropout.rate > 0.0
     parts = list(forms_of(q, k, v, spans, k_positions, softcap, drops, form))
     if len(parts) == 1 and parts[0].form == "flash":
-        found = backward_whole(q, k, v, lse, delta, dout, parts[0].pieces, scale)
+        found = backward_whole(q, k, v, lse, delta, dout, out, parts[0].pieces, scale)
         if found is not None:
             return found
     dq = q.new_empty(batch, n, heads, dim, dtype=wide)
