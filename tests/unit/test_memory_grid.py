@@ -145,6 +145,8 @@ def test_kept_bytes_of_a_hybrid_and_of_documents() -> None:
         xdist.mesh.Mesh.one_rank(), xdist.Layout.contiguous(1024, 1), [0, 256, 300, 1024]
     )
     grid: dict[str, Any] = {"chunk_tokens": 64, "group_layers": 2}
+    # What queries see is kept by the shard, once for all calls, and is not the grid's.
+    checkpoint_grid(layers, x, shard, **grid)
     for own in (None, shard):
         predicted = explain(layers, x, own, **grid).kept_bytes
         kept = kept_beside(layers, x, own, **grid)

@@ -44,7 +44,7 @@ class MetaRun(TorchDispatchMode):
         given = _tensors(args) + (_tensors(kwargs) if kwargs else [])
         if func is aten._local_scalar_dense.default and args[0].is_meta:
             return self._value(args[0])
-        if self._computable(func, given):
+        if self._computable(func, given, kwargs):
             out = self._with_values(func, args, kwargs)
         else:
             out = func(*args, **kwargs)
@@ -57,14 +57,16 @@ class MetaRun(TorchDispatchMode):
             return self._known[tensor].item()
         return 1 if not tensor.is_floating_point() else 1.0
 
-    def _computable(self, func: Any, given: list[Tensor]) -> bool:
+    def _computable(self, func: Any, given: list[Tensor], kwargs: dict[str, Any]) -> bool:
         """Whether the result is integers that follow from integers whose values are known."""
         if not given:
             return func in (aten.arange.default, aten.arange.start, aten.arange.start_step)
         if any(tensor.is_floating_point() for tensor in given):
             return False
         known = all(t in self._known for t in given if t.is_meta)
-        from_host = func is aten._to_copy.default and not given[0].is_meta
+        # A copy that changes a dtype alone stays on the host.
+        target = kwargs.get("device")
+        from_host = func is aten._to_copy.default and target is not None and not given[0].is_meta
         return known and (from_host or any(t.is_meta for t in given))
 
     def _with_values(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
