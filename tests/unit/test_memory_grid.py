@@ -141,13 +141,12 @@ def test_kept_bytes_equal_the_formula(kind: str) -> None:
 def test_kept_bytes_of_a_hybrid_and_of_documents() -> None:
     layers = build("gla+attention+mamba2", 32, torch.float32)
     x = torch.randn(1, 1024, 32)
-    shard = xdist.SequenceShard(
-        xdist.mesh.Mesh.one_rank(), xdist.Layout.contiguous(1024, 1), [0, 256, 300, 1024]
-    )
+    mesh, layout = xdist.mesh.Mesh.one_rank(), xdist.Layout.contiguous(1024, 1)
+    shard = xdist.SequenceShard(mesh, layout, [0, 256, 300, 1024])
     grid: dict[str, Any] = {"chunk_tokens": 64, "group_layers": 2}
-    # What queries see is kept by the shard, once for all calls, and is not the grid's.
-    checkpoint_grid(layers, x, shard, **grid)
-    for own in (None, shard):
+    for own in (xdist.SequenceShard(mesh, layout), shard):
+        # What queries see is kept by the shard, once for all its calls, and is not the grid's.
+        checkpoint_grid(layers, x, own, **grid)
         predicted = explain(layers, x, own, **grid).kept_bytes
         kept = kept_beside(layers, x, own, **grid)
         assert abs(kept - predicted) <= 0.05 * predicted, (kept, predicted)

@@ -45,6 +45,7 @@ def attention(
     head_chunks: int,
 ) -> Tensor:
     """`xdist.attention`, see there. Every check comes before anything is sent."""
+    shared = shard is not None
     shard = resolve(shard, q.shape[1] if q.dim() == 4 else 0)
     check_settings(mask, scale, softcap, dropout)
     problem = problem_of(q, k, v, shard, mask=mask, sinks=sinks, key_shard=key_shard)
@@ -61,7 +62,7 @@ def attention(
         check_alike(problem, shard, strategy, q.dtype, scale, softcap, sinks is None, dropout)
         _check_values(q, k, v, shard)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    call = Call(problem, shard.rank, shard.group, scale, softcap, q.device, dropout)
+    call = Call(problem, shard.rank, shard.group, scale, softcap, q.device, dropout, shared)
     with without_autocast(q):
         return _run(call, strategy, q, k, v, sinks, head_chunks)
 

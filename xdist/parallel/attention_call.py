@@ -31,7 +31,10 @@ class Seen:
 
 @dataclass(frozen=True)
 class Call:
-    """A checked call: the problem all ranks know, and where this rank stands."""
+    """A checked call: the problem all ranks know, and where this rank stands.
+
+    `shared`: other calls have this problem too, because they have its shard.
+    """
 
     problem: Problem
     rank: int
@@ -40,6 +43,7 @@ class Call:
     softcap: float | None
     device: torch.device
     dropout: Dropout | None = None
+    shared: bool = True
 
     def others(self) -> list[int]:
         """The other sequence ranks."""
@@ -47,7 +51,10 @@ class Call:
 
     def once(self, name: Hashable, make: Callable[[], T]) -> T:
         """What `make` gives, made by the first of the calls that share this problem: the same for
-        all of them that have this `name` and device."""
+        all of them that have this `name` and device. A call that shares nothing keeps nothing
+        for its backward, which makes it anew."""
+        if not self.shared:
+            return make()
         key = (name, self.device)
         if key not in self.problem.kept:
             self.problem.kept[key] = make()
