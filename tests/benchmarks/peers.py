@@ -2,7 +2,7 @@
 
     make bench BENCH=peers                              the cells that are not measured yet
     CELLS=all make bench BENCH=peers                    every cell again
-    CELLS="8Ki@2:8/8 128Ki-packed@4:8/2" make bench BENCH=peers
+    CELLS="8Ki@2:8/8 128Ki-packed@4:4/2" make bench BENCH=peers
     CELLS=... ROUNDS=5 METHODS="ring DistributedAttention" make bench BENCH=peers
 
 A cell is tokens[-packed]@ranks:query heads/key heads. The table is written after every cell. A
@@ -33,11 +33,12 @@ from xdist.testing import RankPool
 
 TITLE = "Attention beside DeepSpeed and ringmaster"
 NOTE = (
-    "Causal attention, forward and backward, float32, heads of 64, one thread a rank, gloo; packed "
-    "rows hold documents of 8 Ki. Every peer is beside the strategy of xdist of its kind: ulysses, "
-    "or ring with zigzag shares. Time is that of the slowest rank, median over rounds that run "
-    "every method once in changing order; ratio is the median of xdist / peer over rounds, with "
-    "its 95 % interval by order statistics. Bytes are sent and received by the busiest rank, "
+    "Causal attention, forward and backward, float32, heads of 64 (a cell is tokens@ranks:query "
+    "heads/key heads), one thread a rank, gloo; packed rows hold documents of 8 Ki. Every peer is "
+    "beside the strategy of xdist of its kind: ulysses, or ring with zigzag shares. Time is that "
+    "of the slowest rank, median over rounds that run every method once in changing order; ratio "
+    "is the median of xdist / peer over rounds, with its 95 % interval by order statistics; CPU "
+    "ratio is that of the CPU time of all ranks. Bytes are sent and received by the busiest rank, "
     "counted by a dispatch mode over c10d; peak is the growth of the highest resident set of a "
     "process of its own, of the fullest rank; error is max|a - b| / max|b| against float64 of the "
     "output and of all gradients, over the query heads of the first key head. Local attention of "
@@ -48,7 +49,7 @@ NOTE = (
     "memory. HF gathers its position ids too."
 )
 DOCUMENT = 8192
-HEADS = 8
+HEADS = {8: 8, 32: 4, 128: 4}  # query heads by Ki tokens
 WRONG = 1e-3
 PATH = record.FOLDER / "peers.json"
 # Few tokens, by which a method shows whether it answers and answers rightly.
@@ -57,14 +58,12 @@ CHECK_TOKENS = 1024
 
 def cells() -> dict[str, tuple[Sizes, int]]:
     """Every cell by name: sizes and ranks. Two key heads on four ranks is fewer than ranks."""
-    lengths = [(8, False), (32, False), (128, True)]
-    key_heads = {2: (8, 2), 4: (8, 4, 2)}
     found = {}
-    for (tokens, packed), ranks in product(lengths, key_heads):
-        for groups in key_heads[ranks]:
+    for (tokens, packed), ranks in product([(8, False), (32, False), (128, True)], (2, 4)):
+        for groups in (HEADS[tokens], 2):
             documents = tokens * 1024 // DOCUMENT if packed else 1
-            name = f"{tokens}Ki{'-packed' * packed}@{ranks}:{HEADS}/{groups}"
-            found[name] = (Sizes(tokens * 1024, HEADS, groups, documents=documents), ranks)
+            name = f"{tokens}Ki{'-packed' * packed}@{ranks}:{HEADS[tokens]}/{groups}"
+            found[name] = (Sizes(tokens * 1024, HEADS[tokens], groups, documents=documents), ranks)
     return found
 
 
@@ -106,12 +105,18 @@ def _methods() -> list[str]:
     return list(dict.fromkeys([METHODS[n].like for n in peers] + peers))
 
 
+def _of_use(names: Sequence[str]) -> list[str]:
+    """Without the methods of xdist beside which no peer is left."""
+    wanted = {METHODS[name].like for name in names}
+    return [name for name in names if METHODS[name].like or name in wanted]
+
+
 def cell_rows(
     cell: str, sizes: Sizes, ranks: int, rounds: int, names: Sequence[str]
 ) -> list[dict[str, Any]]:
     """One row a peer."""
     said = dict(_faults(sizes, ranks, names))
-    good = [name for name in names if name not in said]
+    good = _of_use([name for name in names if name not in said])
     own = {}
     for name in good:
         with _memory_environment(), RankPool(ranks) as pool:
@@ -121,7 +126,7 @@ def cell_rows(
     for found in own.values():
         found["error"] = error(found.pop("ranks"), want)
     with RankPool(ranks) as pool:
-        times = slowest(pool.run(interleaved, good, sizes, rounds))
+        times = pool.run(interleaved, good, sizes, rounds)
     rows = [_row(cell, name, times, own, said) for name in names if METHODS[name].like]
     for row in rows:
         row["commit"] = record.commit()
@@ -217,6 +222,15 @@ def slowest(ranks: list[dict[str, list[tuple[float, ...]]]]) -> dict[str, list[f
     return found
 
 
+def worked(ranks: list[dict[str, list[tuple[float, ...]]]]) -> dict[str, list[float]]:
+    """CPU seconds of all ranks together by method, one entry a round."""
+    found = {}
+    for name in ranks[0]:
+        turns = zip(*(rank[name] for rank in ranks), strict=True)
+        found[name] = [sum(cpu for _, cpu in turn) for turn in turns]
+    return found
+
+
 def interval(values: Sequence[float]) -> tuple[float, float]:
     """A 95 % confidence interval of the median by order statistics; NaN for fewer than six."""
     n, ordered = len(values), sorted(values)
@@ -232,30 +246,31 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 def _row(
     cell: str,
     peer: str,
-    times: dict[str, list[float]],
+    ranks: list[dict[str, list[tuple[float, ...]]]],
     own: dict[str, dict[str, Any]],
     said: dict[str, str],
 ) -> dict[str, Any]:
     ours = METHODS[peer].like
+    mine, other = own.get(ours), own.get(peer)
     row: dict[str, Any] = {"cell": cell, "peer": peer, "beside": ours}
-    mine, other = own[ours], own.get(peer)
-    low = high = middle = math.nan
-    if other is not None:
+    names = ("rounds", "xdist (s)", "peer (s)", "ratio", "95 % interval", "CPU ratio")
+    row |= dict.fromkeys(names, "")
+    missed = []
+    if mine is not None and other is not None:
+        times, cpu = slowest(ranks), worked(ranks)
         ratios = [a / b for a, b in zip(times[ours], times[peer], strict=True)]
         middle, (low, high) = statistics.median(ratios), interval(ratios)
-    missed = []
-    if other is not None:
+        row["rounds"], row["ratio"] = len(ratios), middle
+        row["xdist (s)"] = statistics.median(times[ours])
+        row["peer (s)"] = statistics.median(times[peer])
+        row["95 % interval"] = "" if math.isnan(high) else f"{low:.2f} to {high:.2f}"
+        row["CPU ratio"] = statistics.median(
+            a / b for a, b in zip(cpu[ours], cpu[peer], strict=True)
+        )
         # Without enough rounds for an interval the median itself must do.
         missed += ["time"] * ((middle if math.isnan(high) else high) > 1.05)
         missed += ["bytes"] * (mine["moved"] > other["moved"])
         missed += ["memory"] * (mine["peak"] > other["peak"])
-    row |= {
-        "rounds": len(times[ours]),
-        "xdist (s)": statistics.median(times[ours]),
-        "peer (s)": "" if other is None else statistics.median(times[peer]),
-        "ratio": "" if other is None else middle,
-        "95 % interval": "" if math.isnan(high) else f"{low:.2f} to {high:.2f}",
-    }
     units = (("moved", "moved", "MiB"), ("peak", "peak", "MiB"), ("error", "error", ""))
     for key, title, unit in units:
         for who, found in (("xdist", mine), ("peer", other)):
