@@ -122,6 +122,43 @@ def halo_bytes(
     return Moved(sent * other * itemsize, received * other * itemsize)
 
 
+def window_parts(
+    layout: Layout, window: tuple[int, int]
+) -> dict[int, tuple[tuple[int, int], tuple[int, int]]]:
+    """Who holds what of a window: by rank, the places `[start, stop)` in the window and in that
+    rank's share. For layouts of at most one segment a rank."""
+    return {
+        piece.rank: (
+            (piece.start - window[0], piece.stop - window[0]),
+            (piece.offset, piece.offset + piece.stop - piece.start),
+        )
+        for piece in layout.owners(*window)
+    }
+
+
+def window_bytes(
+    layout: Layout,
+    windows: Sequence[tuple[int, int]],
+    rank: int,
+    other: int,
+    itemsize: int,
+) -> Moved:
+    """Forward bytes of a window move; the adjoint is `.back(itemsize, sum_itemsize(itemsize))`.
+
+    windows: of every rank; other: elements in one position of the moved dim.
+    """
+
+    def taken(by: int, of: int) -> int:
+        start, stop = window_parts(layout, windows[by]).get(of, ((0, 0), (0, 0)))[1]
+        return stop - start
+
+    others = [r for r in range(layout.parts) if r != rank]
+    size = other * itemsize
+    return Moved(
+        sum(taken(r, rank) for r in others) * size, sum(taken(rank, r) for r in others) * size
+    )
+
+
 def relayout_bytes(source: Layout, target: Layout, rank: int, other: int, itemsize: int) -> Moved:
     """Tokens held before and not after are sent; tokens held after and not before received."""
     kept = sum(
