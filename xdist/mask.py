@@ -166,8 +166,11 @@ class Mask:
             first = start + (queries - start) // self.chunk * self.chunk
             last = np.minimum(stop, first + self.chunk)
         left, right = self.sides(head)
-        lo = np.maximum(first, queries - (_FAR if left is None else left))
+        lo = first if left is None else np.maximum(first, queries - left)
         hi = np.minimum(last, queries + 1 + (_FAR if right is None else right))
+        if not self.prefix:
+            # One array for what is equal: of a long row each takes megabytes.
+            return Spans(lo, hi, first, first)
         prefix_hi = np.minimum(start + self.prefix, last)
         # A prefix that touches the window joins it, so that the two runs stay disjoint.
         joined = (prefix_hi >= lo) & (prefix_hi > first)

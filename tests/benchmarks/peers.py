@@ -78,7 +78,9 @@ def run(root: Path) -> list[dict[str, Any]]:
         raise SystemExit(f"no cells {unknown}; there are {list(every)}")
     print(f"{len(asked)} cells: {' '.join(asked)}", flush=True)
     for name in asked:
-        known[name] = cell_rows(name, *every[name], _rounds(every[name][0]), _methods())
+        found = cell_rows(name, *every[name], _rounds(every[name][0]), _methods())
+        kept = {row["peer"]: row for row in known.get(name, [])}
+        known[name] = list((kept | {row["peer"]: row for row in found}).values())
         rows = [row for cell in every for row in known.get(cell, [])]
         record.write("peers", TITLE, "make bench BENCH=peers", rows, note=NOTE)
     return [row for cell in every for row in known.get(cell, [])]

@@ -118,7 +118,7 @@ class Call:
         )  # fmt: skip
 
     def backward(
-        self, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, dout: Tensor,
+        self, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor | None, dout: Tensor,
         seen: Seen, k_positions: Tensor, out: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """The kernel's backward with this call's scale and soft-cap."""

@@ -71,16 +71,18 @@ def merge_forward(
 
 
 def backward(
-    call: Call, runs: list[Run], q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor,
-    dout: Tensor, at: Tensor, out: Tensor | None = None,
+    call: Call, runs: list[Run], q: Tensor, k: Tensor, v: Tensor, lse: Tensor,
+    delta: Tensor | None, dout: Tensor, at: Tensor, out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dq `[B,n,h,D]`, dk `[B,m,g,D]`, dv `[B,m,g,E]`, float32 or float64."""
+    """dq `[B,n,h,D]`, dk `[B,m,g,D]`, dv `[B,m,g,E]`, float32 or float64; delta may be None where
+    out is given."""
     dqs, dks, dvs = [], [], []
     for run in runs:
         h, g = run.h, run.g
         dq, dk, dv = call.backward(
-            of_heads(q, h), of_heads(k, g), of_heads(v, g), of_heads(lse, h), of_heads(delta, h),
-            of_heads(dout, h), run.seen, at, None if out is None else of_heads(out, h),
+            of_heads(q, h), of_heads(k, g), of_heads(v, g), of_heads(lse, h),
+            None if delta is None else of_heads(delta, h), of_heads(dout, h), run.seen, at,
+            None if out is None else of_heads(out, h),
         )  # fmt: skip
         dqs.append(dq)
         dks.append((range(g.start, g.stop), dk))

@@ -114,13 +114,13 @@ class UlyssesAttention(Function):
             arriving = nothing  # it would hold what it gave
             if chunk + 1 < len(switch.chunks):
                 arriving = switch.start_dout(chunk + 1, dout)
-            delta = attention_delta(out, dout_)
             runs = switch.runs(chunk)
-            dq, dk, dv = runs_backward(call, runs, q_, k_, v_, lse, delta, dout_, at, out)
+            dq, dk, dv = runs_backward(call, runs, q_, k_, v_, lse, None, dout_, at, out)
             if dsinks is not None:
                 heads = slice(switch.heads(chunk).start, switch.heads(chunk).stop)
+                delta = attention_delta(out, dout_)
                 dsinks[heads] = sinks_backward(sinks[heads], lse, delta).to(sinks.dtype)
-            del q_, k_, v_, out, lse, delta, dout_
+            del q_, k_, v_, out, lse, dout_
             dq = dq.to(dtype)
             if carried is not None:
                 _add_carried((dk, dv), carried)

@@ -66,20 +66,25 @@ def forward_whole(
 
 
 def backward_whole(
-    q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, dout: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor | None, dout: Tensor,
     out: Tensor | None, pieces: tuple[Piece, ...], scale: float,
 ) -> tuple[Tensor, Tensor, Tensor] | None:  # fmt: skip
-    """`backward_run` of all queries and heads at once, dq, dk, dv `[1,m,G,D]` not copied; None for
-    several batch rows or shared key heads, a dtype narrower than sums, or several pieces."""
+    """`backward_run` of all queries and heads at once, dq, dk, dv `[B,m,G,D]` not copied; None for
+    shared key heads, a dtype narrower than sums, or several pieces."""
     one = len(pieces) == 1 and (pieces[0].start, pieces[0].stop) == (0, k.shape[1])
-    if not one or q.shape[0] != 1 or q.shape[2] != k.shape[2] or not _is_wide(q.dtype):
+    if not one or q.shape[2] != k.shape[2] or not _is_wide(q.dtype):
         return None
-    q_, k_, v_, do_ = (_heads(x[0], 1, q.dtype) for x in (q, k, v, dout))
-    l_, delta_ = (_heads(x[0].unsqueeze(-1), 1, q.dtype) for x in (lse, delta))
-    y_ = _stand_in(do_, delta_) if out is None else _heads(out[0], 1, q.dtype)
-    got = _backward(do_, q_, k_, v_, y_, l_.squeeze(-1), 0.0, pieces[0].causal, scale=scale)
-    dq, dk, dv = (_ungrouped(x) for x in got)
-    return dq, dk, dv
+    # Heads stay heads: seen as rows of a batch, the kernel would copy one of its results.
+    q_, k_, v_, do_ = (_last_contiguous(x).transpose(1, 2) for x in (q, k, v, dout))
+    if out is not None:
+        y_ = _last_contiguous(out).transpose(1, 2)
+    elif delta is not None:
+        y_ = _stand_in(do_, delta.transpose(1, 2).unsqueeze(-1))
+    else:
+        return None
+    l_, causal = lse.transpose(1, 2), pieces[0].causal
+    dq, dk, dv = _backward(do_, q_, k_, v_, y_, l_, 0.0, causal, scale=scale)
+    return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
 
 def forward_run(
@@ -196,12 +201,14 @@ def _ungrouped(x: Tensor) -> Tensor:
 
 
 def _heads(x: Tensor, per_group: int, dtype: torch.dtype) -> Tensor:
-    x = x.to(dtype)
-    return _grouped(x if x.stride(-1) == 1 else x.contiguous(), per_group)
+    return _grouped(_last_contiguous(x.to(dtype)), per_group)
+
+
+def _last_contiguous(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _shared(x: Tensor, per_group: int, dtype: torch.dtype) -> Tensor:
     """Keys or values `[m,G,D]` as `[G,R,m,D]`, one memory for the R query heads of a key head."""
-    x = x.to(dtype)
-    x = x if x.stride(-1) == 1 else x.contiguous()
+    x = _last_contiguous(x.to(dtype))
     return x.transpose(0, 1).unsqueeze(1).expand(-1, per_group, -1, -1)

@@ -73,7 +73,7 @@ def attention_backward(
     k: Tensor,
     v: Tensor,
     lse: Tensor,
-    delta: Tensor,
+    delta: Tensor | None,
     dout: Tensor,
     *,
     scale: float,
@@ -89,7 +89,8 @@ def attention_backward(
     `lse` `[B,n,H]` as forward gave it (for a partial set of keys: that of all keys), `delta`
     `[B,n,H]` from `attention_delta`, `dout` `[B,n,H,E]`. Gradients are float32, float64 for
     float64 inputs. The sinks' gradient needs no keys: `sinks_backward`. `out` is that of which
-    `delta` was made, where it is still there: a form may then make no tensor of its size.
+    `delta` was made, where it is still there: a form may then make no tensor of its size, and
+    `delta` may be None, to be made if it is needed.
     """
     wide = _check(q, k, v, spans, k_positions, None, dropout)
     batch, n, heads, dim = q.shape
@@ -99,6 +100,10 @@ def attention_backward(
         found = backward_whole(q, k, v, lse, delta, dout, out, parts[0].pieces, scale)
         if found is not None:
             return found
+    if delta is None:
+        if out is None:
+            raise KernelError("backward needs delta, or the output to make it of")
+        delta = attention_delta(out, dout)
     dq = q.new_empty(batch, n, heads, dim, dtype=wide)
     dk = q.new_zeros(batch, k.shape[2], k.shape[1], dim, dtype=wide)
     dv = q.new_zeros(batch, v.shape[2], v.shape[1], v.shape[3], dtype=wide)
