@@ -13,6 +13,7 @@ from torch import Tensor
 import xdist
 from tests.multirank.attention_cases import Case, shards
 from xdist.parallel import attention_call
+from xdist_kernels.attention.torch import attention_delta
 
 
 class PeakBytes:
@@ -44,7 +45,11 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, T
     return out, q.new_zeros(q.shape[:3], dtype=_wide(q))
 
 
-def _backward(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **options: Any) -> tuple[Tensor, ...]:
+def _backward(
+    q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Any, dout: Tensor, **options: Any
+) -> tuple[Tensor, ...]:
+    if delta is None:
+        attention_delta(options["out"], dout)  # as every form but one
     dq, dk, dv = (torch.zeros(x.shape, dtype=_wide(x)) for x in (q, k, v))
     return dq, dk, dv
 
