@@ -14,6 +14,7 @@ _HOME = {
     "init_mesh": "xdist.mesh",
     "Mesh": "xdist.mesh",
     "SequenceShard": "xdist.shard",
+    "GridShard": "xdist.grid_shard",
     "Layout": "xdist.layout",
     "Mask": "xdist.mask",
     "Dropout": "xdist.dropout",

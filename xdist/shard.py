@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -48,10 +48,20 @@ class SequenceShard:
         self.packed = documents is not None
         """Whether documents were given; states then have a dim of documents."""
         self.documents = Documents.of(documents, layout.length)
-        _compare(mesh, layout, self.documents if self.packed else None)
+        self._compare()
         self._positions: Tensor | None = None
         self._document_positions: Tensor | None = None
         self._kept: dict[Hashable, Any] = {}
+
+    def _compare(self) -> None:
+        held = [self.layout.segments(rank) for rank in range(self.layout.parts)]
+        cuts = self.documents.cu_seqlens if self.packed else None
+        agree(
+            self.mesh.sequence_group,
+            [(self.layout.length, held), cuts],
+            "the ranks of one sequence have different layouts or documents",
+            "make layout and documents the same way on every rank; data ranks may differ",
+        )
 
     @property
     def rank(self) -> int:
@@ -201,18 +211,21 @@ class _Gather(torch.autograd.Function):
         return part.to(ctx.dtype), None, None
 
 
-def _compare(mesh: Mesh, layout: Layout, documents: Documents | None) -> None:
-    if mesh.sequence_group is None:
+class DerivedShard(SequenceShard):
+    """A shard that follows from one whose ranks were compared: nothing is exchanged."""
+
+    def _compare(self) -> None:
+        """All ranks made the first shard alike, and this one of it."""
+
+
+def agree(group: ProcessGroup | None, facts: Sequence[object], what: str, remedy: str) -> None:
+    """Raises DesyncError where the ranks of `group` do not hold the same `facts`.
+
+    16 control bytes a fact go to each other rank.
+    """
+    if group is None:
         return
-    held = [layout.segments(rank) for rank in range(layout.parts)]
-    cuts = None if documents is None else documents.cu_seqlens
-    digests = [
-        hashlib.sha256(repr(part).encode()).digest()[:16] for part in ((layout.length, held), cuts)
-    ]
-    other = disagreeing_ranks(mesh.sequence_group, b"".join(digests))
+    digests = [hashlib.sha256(repr(fact).encode()).digest()[:16] for fact in facts]
+    other = disagreeing_ranks(group, b"".join(digests))
     if other:
-        raise DesyncError(
-            "the ranks of one sequence have different layouts or documents",
-            f"sequence ranks {other} differ from sequence rank 0",
-            "make layout and documents the same way on every rank; data ranks may differ",
-        )
+        raise DesyncError(what, f"sequence ranks {other} differ from sequence rank 0", remedy)

@@ -34,7 +34,7 @@ ORDER = (
     # A mesh makes its groups through comm.collectives, the only caller of torch.distributed.
     ("comm",),
     ("mesh",),
-    ("shard",),
+    ("shard", "grid_shard"),
     ("memory",),
     ("parallel",),
     ("ops",),
@@ -62,6 +62,8 @@ WITHIN = {
     ("layout", "documents"),
     ("layout", "mask"),
     ("layout", "balance"),
+    # A grid's flattened tokens are a sequence.
+    ("grid_shard", "shard"),
 }
 
 C10D = {
