@@ -14,7 +14,7 @@ from pydantic import AfterValidator, Field, ValidationInfo, model_validator
 
 from xdist.config_checks import problems, raise_problems
 from xdist.config_pattern import parse_pattern
-from xdist.config_section import AUTO, NONE, Amount, Count, Section, Table, setting
+from xdist.config_section import AUTO, NONE, Amount, Count, Section, Sizes, Table, setting
 
 if TYPE_CHECKING:
     from xdist.config_load import load, override, parse, to_toml
@@ -38,10 +38,11 @@ class Run(Section):
 class Model(Section):
     """The model; `kind` names its file in xdist/models."""
 
-    kind: Literal["hybrid_lm", "mixer_lm", "transformers"] = setting(
+    kind: Literal["hybrid_lm", "mixer_lm", "transformers", "vdt", "mamba_nd", "axial"] = setting(
         "hybrid_lm",
         "hybrid_lm: linear and window attention, streamed; mixer_lm: any mixers and MLPs; "
-        "transformers: a decoder of that library (extra: transformers)",
+        "transformers: a decoder of that library (extra: transformers); of grids: vdt, a video "
+        "diffusion transformer; mamba_nd and axial, volume segmenters of scans and of attention",
     )
     config_class: str = setting(
         "", 'transformers: configuration class of that library, e.g. "LlamaConfig"'
@@ -66,13 +67,25 @@ class Model(Section):
     options: Annotated[dict[str, Any], AfterValidator(Table)] = setting(
         Table(),
         "mixer_lm: options of a mixer by its name, e.g. {gla = {expand_k = 1.0}}; transformers: "
-        'arguments of config_class, e.g. {hidden_size = 64}, where "none" is None',
+        'arguments of config_class, e.g. {hidden_size = 64}, where "none" is None; grids: settings '
+        "of that model alone",
     )
     recompute: bool = setting(
         True,
-        "mixer_lm, transformers: keep each layer's input and what it received, compute the rest "
-        "again",
+        "mixer_lm, transformers, grids: keep each layer's input and what it received, compute the "
+        "rest again",
     )
+    sizes: Sizes = setting(
+        (), "grids: positions of one whole sample along each dim, e.g. [197, 233, 189] voxels"
+    )
+    patch: Sizes = setting(
+        (), "grids: positions of one token along each dim, e.g. [2, 2, 2]; [] is 1 along each"
+    )
+    channels: Count = setting(1, "grids: channels of one position of a sample")
+    classes: Annotated[int, Field(ge=2)] = setting(
+        4, "mamba_nd, axial: classes that a position is told apart into"
+    )
+    depth: Count = setting(4, "grids: layers; of vdt pairs of a spatial and a temporal one")
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -95,6 +108,13 @@ class Parallel(Section):
         "auto", "how attention layers cross ranks"
     )
     recurrent: Literal["auto", "scan", "switch"] = setting("auto", "how linear layers cross ranks")
+    dim: Amount = setting(
+        0, "grids: the dim in which samples are shared among the sequence ranks; the first is 0"
+    )
+    grid: Literal["dsp", "ulysses_both", "ulysses_one", "ring", "megatron_sp"] = setting(
+        "dsp",
+        "vdt: how its blocks cross ranks; dsp switches the sharded dim where the plan places it",
+    )
 
     @property
     def sequence_ranks(self) -> int:
@@ -103,13 +123,32 @@ class Parallel(Section):
 
 
 class Data(Section):
-    """The token store and how it is read."""
+    """The store of the samples and how it is read."""
 
-    store: str = setting("", "path of the zarr store made by `xdist prepare text`")
+    kind: Literal["text", "volume", "video"] = setting(
+        "text",
+        "text: tokens; volume: grids with a class at each position; video: grids alone, whose "
+        "noise is learnt",
+    )
+    store: str = setting("", "path of the zarr store made by `xdist prepare`")
     documents: Literal["join", "separate"] = setting(
         "join", '"separate": no layer and no label crosses a document boundary'
     )
     held_out: str = setting("held_out", "array group of the store that evaluation reads")
+    slab: Annotated[tuple[Amount, ...], Field(strict=True)] = setting(
+        (),
+        "volume: [dim, start, stop], positions whose classes are never trained on and are what "
+        "evaluation scores; [] evaluates the samples of data.held_out",
+    )
+    bias: Annotated[float, Field(ge=0, lt=1)] = setting(
+        0.0, "volume: largest part by which a smooth field dims or brightens the image; 0 for none"
+    )
+    noise: Annotated[float, Field(ge=0)] = setting(
+        0.0, "volume: standard deviation of noise added to the image, of 255; 0 for none"
+    )
+    degrade_seed: Annotated[int, Field(ge=0, lt=2**63)] = setting(
+        0, "volume: seed of data.bias and data.noise; the same image in every step and evaluation"
+    )
     prefetch: Count = setting(2, "batches read ahead by a thread")
     on_bad: Literal["stop", "skip"] = setting(
         "stop", "what to do with a sample whose chunk is missing or damaged"
@@ -123,7 +162,10 @@ class Data(Section):
 class Stage(Section):
     """One stage of the curriculum."""
 
-    length: Count = setting(4096, "tokens of one whole sequence, over all its ranks")
+    length: Count = setting(4096, "text: tokens of one whole sequence, over all its ranks")
+    crop: Sizes = setting(
+        (), "grids: positions of one sample along each dim, cut from anywhere; [] is all of it"
+    )
     batch: Count = setting(8, "sequences of one micro-step, over all data ranks")
     steps: Count = setting(100, "optimizer steps of this stage")
 
@@ -132,7 +174,7 @@ class Train(Section):
     """The loop."""
 
     curriculum: Annotated[tuple[Stage, ...], Field(min_length=1)] = setting(
-        (Stage(),), "stages in order, each {length, batch, steps}"
+        (Stage(),), "stages in order, each {length, batch, steps}, of grids {crop, batch, steps}"
     )
     accumulation: Count = setting(1, "micro-steps of one optimizer step")
     precision: Literal["float32", "bfloat16", "float64"] = setting(
@@ -229,17 +271,21 @@ class Checkpoint(Section):
 
 
 class Evaluate(Section):
-    """Held-out bits per byte."""
+    """Held-out bits per byte; of volumes also Dice by class."""
 
     every_steps: Amount = setting(0, "optimizer steps between evaluations; 0 only at the end")
     tokens: Count = setting(1_048_576, "held-out tokens read by one evaluation")
     length: Count = setting(262_144, "tokens of one evaluated sequence")
+    samples: Count = setting(8, "grids: held-out samples read by one evaluation")
 
 
 class Certify(Section):
     """`xdist certify`: the sharded model against the unsharded one."""
 
     length: Count = setting(2048, "tokens of the certified sequence")
+    sizes: Sizes = setting(
+        (), "grids: positions of the certified sample along each dim; [] is model.sizes"
+    )
     ranks: Annotated[tuple[Count, ...], Field(min_length=1)] = setting(
         (1, 2, 3), "numbers of sequence ranks that are compared"
     )

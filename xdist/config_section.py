@@ -9,6 +9,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSeriali
 
 Count = Annotated[int, Field(ge=1)]
 Amount = Annotated[int, Field(ge=0)]
+# Positions along each dim of a grid.
+Sizes = Annotated[tuple[Count, ...], Field(strict=True)]
 
 
 def spelled(word: str) -> tuple[BeforeValidator, PlainSerializer]:

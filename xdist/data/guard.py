@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,23 +22,35 @@ from xdist.errors import DataError
 
 CODECS = frozenset({"bytes", "zstd"})
 DTYPES = {"uint8": 1, "uint16": 2, "uint32": 4, "int64": 8}
+# Values of grids: volumes come as signed integers or fractions too.
+GRID_DTYPES = {"uint8": 1, "uint16": 2, "int16": 2, "float32": 4}
 MAX_CHUNK_BYTES = 512 << 20
 MAX_ELEMENTS = 1 << 48
 _MAX_METADATA_BYTES = 16 << 20
-_CHUNK_KEY = re.compile(r"(?P<array>.+)/c/\d+")
-_REMEDY = "prepare the store again with `xdist prepare text`"
+_CHUNK_KEY = re.compile(r"(?P<array>.+?)/c(?:/\d+)+")
+_REMEDY = "prepare the store again with `xdist prepare`"
 
 
 class ArrayFacts(NamedTuple):
-    """What an array's metadata promise: elements, elements of a chunk, bytes of an element."""
+    """What an array's metadata promise: its shape, that of a chunk, bytes of an element."""
 
-    length: int
-    chunk_length: int
+    shape: tuple[int, ...]
+    chunks: tuple[int, ...]
     item_bytes: int
 
     @property
+    def length(self) -> int:
+        """Elements along the first dim: all of them in a 1-D array."""
+        return self.shape[0]
+
+    @property
+    def chunk_length(self) -> int:
+        """Elements of a chunk along the first dim."""
+        return self.chunks[0]
+
+    @property
     def chunk_bytes(self) -> int:
-        return self.chunk_length * self.item_bytes
+        return math.prod(self.chunks) * self.item_bytes
 
 
 def read_metadata(root: Path, key: str, node_type: str) -> dict[str, Any]:
@@ -62,16 +75,16 @@ def read_metadata(root: Path, key: str, node_type: str) -> dict[str, Any]:
     return found
 
 
-def check_array(root: Path, key: str) -> ArrayFacts:
-    """Hold the metadata of the 1-D array at `key` against the allowed codecs, dtypes and sizes."""
+def check_array(
+    root: Path, key: str, dims: int = 1, dtypes: Mapping[str, int] = DTYPES
+) -> ArrayFacts:
+    """Hold the metadata of the array at `key` against the allowed codecs, dtypes and sizes."""
     found = read_metadata(root, key, "array")
     try:
-        (length,) = found["shape"]
+        shape = tuple(found["shape"])
         dtype = found["data_type"]
-        grid, (chunk_length,) = (
-            found["chunk_grid"]["name"],
-            found["chunk_grid"]["configuration"]["chunk_shape"],
-        )
+        grid = found["chunk_grid"]["name"]
+        chunks = tuple(found["chunk_grid"]["configuration"]["chunk_shape"])
         codecs = [codec["name"] for codec in found["codecs"]]
         checksum = [codec.get("configuration", {}).get("checksum") for codec in found["codecs"]]
         keys = found["chunk_key_encoding"]
@@ -81,21 +94,21 @@ def check_array(root: Path, key: str) -> ArrayFacts:
             f"the metadata of array {key} are not as expected", repr(error), _REMEDY
         ) from (error)
     problems = []
-    if dtype not in DTYPES:
-        problems.append(f"dtype {dtype!r}, allowed: {', '.join(DTYPES)}")
+    if dtype not in dtypes:
+        problems.append(f"dtype {dtype!r}, allowed: {', '.join(dtypes)}")
     if codecs != ["bytes", "zstd"] or checksum[-1] is not True:
         problems.append(f"codecs {codecs}, allowed: bytes then zstd with a checksum")
     if found.get("storage_transformers"):
         problems.append("storage transformers, allowed: none")
     if grid != "regular" or (keys.get("name"), separator) != ("default", "/"):
         problems.append("chunks must be a regular grid with keys c/0, c/1, ...")
-    if not _counts(length, 0) or not _counts(chunk_length, 1):
-        problems.append(f"shape {length!r}, chunk shape {chunk_length!r}")
-    elif chunk_length * DTYPES.get(dtype, 1) > MAX_CHUNK_BYTES:
-        problems.append(f"chunks of {chunk_length} elements, allowed: {MAX_CHUNK_BYTES} bytes")
+    if not _counts(shape, dims, 0) or not _counts(chunks, dims, 1):
+        problems.append(f"shape {_plain(shape)}, chunk shape {_plain(chunks)}, of {dims} dims")
+    elif math.prod(chunks) * dtypes.get(dtype, 1) > MAX_CHUNK_BYTES:
+        problems.append(f"chunks of {math.prod(chunks)} elements, allowed: {MAX_CHUNK_BYTES} bytes")
     if problems:
         raise DataError(f"array {key} is refused", "; ".join(problems), _REMEDY)
-    return ArrayFacts(length, chunk_length, DTYPES[dtype])
+    return ArrayFacts(shape, chunks, dtypes[dtype])
 
 
 def inside(root: Path, path: Path) -> None:
@@ -118,9 +131,9 @@ class GuardedStore(LocalStore):
         self.facts: dict[str, ArrayFacts] = {}
         self.read_bytes: dict[str, int] = {}
 
-    def expect(self, key: str) -> ArrayFacts:
+    def expect(self, key: str, dims: int = 1, dtypes: Mapping[str, int] = DTYPES) -> ArrayFacts:
         """Check the array at `key`; only arrays that were checked can be read."""
-        self.facts[key] = check_array(self.root, key)
+        self.facts[key] = check_array(self.root, key, dims, dtypes)
         self.read_bytes[key] = 0
         return self.facts[key]
 
@@ -188,6 +201,16 @@ def zstd_problem(data: bytes, content_bytes: int) -> str:
     return ""
 
 
-def _counts(value: Any, least: int) -> bool:
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    return whole and math.isfinite(value) and least <= value <= MAX_ELEMENTS
+def _counts(sizes: tuple[Any, ...], dims: int, least: int) -> bool:
+    """Whether these are the sizes of so many dims, each from `least` to what may be allocated."""
+    whole = all(isinstance(size, int) and not isinstance(size, bool) for size in sizes)
+    return (
+        len(sizes) == dims
+        and whole
+        and all(size >= least for size in sizes)
+        and math.prod(sizes) <= MAX_ELEMENTS
+    )
+
+
+def _plain(sizes: tuple[Any, ...]) -> str:
+    return repr(sizes[0]) if len(sizes) == 1 else repr(sizes)

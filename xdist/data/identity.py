@@ -12,6 +12,8 @@ from xdist.errors import DataError
 FORMAT = "xdist-text"
 # Answers beside the tokens: who knows only text must not read it as text.
 TASK_FORMAT = "xdist-task"
+# Volumes, videos and flows: arrays of many dims.
+GRID_FORMAT = "xdist-grid"
 VERSION = 1
 
 
@@ -20,7 +22,8 @@ def fingerprint(facts: Mapping[str, Any]) -> str:
 
     `facts` holds the format, its version, the vocabulary size, the dtype and, per split, its length
     in tokens, its number of documents and the sha256 of tokens, document table and names; of a
-    task also its name and options, and per split the sha256 of the labels.
+    task also its name and options, and per split the sha256 of the labels. What a store of grids
+    holds instead stands in `grid_store`.
     """
     text = json.dumps(facts, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()

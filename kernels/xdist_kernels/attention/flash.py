@@ -30,6 +30,9 @@ _forward: Any = getattr(torch.ops.aten, _NAME, None)
 _backward: Any = getattr(torch.ops.aten, _NAME + "_backward", None)
 # Elements of one chunk's queries: short runs take several key heads a call.
 _CHUNK_ELEMENTS = 512 * 1024
+# From this version on the kernel itself reads one key head for several query heads, and adds up
+# its gradients. Before, it is shown each key head as often.
+_SHARES_HEADS = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 13)
 # The kernel hands row strides to a matrix product that counts in 32 bits.
 _FAR = 2**31
 
@@ -70,9 +73,10 @@ def backward_whole(
     out: Tensor | None, pieces: tuple[Piece, ...], scale: float,
 ) -> tuple[Tensor, Tensor, Tensor] | None:  # fmt: skip
     """`backward_run` of all queries and heads at once, dq, dk, dv `[B,m,G,D]` not copied; None for
-    shared key heads, a dtype narrower than sums, or several pieces."""
+    a dtype narrower than sums, several pieces, or key heads that this torch cannot share."""
     one = len(pieces) == 1 and (pieces[0].start, pieces[0].stop) == (0, k.shape[1])
-    if not one or q.shape[2] != k.shape[2] or not _is_wide(q.dtype):
+    shared = q.shape[2] != k.shape[2]
+    if not one or (shared and not _SHARES_HEADS) or not _is_wide(q.dtype):
         return None
     # Heads stay heads: seen as rows of a batch, the kernel would copy one of its results.
     q_, k_, v_, do_ = (_last_contiguous(x).transpose(1, 2) for x in (q, k, v, dout))
