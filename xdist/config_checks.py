@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from xdist.config_pattern import parse_pattern
+from xdist.config_pattern import KNOWN, parse_pattern
 from xdist.errors import ConfigError, GeometryError, StrategyError
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ def model_shape(config: Config) -> list[Problem]:
     """The pattern is known and the heads fill the width."""
     model = config.model
     found: list[Problem] = []
-    if model.kind == "transformers":
+    if model.kind not in KNOWN:
         return found
     try:
         parse_pattern(model.pattern, model.kind)
@@ -249,13 +249,14 @@ def problems(config: Config) -> list[Problem]:
     found = shape + ([] if shape else batches(config))
     # They build on this module.
     from xdist.config_deepspeed import engine_problems
+    from xdist.config_grids import grid_problems
     from xdist.config_mixers import mixer_problems
     from xdist.config_optimizer import optimizer_problems
     from xdist.config_ray import ray_problems
     from xdist.config_transformers import transformers_problems
 
     found += model_shape(config) + strategies(config) + mixer_problems(config)
-    found += transformers_problems(config)
+    found += transformers_problems(config) + grid_problems(config)
     found += combinations(config)
     found += optimizer_problems(config)
     return found + engine_problems(config) + ray_problems(config)
@@ -293,6 +294,6 @@ def store_problem(config: Config) -> Problem | None:
     return Problem(
         (("data", "store"),),
         "data.store is not set",
-        "training reads its tokens from a store made by `xdist prepare text FILES|DIRS STORE`",
+        f"training reads its samples from a store made by `xdist prepare {config.data.kind}`",
         "set data.store=STORE",
     )
