@@ -51,13 +51,20 @@ def _scan_of(request: ScanRequest, call: Call, work: Work) -> Scan:
 
 def _forward(request: ScanRequest, works: Sequence[Work]) -> list[Scan]:
     """Run every tile from its true state; the scans serve the backward direction."""
-    for work in works:
-        work.start_forward()
     if request.group is None:
         for work in works:
+            work.start_forward()
             work.forward_alone()
         return []
     scans = [_scan_of(request, *pair) for pair in zip(request.calls, works, strict=True)]
+    forward_together(works, scans)
+    return scans
+
+
+def forward_together(works: Sequence[Work], scans: Sequence[Scan]) -> None:
+    """Every tile of all works from its true state, the works' states in one exchange."""
+    for work in works:
+        work.start_forward()
     asked = []
     for scan, work in zip(scans, works, strict=True):
         found = [work.summary(segment) for segment in work.segments]
@@ -69,11 +76,11 @@ def _forward(request: ScanRequest, works: Sequence[Work]) -> list[Scan]:
     for work, entering in zip(works, pending.wait(), strict=True):
         for segment, state in zip(work.segments, entering, strict=True):
             work.complete(segment, state)
-    return scans
 
 
-def _backward(request: ScanRequest, works: Sequence[Work], scans: Sequence[Scan]) -> None:
-    if request.group is None:
+def backward_together(works: Sequence[Work], scans: Sequence[Scan]) -> None:
+    """Adjoint of `forward_together`; without scans, of each work alone on one rank."""
+    if not scans:
         for work in works:
             work.backward_alone()
         return
@@ -128,7 +135,7 @@ class ScanRecurrence(torch.autograd.Function):
                 own = FinalStates(call.share, request.group).distribute(dfinal, rest)
             work.start_backward(dout, own)
             rests.append(rest)
-        _backward(request, works, ctx.scans)
+        backward_together(works, ctx.scans)
         found: list[Tensor | None] = [None]
         for work, rest in zip(works, rests, strict=True):
             dinitial = None if rest is None or work.dinitial is None else rest + work.dinitial
