@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 from xdist.errors import ConfigError
 from xdist.models import hybrid_lm, mixer_lm, transformers_lm
+from xdist.models.grid_config import GridConfig
 from xdist.models.hybrid_lm import HybridConfig, HybridLM
 from xdist.models.mixer_lm import MixerConfig, MixerLM
 from xdist.models.transformers_lm import TransformersConfig, TransformersLM
 
 __all__ = [
+    "GridConfig",
     "HybridConfig",
     "HybridLM",
     "MixerConfig",
@@ -21,7 +24,9 @@ __all__ = [
     "sizes_of",
 ]
 
-Sizes = HybridConfig | MixerConfig | TransformersConfig
+Sizes = GridConfig | HybridConfig | MixerConfig | TransformersConfig
+# The sizes of each model of grids, in the file of its kind.
+GRIDS = {"vdt": "VDTConfig", "mamba_nd": "MambaNDConfig", "axial": "AxialConfig"}
 
 
 def sizes_of(section: Any, parallel: Any = None) -> Sizes:
@@ -29,6 +34,10 @@ def sizes_of(section: Any, parallel: Any = None) -> Sizes:
     strategies."""
     if isinstance(section, Sizes):
         return section
+    if section.kind in GRIDS:
+        kind = getattr(importlib.import_module(f"xdist.models.{section.kind}"), GRIDS[section.kind])
+        found: GridConfig = kind.of(section, parallel)
+        return found
     if section.kind == "mixer_lm":
         return MixerConfig.of(section, parallel)
     if section.kind == "transformers":
@@ -43,7 +52,7 @@ def build(
     tile_tokens: int = 1024,
     seed: int | None = None,
     parallel: Any = None,
-) -> HybridLM | MixerLM | TransformersLM:
+) -> Any:
     """The model of a config's section [model], or of its sizes.
 
     precision: dtype of the matrix products (None: that of the parameters); seed: of the initial
@@ -57,11 +66,14 @@ def build(
     if isinstance(sizes, HybridConfig):
         return hybrid_lm.build(sizes, precision=precision, tile_tokens=tile_tokens, seed=seed)
     if precision not in (None, sizes.dtype):
-        kind = "mixer_lm" if isinstance(sizes, MixerConfig) else "model of transformers"
+        kind = "model of transformers" if isinstance(sizes, TransformersConfig) else "mixer_lm"
+        kind = "model of grids" if isinstance(sizes, GridConfig) else kind
         raise ConfigError(
             f"precision {precision!r} does not fit a {kind} with parameters in {sizes.dtype}",
             "it computes in the dtype of its parameters",
         )
     if isinstance(sizes, TransformersConfig):
         return transformers_lm.build(sizes, seed=seed)
+    if isinstance(sizes, GridConfig):
+        return importlib.import_module(type(sizes).__module__).build(sizes, seed=seed)
     return mixer_lm.build(sizes, tile_tokens=tile_tokens, seed=seed)
