@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from xdist.cost.place import Block, Placement, place_switches
 from xdist.plan.result import Memory, Plan, StagePlan
 from xdist.plan.step import (
     pass_bytes,
@@ -14,11 +15,14 @@ from xdist.plan.step import (
 )
 
 __all__ = [
+    "Block",
     "Memory",
+    "Placement",
     "Plan",
     "StagePlan",
     "pass_bytes",
     "peak_memory",
+    "place_switches",
     "plan",
     "rank_bytes",
     "step_bytes",
