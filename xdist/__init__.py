@@ -26,6 +26,7 @@ _HOME = {
     "bidirectional": "xdist.ops",
     "Recurrence": "xdist.parallel.recurrence",
     "selective_scan": "xdist.ops",
+    "grid_scan": "xdist.ops",
     "prefix_attention": "xdist.ops",
     "causal_conv1d": "xdist.ops",
     "cross_entropy": "xdist.ops",

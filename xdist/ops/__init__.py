@@ -1,6 +1,7 @@
 """The public functions, with or without a shard. Thin: each checks nothing twice and delegates."""
 
 from xdist.ops.convolution import causal_conv1d
+from xdist.ops.grid_scan import grid_scan
 from xdist.ops.linear import delta_rule, linear_attention
 from xdist.ops.losses import cross_entropy, mean
 from xdist.ops.moves import switch
@@ -15,6 +16,7 @@ __all__ = [
     "causal_conv1d",
     "cross_entropy",
     "delta_rule",
+    "grid_scan",
     "linear_attention",
     "mean",
     "prefix_attention",
