@@ -16,22 +16,24 @@ switches, and equal placements are told apart by the lower dim. No torch, no pro
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
+from operator import index
 from typing import NamedTuple
 
 from xdist.cost.place_attention import Condition, Heads, mixed
 from xdist.cost.place_block import Block
+from xdist.cost.place_path import Cost, Edges, Path, bytes_cost, shortest
 from xdist.cost.place_reach import (
     Convolution,
     Halo,
     Neighborhood,
     Patches,
-    Scan,
     Unpatches,
 )
 from xdist.cost.place_result import Placed, Placement
+from xdist.cost.place_scan import Scan
 from xdist.cost.place_spot import (
     Option,
     Passes,
@@ -97,7 +99,7 @@ def place_switches(
         raise ConfigError("place_switches needs at least one block", "got none")
     at_least("degree", degree, 1)
     at_least("batch", batch, 1)
-    grid = tuple(int(size) for size in sizes)
+    grid = tuple(index(size) for size in sizes)
     if not grid or min(grid) < 1:
         raise LayoutError("a grid needs at least one dim, of at least 1 each", f"got {grid}")
     for name, dim in (("start", start), ("end", end)):
@@ -106,27 +108,14 @@ def place_switches(
     return _place(given, grid, degree, start, end, batch)
 
 
-class _Cost(NamedTuple):
-    """What is compared, in this order."""
-
-    idle: int = 0
-    busiest: int = 0
-    total: int = 0
-    switches: int = 0
-
-    def plus(self, other: _Cost) -> _Cost:
-        return _Cost(*(a + b for a, b in zip(self, other, strict=True)))
-
-
 class _Here(NamedTuple):
     """A block with one dim sharded: its cost there, and its option for each need."""
 
-    cost: _Cost
+    cost: Cost
     chosen: tuple[Option, ...]
 
 
 Here = list[_Here | None]  # by dim; None where the block cannot stand
-Edges = list[list[tuple[Passes, ...]]]  # [from][to], bytes by rank
 
 
 @lru_cache(maxsize=64)
@@ -147,7 +136,8 @@ def _place(
     ]
     last = blocks[-1]
     edges.append(_switches(grids[-1], degree, batch * last.behind * last.itemsize))
-    path = _shortest(here, edges, start, end)
+    costs = [[one and one.cost for one in block] for block in here]
+    path = shortest(costs, edges, start, end)
     return _result(blocks, grids, batch, here, edges, path, start, end)
 
 
@@ -178,7 +168,7 @@ def _standing(block: Block, sizes: Sizes, behind: Sizes, degree: int, batch: int
         # Needs do not depend on each other, so each takes its own best way.
         chosen = tuple(min(ways, key=_cost) for ways in needs)
         empty = sum(a == b for a, b in runs_of(behind[dim], degree))
-        cost = _Cost(idle=empty)
+        cost = Cost(idle=empty)
         for option in chosen:
             cost = cost.plus(_cost(option))
         found.append(_Here(cost, chosen))
@@ -191,12 +181,8 @@ def _standing(block: Block, sizes: Sizes, behind: Sizes, degree: int, batch: int
     return found
 
 
-def _cost(option: Option) -> _Cost:
-    return _moved(option.moved).plus(_Cost(idle=option.idle))
-
-
-def _moved(moved: Sequence[Passes]) -> _Cost:
-    return _Cost(0, max(one.bytes for one in moved), sum(one.sent_bytes for one in moved))
+def _cost(option: Option) -> Cost:
+    return bytes_cost(option.moved).plus(Cost(idle=option.idle))
 
 
 @lru_cache(maxsize=256)
@@ -206,59 +192,9 @@ def _switches(sizes: Sizes, degree: int, size: int) -> Edges:
     return [[switched(sizes, a, b, degree, size) for b in dims] for a in dims]
 
 
-class _Path(NamedTuple):
-    """dims: the best dim of each block. through: the best cost of all with block i on dim d."""
-
-    dims: list[int]
-    through: list[list[_Cost | None]]
-
-
-def _shortest(here: list[Here], edges: list[Edges], start: int | None, end: int | None) -> _Path:
-    """Costs to go, from the last block on; then forward, of equal ones the lowest dim."""
-    dims = range(len(here[0]))
-    own = [[one and one.cost for one in block] for block in here]
-    steps = [[[_step(edge[a][b], a, b) for b in dims] for a in dims] for edge in edges]
-    enter = [_Cost() if start is None else steps[0][start][d] for d in dims]
-    leave = [_Cost() if end is None else steps[-1][d][end] for d in dims]
-
-    go = [[_sum(own[-1][d], leave[d]) for d in dims]]
-    for i in reversed(range(len(here) - 1)):
-        onward = [_least(_sum(steps[i + 1][d][b], go[0][b]) for b in dims) for d in dims]
-        go.insert(0, [_sum(own[i][d], onward[d]) for d in dims])
-    come: list[list[_Cost | None]] = [[*enter]]
-    for i in range(1, len(here)):
-        left = [_sum(come[-1][a], own[i - 1][a]) for a in dims]
-        come.append([_least(_sum(left[a], steps[i][a][d]) for a in dims) for d in dims])
-
-    path: list[int] = []
-    for i in range(len(here)):
-        before = enter if i == 0 else steps[i][path[-1]]
-        costs = [_sum(before[d], go[i][d]) for d in dims]
-        path.append(costs.index(_least(costs)))
-    return _Path(path, [[_sum(come[i][d], go[i][d]) for d in dims] for i in range(len(here))])
-
-
-def _step(moved: tuple[Passes, ...], source: int, target: int) -> _Cost:
-    return _Cost() if source == target else _moved(moved).plus(_Cost(switches=1))
-
-
-def _sum(*costs: _Cost | None) -> _Cost | None:
-    """None where one is: it cannot be."""
-    total = _Cost()
-    for cost in costs:
-        if cost is None:
-            return None
-        total = total.plus(cost)
-    return total
-
-
-def _least(costs: Iterable[_Cost | None]) -> _Cost | None:
-    return min((cost for cost in costs if cost is not None), default=None)
-
-
 def _result(
     blocks: tuple[Block, ...], grids: list[Sizes], batch: int, here: list[Here],
-    edges: list[Edges], path: _Path, start: int | None, end: int | None,
+    edges: list[Edges], path: Path, start: int | None, end: int | None,
 ) -> Placement:  # fmt: skip
     first = path.dims[0] if start is None else start
     last = path.dims[-1] if end is None else end
@@ -276,12 +212,15 @@ def _result(
     return Placement(grids[0], grids[-1], degree, batch, first, last, tuple(placed), back)
 
 
-def _why(block: Block, here: Here, through: list[_Cost | None], dim: int) -> str:
+def _why(block: Block, here: Here, through: list[Cost | None], dim: int) -> str:
     """What it needs, and what every other dim would cost the whole model."""
     least = through[dim]
     assert least is not None
     needs = [f"needs {_named(block.whole)} whole"] if block.whole else []
-    needs += [repr(reach) for reach in block.reach]
+    needs += [str(reach) for reach in block.reach]
+    stands = here[dim]
+    if stands and stands.cost.idle:
+        needs.append(f"{stands.cost.idle} idle rank(s)")
     others = [
         f"dim {other} {'cannot be sharded' if here[other] is None else _more(cost, least)}"
         for other, cost in enumerate(through)
@@ -294,9 +233,9 @@ def _named(dims: Sequence[int]) -> str:
     return f"dim {dims[0]}" if len(dims) == 1 else f"dims {', '.join(map(str, dims))}"
 
 
-def _more(cost: _Cost | None, least: _Cost) -> str:
+def _more(cost: Cost | None, least: Cost) -> str:
     assert cost is not None
-    more = _Cost(*(a - b for a, b in zip(cost, least, strict=True)))
+    more = Cost(*(a - b for a, b in zip(cost, least, strict=True)))
     if more.idle:
         return f"leaves {more.idle} more ranks idle"
     if more.busiest:

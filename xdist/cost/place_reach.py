@@ -9,15 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import prod
 
-from xdist.cost.place_spot import Option, Passes, Run, Sizes, Spot, at_least, each_dim, fetched
-from xdist.cost.place_spot import runs_of as _runs
-from xdist.cost.place_spot import switched as _switched
-from xdist.cost.recurrent import Problem, recurrent_bytes
-from xdist.documents import Documents
+from xdist.cost.place_spot import (
+    Option,
+    Run,
+    Sizes,
+    Spot,
+    at_least,
+    each_dim,
+    fetched,
+    runs_of,
+)
 from xdist.errors import ShapeError
-from xdist.layout import Layout
 
 Each = int | tuple[int, ...]
 """One number for all dims, or one for each."""
@@ -38,6 +41,9 @@ class Halo:
         at_least("before", self.before, 0)
         at_least("after", self.after, 0)
         _channels(self.channels)
+
+    def __str__(self) -> str:
+        return f"reaches {self.before} before and {self.after} after"
 
     def grid(self, sizes: Sizes) -> Sizes:
         """The same grid."""
@@ -85,6 +91,9 @@ class Convolution:
         out = -(-n // stride)
         return out, stride, span, max((out - 1) * stride + span - n, 0) // 2
 
+    def __str__(self) -> str:
+        return f"convolution of {self.kernel}" + (f" by {self.stride}" if self.stride != 1 else "")
+
     def grid(self, sizes: Sizes) -> Sizes:
         """Outputs along each dim."""
         found = tuple(self._along(sizes, dim)[0] for dim in range(len(sizes)))
@@ -96,7 +105,7 @@ class Convolution:
         out, stride, span, pad = self._along(spot.sizes, spot.dim)
         return _window_option(
             spot,
-            _runs(out, spot.degree),
+            runs_of(out, spot.degree),
             None,
             lambda a, b: (max(0, a * stride - pad), min(n, (b - 1) * stride - pad + span)),
         )
@@ -125,6 +134,11 @@ class Neighborhood:
     def _along(self, sizes: Sizes, dim: int) -> tuple[int, int]:
         window = each_dim(self.window, sizes, "window")[dim]
         return window, each_dim(self.dilation, sizes, "dilation")[dim]
+
+    def __str__(self) -> str:
+        return f"neighborhood of {self.window}" + (
+            f" x {self.dilation}" if self.dilation != 1 else ""
+        )
 
     def grid(self, sizes: Sizes) -> Sizes:
         """The same grid."""
@@ -168,6 +182,9 @@ class Patches:
     def __post_init__(self) -> None:
         at_least("patch", self.patch, 1)
 
+    def __str__(self) -> str:
+        return f"patches of {self.patch}"
+
     def grid(self, sizes: Sizes) -> Sizes:
         """Patches along each dim."""
         return tuple(
@@ -177,7 +194,7 @@ class Patches:
     def options(self, spot: Spot) -> tuple[Option, ...]:
         """The positions of each rank's patches that others hold."""
         n, patch = spot.sizes[spot.dim], each_dim(self.patch, spot.sizes, "patch")[spot.dim]
-        runs = _runs(-(-n // patch), spot.degree)
+        runs = runs_of(-(-n // patch), spot.degree)
         return _window_option(spot, runs, None, lambda a, b: (a * patch, min(n, b * patch)))
 
 
@@ -191,6 +208,9 @@ class Unpatches:
     def __post_init__(self) -> None:
         at_least("patch", self.patch, 1)
         at_least("sizes", self.sizes, 1)
+
+    def __str__(self) -> str:
+        return f"patches of {self.patch} apart"
 
     def grid(self, sizes: Sizes) -> Sizes:
         """`sizes` of the finer grid."""
@@ -206,99 +226,8 @@ class Unpatches:
     def options(self, spot: Spot) -> tuple[Option, ...]:
         """The patches of each rank's positions that others hold."""
         patch = each_dim(self.patch, spot.sizes, "patch")[spot.dim]
-        runs = _runs(self.sizes[spot.dim], spot.degree)
+        runs = runs_of(self.sizes[spot.dim], spot.degree)
         return _window_option(spot, runs, None, lambda a, b: (a // patch, -(-b // patch)))
-
-
-@dataclass(frozen=True)
-class Scan:
-    """`xdist.grid_scan` of a recurrence: dims of `order` from outermost to innermost, rows of the
-    others beside each other.
-
-    heads, key_dim, value_dim: of the state; transition: as in xdist.cost.moves; both: two
-    directions in one exchange; inputs, outputs: channels that a scan inside takes along when the
-    dim it lies in is switched for another, and brings back (None: the block's).
-
-    Sharded outside `order`: nothing moves. Along its outermost dim: states do. Along an inner one:
-    inputs are switched to the dim of the fewest bytes and outputs back.
-    """
-
-    order: tuple[int, ...]
-    heads: int
-    key_dim: int
-    value_dim: int
-    transition: str = "diagonal"
-    reverse: bool = False
-    both: bool = False
-    inputs: int | None = None
-    outputs: int | None = None
-
-    def __post_init__(self) -> None:
-        at_least("order", self.order, 0)
-        if not self.order or len(set(self.order)) != len(self.order):
-            raise ShapeError("order names each scanned dim once", f"got {self.order}")
-        for name in ("heads", "key_dim", "value_dim"):
-            at_least(name, getattr(self, name), 1)
-
-    def grid(self, sizes: Sizes) -> Sizes:
-        """The same grid."""
-        if max(self.order) >= len(sizes):
-            raise ShapeError(
-                f"order {self.order} names a dim that the grid does not have",
-                f"it has {len(sizes)}: {sizes}",
-                "count from 0",
-            )
-        return sizes
-
-    def options(self, spot: Spot) -> tuple[Option, ...]:
-        """Nothing, states, or a switch there and back around the scan."""
-        if spot.dim not in self.order:
-            return (Option("", spot.nothing()),)
-        if spot.dim == self.order[0]:
-            return (Option("scan", _states(self, spot)),)
-        return tuple(self._switched(spot, dim) for dim in self._targets(spot))
-
-    def _targets(self, spot: Spot) -> list[int]:
-        inner = self.order[1:]
-        return [dim for dim in range(len(spot.sizes)) if dim not in inner]
-
-    def _switched(self, spot: Spot, dim: int) -> Option:
-        there = _switched(spot.sizes, spot.dim, dim, spot.degree, _row(spot, self.inputs))
-        back = _switched(spot.sizes, dim, spot.dim, spot.degree, _row(spot, self.outputs))
-        moved = [a + b for a, b in zip(there, back, strict=True)]
-        if dim == self.order[0]:
-            own = _states(self, _along(spot, dim))
-            moved = [a + b for a, b in zip(moved, own, strict=True)]
-        idle = sum(run[0] == run[1] for run in _runs(spot.sizes[dim], spot.degree))
-        return Option(f"switch to dim {dim}", tuple(moved), idle)
-
-
-def _along(spot: Spot, dim: int) -> Spot:
-    return Spot(spot.sizes, dim, spot.degree, spot.batch, spot.channels, spot.itemsize)
-
-
-def _row(spot: Spot, channels: int | None) -> int:
-    """Bytes of one position, over the batch."""
-    return spot.batch * spot.itemsize * (spot.channels if channels is None else channels)
-
-
-def _states(scan: Scan, spot: Spot) -> tuple[Passes, ...]:
-    """States that cross ranks where the outermost dim is sharded."""
-    inner = prod(spot.sizes[dim] for dim in scan.order[1:])
-    rows = spot.batch * prod(spot.sizes) // (inner * spot.sizes[spot.dim])
-    tokens = spot.sizes[spot.dim] * inner
-    layout = Layout.from_segments(tokens, [[(a * inner, b * inner)] for a, b in spot.runs])
-    found = list(spot.nothing())
-    for reverse in (False, True) if scan.both else (scan.reverse,):
-        problem = Problem(
-            layout, Documents.of(None, tokens), rows, scan.heads, scan.key_dim, scan.value_dim,
-            scan.value_dim, scan.transition, spot.itemsize, (), reverse=reverse,
-        )  # fmt: skip
-        found = [
-            one + Passes(*(recurrent_bytes(problem, "scan", r, backward=b) for b in (False, True)))
-            for r, one in enumerate(found)
-        ]
-    return tuple(found)
 
 
 def _window_option(
