@@ -7,11 +7,7 @@ task's store has its own labels, which are read beside the same segments.
 
 from __future__ import annotations
 
-import contextlib
-import queue
-import threading
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
@@ -19,13 +15,12 @@ import numpy as np
 import torch
 
 from xdist.data.order import sample_start
+from xdist.data.read_ahead import ReadAhead
 from xdist.data.store import Split
-from xdist.errors import ConfigError, DataError, DocumentsError, GeometryError
+from xdist.errors import DataError, DocumentsError, GeometryError
 from xdist.layout import Layout
 
 IGNORED = -100
-_POLL_S = 0.1
-_LAST_READ_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -226,11 +221,8 @@ def _fill(
         offset += size
 
 
-class Loader:
-    """Iterates over this rank's batches; a thread reads `prefetch` of them ahead.
-
-    Use as a context manager, or call `close`: the thread ends with the loader. An exception in the
-    thread is raised by `next` at the batch it belongs to.
+class Loader(ReadAhead[Batch]):
+    """Iterates over this rank's batches; a thread reads `prefetch` of them ahead (`ReadAhead`).
 
     Args:
         split: where the samples lie.
@@ -238,8 +230,6 @@ class Loader:
         place: which rows and segments are this rank's.
         documents, on_bad: as in `read_batch`.
         prefetch: batches read ahead; 0 reads in the caller's thread.
-
-    `waited_s` adds up how long `next` had to wait.
     """
 
     def __init__(
@@ -252,82 +242,9 @@ class Loader:
         on_bad: Literal["stop", "skip"] = "stop",
         prefetch: int = 2,
     ) -> None:
-        if prefetch < 0:
-            raise ConfigError("data.prefetch cannot be negative", f"got {prefetch}")
-        self.waited_s = 0.0
-        self._batches = (
+        batches = (
             read_batch(split, request, place, documents=documents, on_bad=on_bad)
             for request in requests
         )
-        self._stop = threading.Event()
-        self._ready: queue.Queue[Batch | BaseException | None] = queue.Queue(max(prefetch, 1))
-        self._held: list[Batch | BaseException | None] = []  # at most one: what `next` gives
-        self._thread: threading.Thread | None = None
-        if prefetch:
-            self._thread = threading.Thread(target=self._read_ahead, name="xdist-data", daemon=True)
-            self._thread.start()
+        super().__init__(batches, prefetch)
 
-    def __enter__(self) -> Loader:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self
-
-    def __next__(self) -> Batch:
-        if self._stop.is_set():
-            raise StopIteration
-        if not self.wait(lambda: False):
-            raise StopIteration
-        item = self._held.pop()
-        if isinstance(item, Batch):
-            return item
-        self.close()
-        if item is None:
-            raise StopIteration
-        raise item
-
-    def wait(self, give_up: Callable[[], bool]) -> bool:
-        """Wait until `next` need not wait; False when `give_up()` was true or the loader closed."""
-        began = time.monotonic()
-        while not self._held and not self._stop.is_set():
-            if self._thread is None:
-                self._held.append(next(self._batches, None))
-                break
-            with contextlib.suppress(queue.Empty):
-                self._held.append(self._ready.get(timeout=_POLL_S))
-            if not self._held and give_up():
-                break
-        self.waited_s += time.monotonic() - began
-        return bool(self._held)
-
-    def close(self) -> None:
-        """Stop reading ahead and wait for the thread, but not for a read that never comes back.
-
-        May be called twice.
-        """
-        self._stop.set()
-        if self._thread is not None:
-            self._thread.join(_LAST_READ_S)
-
-    def _read_ahead(self) -> None:
-        try:
-            for batch in self._batches:
-                if not self._put(batch):
-                    return
-            self._put(None)
-        # Whatever goes wrong here belongs to the consumer.
-        except BaseException as error:
-            self._put(error)
-
-    def _put(self, item: Batch | BaseException | None) -> bool:
-        """Hand one item over; False when the loader was closed instead."""
-        while not self._stop.is_set():
-            try:
-                self._ready.put(item, timeout=_POLL_S)
-            except queue.Full:
-                continue
-            return True
-        return False

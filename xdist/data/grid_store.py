@@ -1,0 +1,249 @@
+"""Reading a store of grids (volumes, videos, flows): only the chunks of a box, each one checked.
+
+A store is a zarr v3 group with attributes under `xdist`, and for each set of samples of one size
+
+    grids/G/image   uint8 | uint16 | int16 | float32  [samples, S1, ..., Sk, C]   values as measured
+    grids/G/labels  uint8  [samples, S1, ..., Sk]     the class of each position, 255 where none
+
+Both are cut by the same chunk grid. A reader gives `(value - offset) * scale` per channel, float32.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from xdist.data.degrade import CLEAN, Degradation
+from xdist.data.grid_arrays import Box, GridArrays
+from xdist.data.guard import read_metadata
+from xdist.data.identity import GRID_FORMAT, VERSION, fingerprint
+from xdist.errors import DataError
+
+IGNORED = -100
+NO_CLASS = 255
+_REMEDY = "prepare the store again with `xdist prepare volume`, `video` or `flow`"
+
+
+class GridStore:
+    """A store made by `xdist prepare volume`, `video` or `flow`, opened for reading.
+
+    degrade: what is done to every image that is read, a part of the identity where it does
+    anything; the store itself stays as measured.
+
+    Attributes:
+        path: the folder.
+        identity: `{"fingerprint": hex, "facts": {...}}`, for a checkpoint's state (JSON).
+        kind: "volume", "video" or "flow".
+        channel_names, class_names: no classes where there are no labels.
+        dims: of a grid, without samples and channels.
+
+    Raises:
+        DataError: no store there, another format or version, metadata outside the allowed lists.
+    """
+
+    def __init__(self, path: str | Path, degrade: Degradation = CLEAN) -> None:
+        if "://" in str(path):
+            raise DataError(f"{path} is not a local path", "only local stores are read")
+        self.path = Path(path).resolve()
+        if not self.path.is_dir():
+            raise DataError(
+                f"no data store at {path}",
+                "the folder does not exist",
+                "make one with `xdist prepare volume`, `video` or `flow`, or set data.store",
+            )
+        found = read_metadata(self.path, "", "group").get("attributes", {}).get("xdist", {})
+        if (found.get("format"), found.get("version")) != (GRID_FORMAT, VERSION):
+            raise DataError(
+                f"{path} is not a store of grids that this version reads",
+                f"format {found.get('format')!r} version {found.get('version')!r}, want "
+                f"{GRID_FORMAT!r} version {VERSION}",
+                _REMEDY,
+            )
+        facts = found.get("facts", {})
+        self.identity: dict[str, Any] = {
+            "fingerprint": found.get("fingerprint", ""),
+            "facts": facts,
+        }
+        if fingerprint(facts) != self.identity["fingerprint"]:
+            raise DataError(
+                f"the fingerprint of {path} does not fit its facts",
+                f"want {self.identity['fingerprint'][:16]}.., got {fingerprint(facts)[:16]}..",
+                _REMEDY,
+            )
+        self.kind: str = facts["kind"]
+        self.channel_names: tuple[str, ...] = tuple(facts["channels"])
+        self.class_names: tuple[str, ...] = tuple(facts["classes"])
+        self.dims = len(facts["grids"]["0"]["sizes"])
+        self.degrade = degrade
+        self._arrays = GridArrays(self.path, facts)
+        if degrade.acts:
+            facts = facts | {"degraded": degrade.facts()}
+            self.identity = {"fingerprint": fingerprint(facts), "facts": facts}
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over content, sizes, names and recipes, hex."""
+        return str(self.identity["fingerprint"])
+
+    @property
+    def split_names(self) -> list[str]:
+        return sorted(self.identity["facts"]["splits"])
+
+    def split(self, name: str) -> GridSplit:
+        """The split `name` ("train", "held_out").
+
+        Raises:
+            DataError: there is no such split.
+        """
+        if name not in self.split_names:
+            raise DataError(
+                f"{self.path} has no split {name!r}", f"it has {', '.join(self.split_names)}"
+            )
+        return GridSplit(self, name)
+
+    def verify(self) -> None:
+        """Read everything and compare it with the recorded hashes.
+
+        Raises:
+            DataError: a chunk is missing or damaged, or a hash differs.
+        """
+        for grid, facts in self.identity["facts"]["grids"].items():
+            whole = [(0, size) for size in facts["sizes"]]
+            for part in self._arrays.parts:
+                digest = hashlib.sha256()
+                for row in range(facts["samples"]):
+                    digest.update(self._arrays.read(grid, part, row, whole).tobytes())
+                want = facts[f"{part}_sha256"]
+                if digest.hexdigest() != want:
+                    raise DataError(
+                        f"array grids/{grid}/{part} is not the one that was prepared",
+                        f"want sha256 {want[:16]}.., got {digest.hexdigest()[:16]}..",
+                        _REMEDY,
+                    )
+
+
+class GridSplit:
+    """One split of a store: `samples` of them, counted over its grids in order."""
+
+    def __init__(self, store: GridStore, name: str) -> None:
+        self.name = name
+        self._store = store
+        self._arrays = store._arrays
+        self._facts: dict[str, Any] = store.identity["facts"]["grids"]
+        self._rows = [
+            (grid, row)
+            for grid in store.identity["facts"]["splits"][name]
+            for row in range(self._facts[grid]["samples"])
+        ]
+
+    @property
+    def samples(self) -> int:
+        """How many samples the split has."""
+        return len(self._rows)
+
+    @property
+    def channels(self) -> int:
+        """Values of one position."""
+        return len(self._store.channel_names)
+
+    @property
+    def labelled(self) -> bool:
+        """Whether positions have a class."""
+        return bool(self._store.class_names)
+
+    @property
+    def bytes_read(self) -> int:
+        """Decoded bytes read from the disk so far by this store: whole chunks."""
+        return sum(self._arrays.store.read_bytes.values())
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The grid of every sample.
+
+        Raises:
+            DataError: samples of several sizes.
+        """
+        found = {tuple(self._facts[grid]["sizes"]) for grid, _ in self._rows}
+        if len(found) != 1:
+            raise DataError(
+                f"split {self.name} has samples of several sizes",
+                ", ".join(map(str, sorted(found))),
+                "take `sizes_of` each sample, or prepare a store for each size",
+            )
+        return found.pop()
+
+    def sizes_of(self, sample: int) -> tuple[int, ...]:
+        """The grid of one sample."""
+        return tuple(self._of(sample)["sizes"])
+
+    def affine(self, sample: int) -> list[list[float]] | None:
+        """Voxel indices to millimetres, 4 x 4; None where positions have no place in space."""
+        found: list[list[float]] | None = self._of(sample)["affine"]
+        return found
+
+    def box_bytes(self, sample: int, box: Box) -> int:
+        """Decoded bytes of image and labels that reading a box costs: whole chunks."""
+        self._of(sample)
+        return self._arrays.cost(self._rows[sample][0], box)
+
+    def read(self, sample: int, box: Box) -> NDArray[np.float32]:
+        """The image in a box, float32 `[s1, ..., sk, C]`: degraded as the store says, normalised.
+
+        A value depends on sample and position alone, not on the box it is read in.
+
+        Raises:
+            DataError: outside the grid, or a chunk that is missing or damaged.
+        """
+        facts = self._of(sample)
+        grid, row = self._rows[sample]
+        found = self._arrays.read(grid, "image", row, box).astype(np.float32)
+        degrade = self._store.degrade
+        if degrade.acts:
+            number = self._first[grid] + row
+            start = [run[0] for run in box]
+            found = degrade.apply(found, number, facts["sizes"], start, facts["range"])
+        offset, scale = (np.asarray(facts[key], dtype=np.float32) for key in ("offset", "scale"))
+        found -= offset
+        found *= scale
+        return found
+
+    def labels(self, sample: int, box: Box) -> NDArray[np.int64]:
+        """The class of each position of a box, int64 `[s1, ..., sk]`, -100 where none counts.
+
+        Raises:
+            DataError: as `read`; a store without labels; a class that it does not have.
+        """
+        names = self._store.class_names
+        if not names:
+            raise DataError("this store has no labels", f"split {self.name}", _REMEDY)
+        self._of(sample)
+        grid, row = self._rows[sample]
+        found = self._arrays.read(grid, "labels", row, box).astype(np.int64)
+        found[found == NO_CLASS] = IGNORED
+        if found.size and found.max() >= len(names):
+            raise DataError(
+                f"array grids/{grid}/labels holds a class outside the list",
+                f"class {found.max()} of {len(names)}: {', '.join(names)}",
+                _REMEDY,
+            )
+        return found
+
+    @cached_property
+    def _first(self) -> dict[str, int]:
+        """The number of each grid's first sample, counted over the whole store."""
+        counts = [0, *accumulate(facts["samples"] for facts in self._facts.values())]
+        return dict(zip(self._facts, counts, strict=False))
+
+    def _of(self, sample: int) -> dict[str, Any]:
+        if not 0 <= sample < self.samples:
+            raise DataError(
+                f"split {self.name} has no sample {sample}", f"it has {self.samples} of them"
+            )
+        found: dict[str, Any] = self._facts[self._rows[sample][0]]
+        return found
