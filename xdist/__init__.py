@@ -29,6 +29,8 @@ _HOME = {
     "grid_scan": "xdist.ops",
     "prefix_attention": "xdist.ops",
     "causal_conv1d": "xdist.ops",
+    "conv_nd": "xdist.ops",
+    "conv_sizes": "xdist.cost.conv_nd",
     "cross_entropy": "xdist.ops",
     "mean": "xdist.ops",
     "switch": "xdist.ops",

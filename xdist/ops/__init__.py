@@ -2,6 +2,7 @@
 
 from xdist.ops.convolution import causal_conv1d
 from xdist.ops.grid_scan import grid_scan
+from xdist.ops.grids import conv_nd
 from xdist.ops.linear import delta_rule, linear_attention
 from xdist.ops.losses import cross_entropy, mean
 from xdist.ops.moves import switch
@@ -14,6 +15,7 @@ __all__ = [
     "attention",
     "bidirectional",
     "causal_conv1d",
+    "conv_nd",
     "cross_entropy",
     "delta_rule",
     "grid_scan",
