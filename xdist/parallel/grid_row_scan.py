@@ -64,10 +64,14 @@ class RowPlan:
     def works(self, tensors: Sequence[Tensor], group: Group) -> list[Work]:
         """Each call on the rows of a group."""
         own = [x if i in self.whole else self.rows.take(x, group) for i, x in enumerate(tensors)]
-        return [
-            Work(call.op, self.share(call), call.pick(own), None, want_final=False)
-            for call in self.calls
-        ]
+        found = []
+        for call in self.calls:
+            share, given = self.share(call), call.pick(own)
+            work = Work(call.op, share, given, None, want_final=False)
+            tile = call.op.row_tile_tokens(given)
+            work.segments = share.segments(tile, at_documents=False)
+            found.append(work)
+        return found
 
     def scans(self, works: Sequence[Work]) -> list[Scan]:
         """The exchange of states of each work; works are the calls, group after group."""

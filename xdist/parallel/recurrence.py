@@ -88,6 +88,11 @@ class Recurrence(ABC):
         fitting = 8 * TILE_TOKENS // max(1, batch * heads)
         return min(TILE_TOKENS, max(LEAST_TILE_TOKENS, fitting))
 
+    def row_tile_tokens(self, inputs: Inputs) -> int:
+        """The same where the batch is many rows of a grid, of which some thousand tokens in all are
+        worked on at once."""
+        return self.tile_tokens(inputs)
+
     # --- one tile forward ----------------------------------------------------------------------
 
     def prepare(self, inputs: Inputs, starts: Tensor | None) -> Any:

@@ -16,6 +16,8 @@ from xdist_kernels.linear.chunks import DocumentIds, group_size, state_dtype
 CHUNK_TOKENS = 64
 # Rows (batch x heads) computed at once: enough for the matrix products, small enough for a cache.
 BLOCK_ROWS = 8
+# Of short rows as many as have this many chunks together.
+BLOCK_CHUNKS = 256
 
 
 class Half(NamedTuple):
@@ -63,7 +65,8 @@ class Prepared(NamedTuple):
 
     def slices(self) -> list[tuple[slice, slice, slice]]:
         """(batch, value heads, key heads) of each block."""
-        return head_blocks(self.v.shape[0], self.v.shape[2], group_size(self.k, self.v))
+        batch, tokens, heads, _ = self.v.shape
+        return head_blocks(batch, heads, group_size(self.k, self.v), tokens)
 
 
 def chunk_size(n: int) -> int:
@@ -74,12 +77,16 @@ def chunk_size(n: int) -> int:
     return chunk
 
 
-def head_blocks(batch: int, heads: int, group: int) -> list[tuple[slice, slice, slice]]:
-    """(batch, value heads, key heads) slices of at most BLOCK_ROWS rows, or one group of heads."""
+def head_blocks(
+    batch: int, heads: int, group: int, tokens: int
+) -> list[tuple[slice, slice, slice]]:
+    """(batch, value heads, key heads) slices of at most BLOCK_ROWS rows, or BLOCK_CHUNKS chunks of
+    `tokens` tokens a row, or one group of heads."""
     if not batch * heads:
         return []
     width = max(group, min(heads, BLOCK_ROWS) // group * group)
-    deep = max(1, BLOCK_ROWS // width)
+    chunks = -(-max(tokens, 1) // chunk_size(max(tokens, 1)))
+    deep = max(1, max(BLOCK_ROWS, BLOCK_CHUNKS // chunks) // width)
     return [
         (
             slice(b, min(b + deep, batch)),

@@ -62,7 +62,7 @@ def prepare(
     batch, n, heads, _ = v.shape
     ids = document_ids(starts, chunk_size(n))
     blocks = []
-    for rows, own, shared in head_blocks(batch, heads, group_size(k, v)):
+    for rows, own, shared in head_blocks(batch, heads, group_size(k, v), n):
         decay = None if log_decay is None else log_decay[rows, :, own]
         blocks.append(_block(q[rows, :, shared], k[rows, :, shared], v[rows, :, own], decay, ids))
     return Prepared(q, k, v, log_decay, scale, tuple(blocks))

@@ -10,6 +10,7 @@ from torch import Tensor
 from xdist.parallel.recurrence import Inputs, Recurrence, state_dtype
 from xdist_kernels import selective_scan
 from xdist_kernels.selective_scan import Prepared
+from xdist_kernels.selective_scan.blocks import LONGEST_CHUNK, STEP_NUMBERS
 
 
 class _Inputs(NamedTuple):
@@ -41,6 +42,12 @@ class SelectiveScan(Recurrence):
 
     def rates_of(self, inputs: Inputs) -> Tensor | None:
         return _named(inputs).A.to(state_dtype(inputs))
+
+    def row_tile_tokens(self, inputs: Inputs) -> int:
+        # A step works on one token of every chunk at once: few channels need many chunks.
+        batch, channels, states, _ = self.state_shape(inputs)
+        chunks = STEP_NUMBERS // max(1, batch * channels * states)
+        return max(self.tile_tokens(inputs), chunks * LONGEST_CHUNK)
 
     def prepare(self, inputs: Inputs, starts: Tensor | None) -> Prepared:
         return selective_scan.prepare(*_named(inputs), starts)
