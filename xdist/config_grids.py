@@ -119,6 +119,13 @@ def _refused(config: Config) -> Iterator[Problem]:
             "it was not shown to train one as one rank does",
             "nearest valid settings: engine.name=fsdp, or engine.name=plain",
         )
+    if config.data.on_bad == "skip" and GRIDS[kind] == "video":
+        yield Problem(
+            (("data", "on_bad"), ("model", "kind")),
+            f'data.on_bad = "skip" cannot be honoured by {kind}',
+            "each position of its samples counts: none can be left out of a batch",
+            "nearest valid settings: data.on_bad=stop",
+        )
     if config.ray.prepare:
         yield Problem(
             (("ray", "prepare"), ("model", "kind")),

@@ -76,6 +76,33 @@ class Mesh:
         return cls(1, 1, 1, 0, torch.device(device))
 
     @classmethod
+    def imagined(
+        cls, rank: int, *, data: int = 1, ring: int = 1, ulysses: int = 1,
+        device: torch.device | str = "meta",
+    ) -> Mesh:  # fmt: skip
+        """The mesh that `rank` of data x ring x ulysses ranks would have, none of which exists.
+
+        Moves over it are counted by the ledger and carry nothing (`comm.collectives.Imagined`).
+        """
+        sequence = ring * ulysses
+
+        def group(place: int, size: int) -> ProcessGroup | None:
+            return collectives.Imagined(place, size) if size > 1 else None
+
+        return cls(
+            data,
+            ring,
+            ulysses,
+            rank,
+            torch.device(device),
+            data_group=group(rank // sequence, data),
+            ring_group=group(rank % sequence // ulysses, ring),
+            ulysses_group=group(rank % ulysses, ulysses),
+            sequence_group=group(rank % sequence, sequence),
+            parameter_group=group(rank, data * sequence),
+        )
+
+    @classmethod
     def from_device_mesh(
         cls,
         device_mesh: DeviceMesh,

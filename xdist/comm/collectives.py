@@ -27,13 +27,29 @@ from xdist.errors import ShapeError
 Shape = tuple[int, ...]
 
 
+class Imagined(ProcessGroup):
+    """A group of `size` ranks that do not exist, of which this process plays `rank`.
+
+    Exchanges are counted and end at once, what is received has its shape and no meaning, and
+    `exchange_integers` answers as if every rank had sent this one's values. It needs no world and
+    may live beside one: so a run counts in advance what any of its ranks will send.
+    """
+
+    def __init__(self, rank: int, size: int) -> None:
+        super().__init__(rank, size)  # type: ignore[call-arg]
+
+
 def size_of(group: ProcessGroup | None) -> int:
     """How many ranks share `group`; None is one rank."""
+    if isinstance(group, Imagined):
+        return group.size()
     return 1 if group is None else dist.get_world_size(group)
 
 
 def rank_of(group: ProcessGroup | None) -> int:
     """This process's rank in `group`; None is one rank."""
+    if isinstance(group, Imagined):
+        return group.rank()
     return 0 if group is None else dist.get_rank(group)
 
 
@@ -85,6 +101,8 @@ def start_pairs(
         },
         device if staged else None,
     )
+    if isinstance(group, Imagined):
+        return _imagined(buffers, kept, move)
     noted, send_tags, receive_tags = RECORDER.begin(
         move,
         group,
@@ -117,6 +135,22 @@ def start_pairs(
         return {**got, **kept}
 
     return Pending(finish)
+
+
+def _imagined(buffers: _Buffers, kept: dict[int, Tensor], move: str) -> Pending[dict[int, Tensor]]:
+    """Nothing is posted: the bytes are counted, and what would arrive is there."""
+    record(
+        move,
+        sum(t.nbytes for t in buffers.sends.values()),
+        sum(t.nbytes for t in buffers.receives.values()),
+    )
+    got = buffers.receives
+    if buffers.device is not None:
+        got = {r: _on(buffers.device, t) for r, t in got.items()}
+    tape = recorded()
+    if tape is not None and move != CONTROL:
+        tape.reserve(move).update(got)
+    return Pending.done({**got, **kept})
 
 
 def _on(device: torch.device, tensor: Tensor) -> Tensor:
@@ -184,7 +218,7 @@ def exchange_integers(
     mine = torch.tensor(list(values), dtype=torch.int64)
     if group is None:
         return [tuple(values)]
-    if _backend(group) == "fake":
+    if isinstance(group, Imagined) or _backend(group) == "fake":
         return [tuple(values)] * size_of(group)
     if _backend(group) != "gloo":
         mine = mine.to(device or torch.device("cuda", torch.cuda.current_device()))

@@ -247,4 +247,3 @@ class Loader(ReadAhead[Batch]):
             for request in requests
         )
         super().__init__(batches, prefetch)
-

@@ -21,10 +21,13 @@ __all__ = [
     "TransformersConfig",
     "TransformersLM",
     "build",
+    "grid_kind",
     "sizes_of",
 ]
 
-Sizes = GridConfig | HybridConfig | MixerConfig | TransformersConfig
+TokenSizes = HybridConfig | MixerConfig | TransformersConfig
+# Any is that of a model of grids.
+Sizes = TokenSizes | Any
 # The sizes of each model of grids, in the file of its kind.
 GRIDS = {"vdt": "VDTConfig", "mamba_nd": "MambaNDConfig", "axial": "AxialConfig"}
 
@@ -32,17 +35,26 @@ GRIDS = {"vdt": "VDTConfig", "mamba_nd": "MambaNDConfig", "axial": "AxialConfig"
 def sizes_of(section: Any, parallel: Any = None) -> Sizes:
     """The sizes of a config's section [model] (or of themselves); parallel: its section of
     strategies."""
-    if isinstance(section, Sizes):
+    if isinstance(section, TokenSizes) or grid_kind(section):
         return section
     if section.kind in GRIDS:
-        kind = getattr(importlib.import_module(f"xdist.models.{section.kind}"), GRIDS[section.kind])
-        found: GridConfig = kind.of(section, parallel)
-        return found
+        return getattr(_file(section.kind), GRIDS[section.kind]).of(section, parallel)
     if section.kind == "mixer_lm":
         return MixerConfig.of(section, parallel)
     if section.kind == "transformers":
         return TransformersConfig.of(section, parallel)
     return HybridConfig.of(section)
+
+
+def grid_kind(sizes: Any) -> str:
+    """The kind of a model of grids whose sizes these are; "" for any other."""
+    named = {name: kind for kind, name in GRIDS.items()}
+    return named.get(type(sizes).__name__, "")
+
+
+def _file(kind: str) -> Any:
+    """The file of a model of grids, loaded when one is asked for."""
+    return importlib.import_module(f"xdist.models.{kind}")
 
 
 def build(
@@ -67,13 +79,13 @@ def build(
         return hybrid_lm.build(sizes, precision=precision, tile_tokens=tile_tokens, seed=seed)
     if precision not in (None, sizes.dtype):
         kind = "model of transformers" if isinstance(sizes, TransformersConfig) else "mixer_lm"
-        kind = "model of grids" if isinstance(sizes, GridConfig) else kind
+        kind = grid_kind(sizes) or kind
         raise ConfigError(
             f"precision {precision!r} does not fit a {kind} with parameters in {sizes.dtype}",
             "it computes in the dtype of its parameters",
         )
     if isinstance(sizes, TransformersConfig):
         return transformers_lm.build(sizes, seed=seed)
-    if isinstance(sizes, GridConfig):
-        return importlib.import_module(type(sizes).__module__).build(sizes, seed=seed)
+    if grid_kind(sizes):
+        return _file(grid_kind(sizes)).build(sizes, seed=seed)
     return mixer_lm.build(sizes, tile_tokens=tile_tokens, seed=seed)
