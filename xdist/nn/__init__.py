@@ -8,6 +8,12 @@ from __future__ import annotations
 from xdist.nn.attention import Attention
 from xdist.nn.block import Block
 from xdist.nn.embedding import NGramEmbedding
+from xdist.nn.grid_attention import (
+    AxialAttention,
+    GridAttention,
+    NeighborhoodAttention,
+    WindowAttention,
+)
 from xdist.nn.linear import GatedLinearAttention
 from xdist.nn.mlp import SquaredReLUMLP
 from xdist.nn.norm import RMSNorm
@@ -17,10 +23,14 @@ __all__ = [
     "ALIASES",
     "MIXERS",
     "Attention",
+    "AxialAttention",
     "Block",
     "GatedLinearAttention",
+    "GridAttention",
     "NGramEmbedding",
+    "NeighborhoodAttention",
     "RMSNorm",
     "SquaredReLUMLP",
+    "WindowAttention",
     "build_mixer",
 ]

@@ -6,6 +6,12 @@ from xdist.ops.grids import conv_nd
 from xdist.ops.linear import delta_rule, linear_attention
 from xdist.ops.losses import cross_entropy, mean
 from xdist.ops.moves import switch
+from xdist.ops.neighborhood import (
+    axial_attention,
+    grid_attention,
+    neighborhood_attention,
+    window_attention,
+)
 from xdist.ops.prefix import prefix_attention
 from xdist.ops.recurrences import bidirectional, recurrence
 from xdist.ops.softmax import attention
@@ -13,17 +19,21 @@ from xdist.ops.state_space import selective_scan, ssd
 
 __all__ = [
     "attention",
+    "axial_attention",
     "bidirectional",
     "causal_conv1d",
     "conv_nd",
     "cross_entropy",
     "delta_rule",
+    "grid_attention",
     "grid_scan",
     "linear_attention",
     "mean",
+    "neighborhood_attention",
     "prefix_attention",
     "recurrence",
     "selective_scan",
     "ssd",
     "switch",
+    "window_attention",
 ]

@@ -1,0 +1,231 @@
+"""Attention over sets of a grid: every query sees the product of what each dim's rule lets it see.
+
+Sharded before and after: one dim of the grid, for queries, keys, values and outputs.
+Moves: forward, keys and values from the first to the last one that a rank's queries see, from
+    whoever holds them, in their dtype; backward their gradients return in float32 or wider. With a
+    window that is a halo whose width does not depend on the length of the sharded dim.
+Saved for backward: q, and keys and values with their halo. Probabilities are computed again.
+Must divide: nothing; shares may be empty, and shorter than the window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from torch.autograd import Function
+
+from xdist.comm.collectives import ProcessGroup
+from xdist.comm.window import start_windows, start_windows_adjoint
+from xdist.cost.neighborhood import key_windows
+from xdist.errors import ShapeError
+from xdist.grid_shard import GridShard, resolve_grid
+from xdist.layout import Layout
+from xdist.parallel.first_order import first_order, without_autocast
+from xdist_kernels.errors import KernelError
+from xdist_kernels.neighborhood import torch as kernel
+from xdist_kernels.neighborhood.rules import Near, Rule
+from xdist_kernels.neighborhood.tiles import Run, rows_of, runs_of
+
+Sizes = int | Sequence[int]
+
+
+def neighborhood_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gshard: GridShard | None,
+    *,
+    window: Sizes,
+    dilation: Sizes,
+    scale: float | None,
+    position_bias: Tensor | None,
+) -> Tensor:
+    """`xdist.neighborhood_attention`; see there."""
+    name = "neighborhood_attention"
+    dims = check_tensors(name, q, k, v)
+    gshard = resolve_grid(gshard, q, dims)
+    windows = per_dim(name, "window", window, dims)
+    dilations = per_dim(name, "dilation", dilation, dims)
+    rules = make_rules(name, Near, gshard.sizes, windows, dilations)
+    check_bias(name, q, position_bias, [2 * w - 1 for w in windows])
+    return attend(q, k, v, gshard, rules, scale, position_bias)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gshard: GridShard,
+    rules: Sequence[Rule],
+    scale: float | None,
+    position_bias: Tensor | None,
+) -> Tensor:
+    """Attention by one rule a dim of `gshard`, whose part q, k and v are."""
+    for x in (q, k, v):
+        gshard.check(x)
+    fetch, places = None, [(0, rule.size, 0) for rule in rules]
+    if gshard.size > 1:
+        windows = key_windows(rules[gshard.dim], gshard.layout)
+        fetch = _Fetch(gshard.layout, gshard.group, gshard.dim + 1, windows)
+        places[gshard.dim] = (gshard.start, gshard.stop, windows[gshard.rank][0])
+    return _run(q, k, v, rules, places, fetch, scale, position_bias)
+
+
+def attend_here(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rules: Sequence[Rule],
+    scale: float | None,
+    position_bias: Tensor | None,
+) -> Tensor:
+    """Attention by one rule a dim of the tensors' own grid, which may be empty; nothing moves."""
+    places = [(0, rule.size, 0) for rule in rules]
+    return _run(q, k, v, rules, places, None, scale, position_bias)
+
+
+class _Fetch(NamedTuple):
+    """Which keys come from other ranks."""
+
+    layout: Layout
+    group: ProcessGroup | None
+    dim: int
+    windows: tuple[tuple[int, int], ...]
+
+
+class _Call(NamedTuple):
+    """What forward and backward know of a call besides its tensors."""
+
+    runs: tuple[tuple[Run, ...], ...]
+    fetch: _Fetch | None
+    scale: float
+
+
+def _run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rules: Sequence[Rule],
+    places: Sequence[tuple[int, int, int]],
+    fetch: _Fetch | None,
+    scale: float | None,
+    position_bias: Tensor | None,
+) -> Tensor:
+    most = rows_of(rules)
+    runs = [runs_of(rule, *at, n) for rule, at, n in zip(rules, places, most, strict=True)]
+    factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    with without_autocast(q):
+        return _Attend.apply(_Call(tuple(runs), fetch, factor), q, k, v, position_bias)
+
+
+class _Attend(Function):
+    """(call, q, k, v, bias) -> out."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, call: _Call, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        ctx.call, ctx.shapes = call, (k.shape, v.shape)
+        if call.fetch is not None:
+            layout, group, dim, windows = call.fetch
+            k, v = start_windows([k, v], layout, group, dim=dim, windows=windows).wait()
+        ctx.save_for_backward(q, k, v, bias)
+        return kernel.forward(q, k, v, runs=call.runs, scale=call.scale, bias=bias)
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, bias = ctx.saved_tensors
+        call: _Call = ctx.call
+        dq, dk, dv, dbias = kernel.backward(
+            q, k, v, dout, runs=call.runs, scale=call.scale, bias=bias
+        )
+        if call.fetch is not None:
+            layout, group, dim, windows = call.fetch
+            likes = [k.new_empty(shape) for shape in ctx.shapes]
+            dk, dv = start_windows_adjoint(
+                [dk, dv], likes, layout, group, dim=dim, windows=windows
+            ).wait()
+        if dbias is not None:
+            dbias = dbias.to(bias.dtype)
+        return None, dq, dk.to(k.dtype), dv.to(v.dtype), dbias
+
+
+def check_tensors(name: str, q: Tensor, k: Tensor, v: Tensor) -> int:
+    """The number of grid dims, after the checks of shapes, dtypes and devices."""
+    dims = q.dim() - 3
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    if dims < 1 or k.dim() != q.dim() or v.dim() != q.dim():
+        raise ShapeError(
+            f"{name} needs q [B,S1..Sk,H,D], k [B,S1..Sk,G,D] and v [B,S1..Sk,G,E]", shapes
+        )
+    if q.shape[:-2] != k.shape[:-2] or k.shape[:-1] != v.shape[:-1] or q.shape[-1] != k.shape[-1]:
+        raise ShapeError(
+            f"{name}: q, k and v do not fit together",
+            shapes,
+            "they share batch and grid, k and v their heads, q and k their head dim",
+        )
+    heads, groups = q.shape[-2], k.shape[-2]
+    if heads == 0 or groups == 0 or heads % groups:
+        raise ShapeError(
+            f"{name}: query heads must be a multiple of key heads",
+            f"{heads} query heads, {groups} key heads",
+        )
+    if not q.dtype.is_floating_point or not q.dtype == k.dtype == v.dtype:
+        raise ShapeError(
+            f"{name}: q, k and v must have one float dtype", f"{q.dtype}, {k.dtype}, {v.dtype}"
+        )
+    if not q.device == k.device == v.device:
+        raise ShapeError(
+            f"{name}: q, k and v must be on one device", f"{q.device}, {k.device}, {v.device}"
+        )
+    return dims
+
+
+def check_bias(name: str, q: Tensor, bias: Tensor | None, sizes: Sequence[int]) -> None:
+    """Refuses a position bias of another shape or device."""
+    if bias is None:
+        return
+    wanted = (q.shape[-2], *sizes)
+    if tuple(bias.shape) != wanted or not bias.dtype.is_floating_point:
+        raise ShapeError(
+            f"{name}: position_bias is float [H, 2 w - 1 of each dim] = {wanted}",
+            f"got {tuple(bias.shape)} of {bias.dtype}",
+        )
+    if bias.device != q.device:
+        raise ShapeError(
+            f"{name}: position_bias must be where q is", f"{bias.device} and {q.device}"
+        )
+
+
+def per_dim(name: str, what: str, value: Sizes, dims: int) -> tuple[int, ...]:
+    """An integer for all dims, or one a dim."""
+    found = (value,) * dims if isinstance(value, int) else tuple(value)
+    integers = all(isinstance(n, int) and not isinstance(n, bool) for n in found)
+    if len(found) != dims or not integers:
+        raise ShapeError(
+            f"{name}: {what} is an integer, or one for each of the {dims} dims", f"got {value!r}"
+        )
+    return found
+
+
+def make_rules(
+    name: str,
+    rule: Callable[..., Rule],
+    sizes: Sequence[int],
+    *settings: Sequence[int],
+) -> list[Rule]:
+    """One rule a dim; what it refuses is said with the dim."""
+    rules = []
+    for dim, arguments in enumerate(zip(sizes, *settings, strict=True)):
+        try:
+            rules.append(rule(*arguments))
+        except KernelError as error:
+            raise ShapeError(
+                f"{name} cannot serve dim {dim} of the grid {tuple(sizes)}",
+                str(error),
+                "choose sizes that fit this dim; one a dim may be given",
+            ) from error
+    return rules
