@@ -22,6 +22,7 @@ from functools import lru_cache
 from operator import index
 from typing import NamedTuple
 
+from xdist.cost.conv_nd import even_windows
 from xdist.cost.place_attention import Condition, Heads, mixed
 from xdist.cost.place_block import Block
 from xdist.cost.place_path import Cost, Edges, Path, bytes_cost, shortest
@@ -41,7 +42,6 @@ from xdist.cost.place_spot import (
     Sizes,
     Spot,
     at_least,
-    runs_of,
     switched,
 )
 from xdist.errors import ConfigError, LayoutError, StrategyError
@@ -167,7 +167,7 @@ def _standing(block: Block, sizes: Sizes, behind: Sizes, degree: int, batch: int
             continue
         # Needs do not depend on each other, so each takes its own best way.
         chosen = tuple(min(ways, key=_cost) for ways in needs)
-        empty = sum(a == b for a, b in runs_of(behind[dim], degree))
+        empty = sum(a == b for a, b in even_windows(behind[dim], degree))
         cost = Cost(idle=empty)
         for option in chosen:
             cost = cost.plus(_cost(option))

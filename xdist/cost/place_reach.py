@@ -7,19 +7,19 @@ sums. Outputs of a reach that changes the grid lie as `GridShard.resized` puts t
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from math import prod
 
-from xdist.cost.place_spot import (
-    Option,
-    Run,
-    Sizes,
-    Spot,
-    at_least,
-    each_dim,
-    fetched,
-    runs_of,
+from xdist.cost.conv_nd import (
+    Along,
+    conv_dims,
+    patch_sizes,
+    patch_windows,
+    share_windows,
+    unpatch_bytes,
 )
+from xdist.cost.place_spot import Option, Passes, Run, Sizes, Spot, at_least, each_dim, fetched
 from xdist.errors import ShapeError
 
 Each = int | tuple[int, ...]
@@ -57,58 +57,48 @@ class Halo:
         before = each_dim(self.before, spot.sizes, "before")[spot.dim]
         after = each_dim(self.after, spot.sizes, "after")[spot.dim]
         return _window_option(
-            spot, spot.runs, self.channels, lambda a, b: (max(0, a - before), min(n, b + after))
+            spot, self.channels, lambda a, b: (max(0, a - before), min(n, b + after))
         )
 
 
 @dataclass(frozen=True)
 class Convolution:
-    """`xdist.conv_nd`: outputs at every `stride`-th position, over `kernel` taps `dilation` apart.
+    """`xdist.conv_nd`: its arguments of these names.
 
-    padding "same" gives ceil(n / stride) positions, the odd one of the padding behind; "valid" as
-    many as fit.
+    channels, itemsize: of what it reads; None: of the block's input.
     """
 
     kernel: Each
     stride: Each = 1
     dilation: Each = 1
-    padding: str = "same"
+    padding: str | Each = "same"
+    channels: int | None = None
+    itemsize: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("kernel", "stride", "dilation"):
-            at_least(name, getattr(self, name), 1)
-        if self.padding not in ("same", "valid"):
-            raise ShapeError(f"padding {self.padding!r} is not known", "", "use 'same' or 'valid'")
-
-    def _along(self, sizes: Sizes, dim: int) -> tuple[int, int, int, int]:
-        """Outputs, stride, positions that one output spans, padding in front."""
-        n = sizes[dim]
-        stride = each_dim(self.stride, sizes, "stride")[dim]
-        taps = each_dim(self.kernel, sizes, "kernel")[dim]
-        span = each_dim(self.dilation, sizes, "dilation")[dim] * (taps - 1) + 1
-        if self.padding == "valid":
-            return (n - span) // stride + 1, stride, span, 0
-        out = -(-n // stride)
-        return out, stride, span, max((out - 1) * stride + span - n, 0) // 2
+        at_least("kernel", self.kernel, 1)
+        _channels(self.channels)
 
     def __str__(self) -> str:
         return f"convolution of {self.kernel}" + (f" by {self.stride}" if self.stride != 1 else "")
 
+    def _along(self, sizes: Sizes) -> tuple[Along, ...]:
+        return conv_dims(
+            sizes,
+            each_dim(self.kernel, sizes, "kernel"),
+            stride=self.stride,
+            padding=self.padding,
+            dilation=self.dilation,
+        )
+
     def grid(self, sizes: Sizes) -> Sizes:
         """Outputs along each dim."""
-        found = tuple(self._along(sizes, dim)[0] for dim in range(len(sizes)))
-        return _not_empty(found, sizes, f"a convolution of {self.kernel} without padding")
+        return tuple(one.outputs for one in self._along(sizes))
 
     def options(self, spot: Spot) -> tuple[Option, ...]:
         """What the outputs of each rank read."""
-        n = spot.sizes[spot.dim]
-        out, stride, span, pad = self._along(spot.sizes, spot.dim)
-        return _window_option(
-            spot,
-            runs_of(out, spot.degree),
-            None,
-            lambda a, b: (max(0, a * stride - pad), min(n, (b - 1) * stride - pad + span)),
-        )
+        windows = share_windows(self._along(spot.sizes)[spot.dim], spot.degree)
+        return _option(spot, windows, self.channels, self.itemsize)
 
 
 @dataclass(frozen=True)
@@ -170,12 +160,13 @@ class Neighborhood:
             return low, max(keys(query)[1] for query in range(max(a, b - dilation), b))
 
         channels = 2 * spot.channels if self.channels is None else self.channels
-        return _window_option(spot, spot.runs, channels, seen)
+        return _window_option(spot, channels, seen)
 
 
 @dataclass(frozen=True)
 class Patches:
-    """`patch` positions become one: patch embedding and merging. The last may be partly filled."""
+    """`patch` positions become one (`xdist.nn.patches`): patch embedding and merging. The last
+    patch may be partly filled."""
 
     patch: Each
 
@@ -187,20 +178,19 @@ class Patches:
 
     def grid(self, sizes: Sizes) -> Sizes:
         """Patches along each dim."""
-        return tuple(
-            -(-n // p) for n, p in zip(sizes, each_dim(self.patch, sizes, "patch"), strict=True)
-        )
+        return patch_sizes(sizes, each_dim(self.patch, sizes, "patch"))
 
     def options(self, spot: Spot) -> tuple[Option, ...]:
         """The positions of each rank's patches that others hold."""
-        n, patch = spot.sizes[spot.dim], each_dim(self.patch, spot.sizes, "patch")[spot.dim]
-        runs = runs_of(-(-n // patch), spot.degree)
-        return _window_option(spot, runs, None, lambda a, b: (a * patch, min(n, b * patch)))
+        patch = each_dim(self.patch, spot.sizes, "patch")[spot.dim]
+        windows = patch_windows(spot.sizes[spot.dim], patch, spot.degree)
+        return _option(spot, windows, None, None)
 
 
 @dataclass(frozen=True)
 class Unpatches:
-    """Each position becomes `patch` ones, cut to the grid `sizes`: what `Patches` took together."""
+    """Each position becomes `patch` ones (`xdist.nn.unpatches`), cut to the grid `sizes`: what
+    `Patches` took together. The block's channels are those of a whole patch."""
 
     patch: Each
     sizes: Sizes
@@ -214,37 +204,46 @@ class Unpatches:
 
     def grid(self, sizes: Sizes) -> Sizes:
         """`sizes` of the finer grid."""
-        if Patches(self.patch).grid(self.sizes) != sizes:
+        found = patch_sizes(self.sizes, each_dim(self.patch, self.sizes, "patch"))
+        if found != sizes:
             raise ShapeError(
-                f"patches of {self.patch} over the grid {self.sizes} are "
-                f"{Patches(self.patch).grid(self.sizes)}",
+                f"patches of {self.patch} over the grid {self.sizes} are {found}",
                 f"the block's grid is {sizes}",
                 "give Unpatches the sizes that Patches was given",
             )
         return self.sizes
 
     def options(self, spot: Spot) -> tuple[Option, ...]:
-        """The patches of each rank's positions that others hold."""
-        patch = each_dim(self.patch, spot.sizes, "patch")[spot.dim]
-        runs = runs_of(self.sizes[spot.dim], spot.degree)
-        return _window_option(spot, runs, None, lambda a, b: (a // patch, -(-b // patch)))
+        """The positions of each rank's share that lie in patches of others."""
+        patch = each_dim(self.patch, self.sizes, "patch")
+        elements = spot.batch * spot.channels // prod(patch)
+        moved = []
+        for rank in range(spot.degree):
+            ways = [
+                unpatch_bytes(
+                    self.sizes, spot.dim, spot.degree, patch[spot.dim], rank, elements,
+                    spot.itemsize, backward=backward,
+                )
+                for backward in (False, True)
+            ]  # fmt: skip
+            moved.append(Passes(*ways))
+        return (Option("", tuple(moved)),)
 
 
 def _window_option(
-    spot: Spot, outputs: tuple[Run, ...], channels: int | None, reads: Callable[[int, int], Run]
+    spot: Spot, channels: int | None, reads: Callable[[int, int], Run]
 ) -> tuple[Option, ...]:
-    """The one way of a reach: each rank fetches what its outputs `[a, b)` read; empty, nothing."""
-    windows = [reads(a, b) if a < b else (0, 0) for a, b in outputs]
-    # Padding alone is read from nobody.
-    windows = [(low, high) if low < high else (0, 0) for low, high in windows]
-    used = spot.channels if channels is None else channels
-    return (Option("", fetched(spot, windows, used)),)
+    """Each rank fetches what its positions `[a, b)` read; without positions, nothing."""
+    windows = [reads(a, b) if a < b else (0, 0) for a, b in spot.runs]
+    return _option(spot, windows, channels, None)
 
 
-def _not_empty(found: Sizes, sizes: Sizes, what: str) -> Sizes:
-    if min(found) < 1:
-        raise ShapeError(f"{what} leaves nothing", f"{sizes} becomes {found}", "use padding='same'")
-    return found
+def _option(
+    spot: Spot, windows: Sequence[Run], channels: int | None, itemsize: int | None
+) -> tuple[Option, ...]:
+    """The one way of a reach: a window of each rank."""
+    used = replace(spot, itemsize=itemsize) if itemsize else spot
+    return (Option("", fetched(used, windows, channels or spot.channels)),)
 
 
 def _channels(channels: int | None) -> None:

@@ -1,15 +1,16 @@
-"""What a scan over dims of a grid costs along the sharded one."""
+"""What a scan over dims of a grid costs along the sharded one: `xdist.grid_scan`'s formulas."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from math import prod
+from dataclasses import dataclass
+from functools import lru_cache
 
-from xdist.cost.place_spot import Option, Passes, Sizes, Spot, at_least, runs_of, switched
-from xdist.cost.recurrent import Problem, recurrent_bytes
+from xdist.cost.grid_scan import GridScanProblem, choose_route, grid_scan_bytes
+from xdist.cost.moves import sum_itemsize, transition_elements
+from xdist.cost.place_spot import Option, Passes, Sizes, Spot, at_least
+from xdist.cost.recurrent import Problem, TokenInput
 from xdist.documents import Documents
 from xdist.errors import ShapeError
-from xdist.layout import Layout
 
 
 @dataclass(frozen=True)
@@ -17,12 +18,13 @@ class Scan:
     """`xdist.grid_scan` of a recurrence: dims of `order` from outermost to innermost, rows of the
     others beside each other.
 
-    heads, key_dim, value_dim: of the state; transition: as in xdist.cost.moves; both: two
-    directions in one exchange; inputs, outputs: channels that a scan inside takes along when the
-    dim it lies in is switched for another, and brings back (None: the block's).
+    heads, key_dim, value_dim: of the state, as in xdist.cost.recurrent; transition: as there; both:
+    two directions in one exchange. inputs: of one direction, those with tokens, for routes that
+    move tokens; empty: q, k, v and a decay, each per head. shared: how many of the first inputs
+    both directions read, which then travel once. itemsize: of the output; None: the block's.
 
-    Sharded outside `order`: nothing moves. Along its outermost dim: states do. Along an inner one:
-    inputs are switched to the dim of the fewest bytes and outputs back.
+    Sharded outside `order` nothing moves, along its outermost dim states do; inside, or where
+    states would be more bytes, tokens are switched for the scan and back, as grid_scan chooses.
     """
 
     order: tuple[int, ...]
@@ -32,8 +34,9 @@ class Scan:
     transition: str = "diagonal"
     reverse: bool = False
     both: bool = False
-    inputs: int | None = None
-    outputs: int | None = None
+    inputs: tuple[TokenInput, ...] = ()
+    shared: int = 0
+    itemsize: int | None = None
 
     def __post_init__(self) -> None:
         at_least("order", self.order, 0)
@@ -41,6 +44,20 @@ class Scan:
             raise ShapeError("order names each scanned dim once", f"got {self.order}")
         for name in ("heads", "key_dim", "value_dim"):
             at_least(name, getattr(self, name), 1)
+
+    @classmethod
+    def selective(
+        cls, order: tuple[int, ...], channels: int, states: int, *, itemsize: int = 4,
+        both: bool = False, shared: int = 0,
+    ) -> Scan:  # fmt: skip
+        """Of `xdist.selective_scan` over u, delta [.., channels] and B, C [.., states]."""
+        wide = TokenInput(channels, 1, itemsize)
+        narrow = TokenInput(1, states, itemsize)
+        # What travels of a transition is the sum of delta: one number a channel.
+        return cls(
+            order, channels, states, 1, "scalar", both=both, shared=shared, itemsize=itemsize,
+            inputs=(wide, wide, narrow, narrow),
+        )  # fmt: skip
 
     def __str__(self) -> str:
         return f"scan over {self.order}{' both ways' if self.both else ''}"
@@ -56,47 +73,45 @@ class Scan:
         return sizes
 
     def options(self, spot: Spot) -> tuple[Option, ...]:
-        """Nothing, states, or a switch there and back around the scan."""
-        if spot.dim not in self.order:
-            return (Option("", spot.nothing()),)
-        if spot.dim == self.order[0]:
-            return (Option("scan", _states(self, spot)),)
-        return tuple(self._switched(spot, dim) for dim in self._targets(spot))
+        """The one way that grid_scan takes."""
+        return (_option(self, spot),)
 
-    def _targets(self, spot: Spot) -> list[int]:
-        inner = self.order[1:]
-        return [dim for dim in range(len(spot.sizes)) if dim not in inner]
-
-    def _switched(self, spot: Spot, dim: int) -> Option:
-        there = switched(spot.sizes, spot.dim, dim, spot.degree, _row(spot, self.inputs))
-        back = switched(spot.sizes, dim, spot.dim, spot.degree, _row(spot, self.outputs))
-        moved = [a + b for a, b in zip(there, back, strict=True)]
-        if dim == self.order[0]:
-            own = _states(self, replace(spot, dim=dim))
-            moved = [a + b for a, b in zip(moved, own, strict=True)]
-        idle = sum(run[0] == run[1] for run in runs_of(spot.sizes[dim], spot.degree))
-        return Option(f"switch to dim {dim}", tuple(moved), idle)
-
-
-def _row(spot: Spot, channels: int | None) -> int:
-    """Bytes of one position, over the batch."""
-    return spot.batch * spot.itemsize * (spot.channels if channels is None else channels)
-
-
-def _states(scan: Scan, spot: Spot) -> tuple[Passes, ...]:
-    """States that cross ranks where the outermost dim is sharded."""
-    inner = prod(spot.sizes[dim] for dim in scan.order[1:])
-    rows = spot.batch * prod(spot.sizes) // (inner * spot.sizes[spot.dim])
-    tokens = spot.sizes[spot.dim] * inner
-    layout = Layout.from_segments(tokens, [[(a * inner, b * inner)] for a, b in spot.runs])
-    found = list(spot.nothing())
-    for reverse in (False, True) if scan.both else (scan.reverse,):
-        problem = Problem(
-            layout, Documents.of(None, tokens), rows, scan.heads, scan.key_dim, scan.value_dim,
-            scan.value_dim, scan.transition, spot.itemsize, (), reverse=reverse,
+    def problem(self, spot: Spot) -> GridScanProblem:
+        """The call as grid_scan sees it."""
+        itemsize = spot.itemsize if self.itemsize is None else self.itemsize
+        own = self.inputs or self._plain(itemsize)
+        directions = (False, True) if self.both else (self.reverse,)
+        calls = tuple(
+            Problem(
+                spot.layout, Documents.of(None, spot.sizes[spot.dim]), spot.batch, self.heads,
+                self.key_dim, self.value_dim, self.value_dim, self.transition, itemsize, own,
+                reverse=reverse,
+            )
+            for reverse in directions
         )  # fmt: skip
-        found = [
-            one + Passes(*(recurrent_bytes(problem, "scan", r, backward=b) for b in (False, True)))
-            for r, one in enumerate(found)
-        ]
-    return tuple(found)
+        moved = own[: self.shared] + len(directions) * own[self.shared :]
+        return GridScanProblem(spot.sizes, spot.dim, spot.degree, self.order, calls, moved)
+
+    def _plain(self, itemsize: int) -> tuple[TokenInput, ...]:
+        keys = TokenInput(self.heads, self.key_dim, itemsize)
+        found = [keys, keys, TokenInput(self.heads, self.value_dim, itemsize)]
+        decay = transition_elements(self.transition, self.key_dim)
+        if decay:
+            found.append(TokenInput(self.heads, decay, sum_itemsize(itemsize)))
+        return tuple(found)
+
+
+@lru_cache(maxsize=256)
+def _option(scan: Scan, spot: Spot) -> Option:
+    if spot.degree == 1 or spot.dim not in scan.order:
+        return Option("", spot.nothing())
+    problem = scan.problem(spot)
+    route = choose_route(problem)
+    moved = tuple(
+        Passes(*(grid_scan_bytes(problem, rank, backward=b) for b in (False, True)))
+        for rank in range(spot.degree)
+    )
+    name = {"switch": "over heads"}.get(route.strategy, route.strategy)
+    if route.dim != spot.dim:
+        name = f"{name} along dim {route.dim}"
+    return Option(name, moved)

@@ -9,6 +9,7 @@ from math import prod
 from operator import index
 from typing import NamedTuple, Protocol
 
+from xdist.cost.conv_nd import even_windows
 from xdist.cost.moves import Moved, sum_itemsize, switch_bytes, window_bytes
 from xdist.errors import ShapeError
 from xdist.layout import Layout, even_sizes
@@ -70,7 +71,7 @@ class Spot:
     @cached_property
     def runs(self) -> tuple[Run, ...]:
         """Positions `[start, stop)` along the sharded dim, by rank."""
-        return runs_of(self.sizes[self.dim], self.degree)
+        return even_windows(self.sizes[self.dim], self.degree)
 
     @property
     def across(self) -> int:
@@ -135,14 +136,6 @@ def fetched(spot: Spot, windows: Sequence[Run], channels: int) -> tuple[Passes, 
     ]
     wide = sum_itemsize(spot.itemsize)
     return tuple(Passes(moved, moved.back(spot.itemsize, wide)) for moved in there)
-
-
-def runs_of(size: int, degree: int) -> tuple[Run, ...]:
-    """Positions `[start, stop)` of `size`, by rank."""
-    cuts = [0]
-    for share in even_sizes(size, degree):
-        cuts.append(cuts[-1] + share)
-    return tuple((cuts[rank], cuts[rank + 1]) for rank in range(degree))
 
 
 def each_dim(value: int | tuple[int, ...], sizes: Sizes, name: str) -> tuple[int, ...]:
