@@ -9,10 +9,11 @@ export PYTHONUNBUFFERED := 1
 # mkdocs-material advertises another tool at each build.
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: help store quickstart test test-slow slurm-deps check docs bench gpu clean
+.PHONY: help store brain quickstart test test-slow slurm-deps check docs bench gpu clean
 
 help:
 	@echo "make quickstart  prepare text, certify, then train one sequence of 1,048,576 bytes on 2 ranks"
+	@echo "make brain       the ICBM152 brain with its tissues as a store of grids (11.5 MB by pip)"
 	@echo "make store       only the token store that quickstart and bench read"
 	@echo "make test        the tests (within 15 minutes on 2 cores)"
 	@echo "make test-slow   the long tests (within 35 minutes)"
@@ -40,7 +41,7 @@ $(VENV)/.installed-run: constraints.txt pyproject.toml | $(BIN)/python
 
 $(VENV)/.installed-dev: constraints.txt pyproject.toml | $(VENV)/.installed-run
 	@echo "installing the tools of tests and docs"
-	@$(PIP) --no-build-isolation --editable '.[dev,docs,tensorboard,deepspeed,ray,mpi,transformers,peers]'
+	@$(PIP) --no-build-isolation --editable '.[dev,docs,tensorboard,deepspeed,ray,mpi,transformers,peers,volumes]'
 	@touch $@
 
 # Real text that every machine has: the sources of the running Python's standard library. A store
@@ -49,6 +50,22 @@ store: $(VENV)/.installed-run
 	$(BIN)/xdist prepare text \
 	  "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')" \
 	  data-cache/stdlib.zarr --pattern '*.py'
+
+# The MNI ICBM152 T1 brain with its tissue maps lies in nilearn's wheel; nothing of it is installed.
+BRAIN := data-cache/icbm152
+WHEEL := nilearn-0.14.1-py3-none-any.whl
+$(VENV)/.installed-volumes: constraints.txt pyproject.toml | $(VENV)/.installed-run
+	@$(PIP) --no-build-isolation --editable '.[volumes]'
+	@touch $@
+
+$(BRAIN)/white.nii.gz: | $(VENV)/.installed-run
+	@[ -f $(BRAIN)/$(WHEEL) ] || $(BIN)/python -m pip --disable-pip-version-check --quiet download \
+	  --no-deps --only-binary :all: --dest $(BRAIN) nilearn==0.14.1
+	$(BIN)/python -m xdist.data.volume_icbm $(BRAIN)/$(WHEEL) $(BRAIN)
+
+brain: $(VENV)/.installed-volumes $(BRAIN)/white.nii.gz
+	$(BIN)/xdist prepare volume $(BRAIN)/t1.nii.gz data-cache/icbm152.zarr \
+	  --map grey=$(BRAIN)/grey.nii.gz --map white=$(BRAIN)/white.nii.gz --map-scale 255
 
 quickstart: store
 	$(BIN)/xdist certify $(CONFIG)

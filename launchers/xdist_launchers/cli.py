@@ -11,7 +11,7 @@ import typer
 
 from xdist_launchers.checkpoint_cli import checkpoint_app
 from xdist_launchers.guarded import guarded
-from xdist_launchers.prepare_cli import prepare_app
+from xdist_launchers.prepare_grids_cli import prepare_app
 
 _PLAIN: dict[str, Any] = {
     "no_args_is_help": True,

@@ -1,4 +1,4 @@
-"""`xdist prepare text | task`."""
+"""`xdist prepare text | task`; prepare_grids_cli adds those of grids."""
 
 from __future__ import annotations
 

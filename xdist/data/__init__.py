@@ -1,4 +1,4 @@
-"""Token stores on disk, the order samples are drawn in, and each rank's own slice of them.
+"""Stores of tokens and of grids, the order samples are drawn in, and each rank's own slice.
 
 Names are loaded on first use: preparing a store needs no torch, drawing an order needs no zarr.
 """
@@ -20,6 +20,16 @@ _HOME = {
     "Request": "xdist.data.loader",
     "Batch": "xdist.data.loader",
     "require_same_data": "xdist.data.identity",
+    "GridStore": "xdist.data.grid_store",
+    "GridSplit": "xdist.data.grid_store",
+    "Degradation": "xdist.data.degrade",
+    "part_box": "xdist.data.grid_box",
+    "Volume": "xdist.data.volume",
+    "prepare_volume": "xdist.data.volume",
+    "Bouncing": "xdist.data.video",
+    "prepare_video": "xdist.data.video",
+    "Kolmogorov": "xdist.data.flow",
+    "prepare_flow": "xdist.data.flow",
 }
 
 __all__ = list(_HOME)

@@ -98,9 +98,6 @@ class Degradation:
         return _waves(weights, at)
 
 
-CLEAN = Degradation()
-
-
 @cache
 def _weights(seed: int, sample: int, dims: int) -> NDArray[np.float64]:
     """The weights of the waves `[3] * dims`, so that the field is 1 at most on a coarse lattice."""

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from xdist.data.degrade import CLEAN, Degradation
+from xdist.data.degrade import Degradation
 from xdist.data.grid_arrays import Box, GridArrays
 from xdist.data.guard import read_metadata
 from xdist.data.identity import GRID_FORMAT, VERSION, fingerprint
@@ -33,21 +33,18 @@ _REMEDY = "prepare the store again with `xdist prepare volume`, `video` or `flow
 class GridStore:
     """A store made by `xdist prepare volume`, `video` or `flow`, opened for reading.
 
-    degrade: what is done to every image that is read, a part of the identity where it does
-    anything; the store itself stays as measured.
-
     Attributes:
         path: the folder.
         identity: `{"fingerprint": hex, "facts": {...}}`, for a checkpoint's state (JSON).
         kind: "volume", "video" or "flow".
-        channel_names, class_names: no classes where there are no labels.
+        channels, classes: their names; no classes where there are no labels.
         dims: of a grid, without samples and channels.
 
     Raises:
         DataError: no store there, another format or version, metadata outside the allowed lists.
     """
 
-    def __init__(self, path: str | Path, degrade: Degradation = CLEAN) -> None:
+    def __init__(self, path: str | Path) -> None:
         if "://" in str(path):
             raise DataError(f"{path} is not a local path", "only local stores are read")
         self.path = Path(path).resolve()
@@ -77,19 +74,22 @@ class GridStore:
                 _REMEDY,
             )
         self.kind: str = facts["kind"]
-        self.channel_names: tuple[str, ...] = tuple(facts["channels"])
-        self.class_names: tuple[str, ...] = tuple(facts["classes"])
+        self.channels: tuple[str, ...] = tuple(facts["channels"])
+        self.classes: tuple[str, ...] = tuple(facts["classes"])
         self.dims = len(facts["grids"]["0"]["sizes"])
-        self.degrade = degrade
         self._arrays = GridArrays(self.path, facts)
-        if degrade.acts:
-            facts = facts | {"degraded": degrade.facts()}
-            self.identity = {"fingerprint": fingerprint(facts), "facts": facts}
 
     @property
     def fingerprint(self) -> str:
-        """sha256 over content, sizes, names and recipes, hex."""
+        """sha256 over content, sizes, names and recipe, hex."""
         return str(self.identity["fingerprint"])
+
+    def identity_of(self, degrade: Degradation | None) -> dict[str, Any]:
+        """The identity of what is read with `degrade`: the store's own where that does nothing."""
+        if degrade is None or not degrade.acts:
+            return self.identity
+        facts = self.identity["facts"] | {"degraded": degrade.facts()}
+        return {"fingerprint": fingerprint(facts), "facts": facts}
 
     @property
     def split_names(self) -> list[str]:
@@ -133,7 +133,7 @@ class GridSplit:
 
     def __init__(self, store: GridStore, name: str) -> None:
         self.name = name
-        self._store = store
+        self.channels, self.classes = store.channels, store.classes
         self._arrays = store._arrays
         self._facts: dict[str, Any] = store.identity["facts"]["grids"]
         self._rows = [
@@ -148,37 +148,11 @@ class GridSplit:
         return len(self._rows)
 
     @property
-    def channels(self) -> int:
-        """Values of one position."""
-        return len(self._store.channel_names)
-
-    @property
-    def labelled(self) -> bool:
-        """Whether positions have a class."""
-        return bool(self._store.class_names)
-
-    @property
     def bytes_read(self) -> int:
-        """Decoded bytes read from the disk so far by this store: whole chunks."""
+        """Decoded bytes read from the disk so far, over all splits of the store: whole chunks."""
         return sum(self._arrays.store.read_bytes.values())
 
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """The grid of every sample.
-
-        Raises:
-            DataError: samples of several sizes.
-        """
-        found = {tuple(self._facts[grid]["sizes"]) for grid, _ in self._rows}
-        if len(found) != 1:
-            raise DataError(
-                f"split {self.name} has samples of several sizes",
-                ", ".join(map(str, sorted(found))),
-                "take `sizes_of` each sample, or prepare a store for each size",
-            )
-        return found.pop()
-
-    def sizes_of(self, sample: int) -> tuple[int, ...]:
+    def sizes(self, sample: int) -> tuple[int, ...]:
         """The grid of one sample."""
         return tuple(self._of(sample)["sizes"])
 
@@ -192,8 +166,10 @@ class GridSplit:
         self._of(sample)
         return self._arrays.cost(self._rows[sample][0], box)
 
-    def read(self, sample: int, box: Box) -> NDArray[np.float32]:
-        """The image in a box, float32 `[s1, ..., sk, C]`: degraded as the store says, normalised.
+    def image(
+        self, sample: int, box: Box, degrade: Degradation | None = None
+    ) -> NDArray[np.float32]:
+        """The image in a box, float32 `[s1, ..., sk, C]`: degraded if asked for, then normalised.
 
         A value depends on sample and position alone, not on the box it is read in.
 
@@ -203,8 +179,7 @@ class GridSplit:
         facts = self._of(sample)
         grid, row = self._rows[sample]
         found = self._arrays.read(grid, "image", row, box).astype(np.float32)
-        degrade = self._store.degrade
-        if degrade.acts:
+        if degrade is not None:
             number = self._first[grid] + row
             start = [run[0] for run in box]
             found = degrade.apply(found, number, facts["sizes"], start, facts["range"])
@@ -217,19 +192,18 @@ class GridSplit:
         """The class of each position of a box, int64 `[s1, ..., sk]`, -100 where none counts.
 
         Raises:
-            DataError: as `read`; a store without labels; a class that it does not have.
+            DataError: as `image`; a store without labels; a class that it does not have.
         """
-        names = self._store.class_names
-        if not names:
+        if not self.classes:
             raise DataError("this store has no labels", f"split {self.name}", _REMEDY)
         self._of(sample)
         grid, row = self._rows[sample]
         found = self._arrays.read(grid, "labels", row, box).astype(np.int64)
         found[found == NO_CLASS] = IGNORED
-        if found.size and found.max() >= len(names):
+        if found.size and found.max() >= len(self.classes):
             raise DataError(
                 f"array grids/{grid}/labels holds a class outside the list",
-                f"class {found.max()} of {len(names)}: {', '.join(names)}",
+                f"class {found.max()} of {len(self.classes)}: {', '.join(self.classes)}",
                 _REMEDY,
             )
         return found
