@@ -17,6 +17,7 @@ from xdist.nn.grid_attention import (
 from xdist.nn.linear import GatedLinearAttention
 from xdist.nn.mlp import SquaredReLUMLP
 from xdist.nn.norm import RMSNorm
+from xdist.nn.patches import PatchEmbed, PatchMerge, patches, unpatches
 from xdist.nn.registry import ALIASES, MIXERS, build_mixer
 
 __all__ = [
@@ -29,8 +30,12 @@ __all__ = [
     "GridAttention",
     "NGramEmbedding",
     "NeighborhoodAttention",
+    "PatchEmbed",
+    "PatchMerge",
     "RMSNorm",
     "SquaredReLUMLP",
     "WindowAttention",
     "build_mixer",
+    "patches",
+    "unpatches",
 ]
