@@ -58,7 +58,7 @@ def per_dim(name: str, value: PerDim, dims: int, *, least: int = 1) -> tuple[int
     Raises:
         ShapeError: another number of them, no integers, or one below `least`.
     """
-    found = (value,) * dims if isinstance(value, int) else tuple(value)
+    found = tuple(value) if isinstance(value, Sequence) else (value,) * dims
     if len(found) != dims or not all(isinstance(one, int) and one >= least for one in found):
         raise ShapeError(
             f"{name} is an integer of at least {least}, or one for each of {dims} dims",
