@@ -67,9 +67,15 @@ def conv_forward(
         level += bias
     for tile in call.tiles():
         target = call.out[:, tile.outputs]
-        total = level.expand(target.shape).clone()
         source = call.x[:, tile.inputs].to(call.wide)
-        for run in call.runs(tile):
+        # A tap that reads for all outputs makes the sum to which the others add.
+        runs = sorted(call.runs(tile), key=lambda run: not run.whole)
+        if runs and runs[0].whole:
+            first, *runs = runs
+            total = call.outputs(source[first.inputs], first, level)
+        else:
+            total = level.expand(target.shape).clone()
+        for run in runs:
             total[run.outputs] += call.outputs(source[run.inputs], run)
         target.copy_(total)
     return out
@@ -122,6 +128,7 @@ class _Run(NamedTuple):
     kernel: int
     outputs: tuple[slice, ...]
     inputs: tuple[slice, ...]
+    whole: bool  # all places of the tile
 
 
 def _canonical(x: Tensor, dims: int) -> Tensor:
@@ -191,6 +198,7 @@ class _Call:
         """One run for each tap that reads any input."""
         if not self.x.numel():
             return
+        places = [tile.outputs.stop - tile.outputs.start, *self.out.shape[2:-3]]
         for number, tap in enumerate(product(*(range(size) for size in self.sizes))):
             outputs, inputs = [slice(None)], [slice(None)]
             for dim, t in enumerate(tap):
@@ -206,17 +214,18 @@ class _Call:
                 if not count:
                     break
             else:
-                yield _Run(number, tuple(outputs), tuple(inputs))
+                whole = all(at == slice(0, n) for at, n in zip(outputs[1:], places, strict=True))
+                yield _Run(number, tuple(outputs), tuple(inputs), whole)
 
     def _images(self, seen: Tensor) -> Tensor:
         """[B,..,H,W,C] as channels-last images [N,C,H,W]."""
         planes = seen.flatten(0, -4)
         return (planes if self.pads is None else pad(planes, self.pads)).permute(0, 3, 1, 2)
 
-    def outputs(self, seen: Tensor, run: _Run) -> Tensor:
+    def outputs(self, seen: Tensor, run: _Run, bias: Tensor | None = None) -> Tensor:
         """[B,..,O,O',Cout] that one tap adds, from the planes it reads."""
         found = torch.conv2d(
-            self._images(seen), self.kernels[run.kernel], None, self.stride[-2:], self.padding,
+            self._images(seen), self.kernels[run.kernel], bias, self.stride[-2:], self.padding,
             self.dilation[-2:], self.groups,
         )  # fmt: skip
         return found.permute(0, 2, 3, 1).unflatten(0, seen.shape[:-3])
