@@ -21,7 +21,7 @@ from xdist import ops
 from xdist.cost.place import Block, Convolution, Scan
 from xdist.errors import ConfigError
 from xdist.grid_shard import GridShard
-from xdist.models.segmenter import Residual, Segmenter, SegmenterConfig, SiLUMLP
+from xdist.models.segmenter import DTYPES, Residual, Segmenter, SegmenterConfig, SiLUMLP
 from xdist.nn.decay import wide
 from xdist.nn.initial import matrix, step_bias
 
@@ -132,9 +132,11 @@ class MambaND(Segmenter):
 def _needs(config: MambaNDConfig, layer: int) -> Block:
     """What one mixer needs of the grid."""
     convolution = Convolution(config.kernel)
-    scan = Scan(
-        config.order(layer), heads=config.inner, key_dim=config.state_dim, value_dim=1, both=True
-    )
+    # Both directions read u, which then travels once.
+    scan = Scan.selective(
+        config.order(layer), config.inner, config.state_dim,
+        itemsize=DTYPES[config.dtype].itemsize, both=True, shared=1,
+    )  # fmt: skip
     return Block(
         f"scan {layer}", config.dim, itemsize=config.stream_dtype.itemsize,
         reach=(convolution,) if config.scan == "none" else (convolution, scan),
