@@ -8,6 +8,7 @@ overrides, `xdist show` and docs/config.md follow from the model. `load` lives i
 from __future__ import annotations
 
 import pathlib
+from math import prod
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, ValidationInfo, model_validator
@@ -396,6 +397,13 @@ class Config(Section):
         if not (info.context and info.context.get("collecting")):
             raise_problems(problems(self), "config")
         return self
+
+    def tokens_of(self, stage: Stage) -> int:
+        """Tokens of one sample of a stage, over all ranks that share it."""
+        crop = stage.crop or self.model.sizes
+        patch = self.model.patch or (1,) * len(crop)
+        tokens = prod(-(-size // each) for size, each in zip(crop, patch, strict=True))
+        return tokens if crop else stage.length
 
     @property
     def run_directory(self) -> pathlib.Path:

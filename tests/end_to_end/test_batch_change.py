@@ -11,7 +11,7 @@ from tests.end_to_end.training import config_of, lines_of, make_store, run_here,
 from xdist.config import Config
 from xdist.data import TextStore
 from xdist.mesh import Mesh
-from xdist.train.feed import Feed
+from xdist.train.feed import text_feed
 from xdist.train.resume import Position, check_order, position_of, state_of
 
 
@@ -51,7 +51,7 @@ def test_a_changed_batch_goes_on_from_the_next_sample_when_allowed(
 
 def _rows(config: Config, position: Position, steps: int) -> list[torch.Tensor]:
     """The samples of the next steps, one by one, as the loop is fed with them."""
-    feed = Feed(config, Mesh.one_rank(), TextStore(config.data.store), position)
+    feed = text_feed(config, Mesh.one_rank(), TextStore(config.data.store), position)
     try:
         made = [feed.next_step() for _ in range(steps)]
     finally:

@@ -15,10 +15,10 @@ from xdist.config import Config, load, parse
 from xdist.cost.moves import Moved
 from xdist.dry_run import dry_run
 from xdist.dry_run import run as module
-from xdist.dry_run.meta import MetaRun
 from xdist.errors import LaunchError, XdistError
 from xdist.models import build
 from xdist.plan import plan, step_moves
+from xdist.plan.meta import MetaRun
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = """

@@ -20,6 +20,8 @@ _HOME = {
     "Request": "xdist.data.loader",
     "Batch": "xdist.data.loader",
     "require_same_data": "xdist.data.identity",
+    "GridRequest": "xdist.data.grid_loader",
+    "GridBatch": "xdist.data.grid_loader",
     "GridStore": "xdist.data.grid_store",
     "GridSplit": "xdist.data.grid_store",
     "Degradation": "xdist.data.degrade",

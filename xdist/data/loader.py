@@ -69,6 +69,11 @@ class Batch:
     cu_seqlens: tuple[int, ...] | None
     bad: tuple[tuple[int, str], ...] = ()
 
+    @property
+    def valid_tokens(self) -> int:
+        """Tokens with a label that counts."""
+        return int((self.labels >= 0).sum())
+
     def without(self, rows: Iterable[int]) -> Batch:
         """The same batch with every label of `rows` (indices into this batch) ignored."""
         dropped = list(rows)
@@ -98,7 +103,7 @@ class BadSamples:
             raise DataError(
                 f"{self.count} samples could not be read",
                 f"data.max_bad is {self.max_bad}" + (f"; the last: {why}" if why else ""),
-                "repair the store with `xdist prepare text`, or raise data.max_bad",
+                "repair the store with `xdist prepare`, or raise data.max_bad",
             )
 
 

@@ -20,12 +20,12 @@ from xdist.comm.reduce import start_reduce
 from xdist.comm.worlds import fake_world
 from xdist.config import Config, Engine, Stage
 from xdist.cost.moves import Moved
-from xdist.dry_run.meta import MetaRun
 from xdist.dry_run.result import DryRun, Rehearsal
-from xdist.errors import XdistError
+from xdist.errors import ConfigError, XdistError
 from xdist.mesh import Mesh, init_mesh
 from xdist.models import build
 from xdist.plan import plan, step_memory, step_moves
+from xdist.plan.meta import MetaRun
 from xdist.plan.step import STEP_NUMBERS, layout_of
 from xdist.shard import SequenceShard
 from xdist.train.gradients import reduce_gradients
@@ -45,6 +45,13 @@ def dry_run(config: Config) -> DryRun:
         LaunchError: this process has a process group already.
         XdistError: a step moved other bytes than `xdist plan` says, which is a fault of xdist.
     """
+    if config.data.kind != "text":
+        raise ConfigError(
+            f"a dry run knows no {config.model.kind}",
+            "the plan of a model of grids is made by such a run already: each rank's step, without "
+            "values, counted by the ledger",
+            "use `xdist plan CONFIG` without --dry-run",
+        )
     ranks = sorted({0, config.ranks // 2, config.ranks - 1})
     checked = _check_shares(config)
     found: list[Rehearsal] = []

@@ -11,11 +11,16 @@ from torch import Tensor
 
 
 class Answers:
-    """Of the tokens with a label that counts: how many were seen, and whose likeliest is right."""
+    """Of the tokens with a label that counts: how many were seen, and whose likeliest is right.
 
-    def __init__(self) -> None:
+    confusion: int64 [classes, classes], how often the class of the row was answered by that of the
+    column; None where nobody asked for it.
+    """
+
+    def __init__(self, classes: int = 0) -> None:
         self.seen = torch.zeros((), dtype=torch.int64)
         self.right = torch.zeros((), dtype=torch.int64)
+        self.confusion = torch.zeros(classes, classes, dtype=torch.int64) if classes else None
 
 
 class _Mode(threading.local):
@@ -26,10 +31,11 @@ _mode = _Mode()
 
 
 @contextmanager
-def counting_answers() -> Iterator[Answers]:
+def counting_answers(classes: int = 0) -> Iterator[Answers]:
     """Count the answers of this rank's tokens in every `xdist.cross_entropy` called inside, and in
-    every model's loss that is made of it. Nested: the inner count alone."""
-    before, _mode.counting = _mode.counting, Answers()
+    every model's loss that is made of it; with a number of classes also which was taken for which.
+    Nested: the inner count alone."""
+    before, _mode.counting = _mode.counting, Answers(classes)
     try:
         yield _mode.counting
     finally:
@@ -41,6 +47,11 @@ def count_answers(logits: Tensor, labels: Tensor, kept: Tensor) -> None:
     answers = _mode.counting
     if answers is None:
         return
-    right = (logits.argmax(-1) == labels) & kept
+    found = logits.argmax(-1)
+    right = (found == labels) & kept
     answers.seen = answers.seen.to(kept.device) + kept.sum()
     answers.right = answers.right.to(kept.device) + right.sum()
+    if answers.confusion is not None:
+        size = answers.confusion.shape[0]
+        pairs = torch.bincount(labels[kept] * size + found[kept], minlength=size * size)
+        answers.confusion = answers.confusion.to(kept.device) + pairs.view(size, size)

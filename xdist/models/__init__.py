@@ -26,13 +26,11 @@ __all__ = [
 ]
 
 TokenSizes = HybridConfig | MixerConfig | TransformersConfig
-# Any is that of a model of grids.
-Sizes = TokenSizes | Any
 # The sizes of each model of grids, in the file of its kind.
 GRIDS = {"vdt": "VDTConfig", "mamba_nd": "MambaNDConfig", "axial": "AxialConfig"}
 
 
-def sizes_of(section: Any, parallel: Any = None) -> Sizes:
+def sizes_of(section: Any, parallel: Any = None) -> Any:
     """The sizes of a config's section [model] (or of themselves); parallel: its section of
     strategies."""
     if isinstance(section, TokenSizes) or grid_kind(section):

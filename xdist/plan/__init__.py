@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from xdist.cost.place import Block, Placement, place_switches
+from xdist.plan.grids import grid_step, rehearse
 from xdist.plan.result import Memory, Plan, StagePlan
 from xdist.plan.step import (
     pass_bytes,
@@ -20,11 +21,13 @@ __all__ = [
     "Placement",
     "Plan",
     "StagePlan",
+    "grid_step",
     "pass_bytes",
     "peak_memory",
     "place_switches",
     "plan",
     "rank_bytes",
+    "rehearse",
     "step_bytes",
     "step_memory",
     "step_moves",

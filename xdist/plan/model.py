@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -12,12 +13,9 @@ from xdist.cost.model import activation_bytes as streamed_activations
 from xdist.cost.model import pass_bytes as streamed_moves
 from xdist.layout import Layout
 from xdist.models import (
-    HybridLM,
     MixerConfig,
-    MixerLM,
-    Sizes,
+    TokenSizes,
     TransformersConfig,
-    TransformersLM,
     build,
     hybrid_lm,
     sizes_of,
@@ -26,20 +24,20 @@ from xdist.plan import decoders, mixers
 from xdist.plan.result import Moves
 
 
-def sizes(config: Config) -> Sizes:
+def sizes(config: Config) -> Any:
     """The sizes of the config's model, with the strategies of its layers."""
     return sizes_of(config.model, config.parallel)
 
 
 @lru_cache(maxsize=8)
-def meta_model(model: Sizes) -> HybridLM | MixerLM | TransformersLM:
+def meta_model(model: TokenSizes) -> Any:
     """The model without values: on the meta device nothing is allocated."""
     with torch.device("meta"):
         return build(model)
 
 
 def pass_moves(
-    model: Sizes, layout: Layout, cu_seqlens: tuple[int, ...], rank: int, rows: int,
+    model: TokenSizes, layout: Layout, cu_seqlens: tuple[int, ...], rank: int, rows: int,
     ulysses: int = 1,
 ) -> Moves:  # fmt: skip
     """Bytes of forward and backward of one call of the model, by move, without the loss; ulysses:
@@ -51,12 +49,12 @@ def pass_moves(
     return streamed_moves(Streamed.of(model), layout, cu_seqlens, rank, rows)
 
 
-def element_bytes(model: Sizes) -> int:
+def element_bytes(model: TokenSizes) -> int:
     """Bytes of an element of the parameters."""
     return 8 if model.dtype == "float64" else 4
 
 
-def flops_per_token(model: Sizes, length: int) -> int:
+def flops_per_token(model: TokenSizes, length: int) -> int:
     """Floating-point operations of a token forward in a sequence of `length` tokens."""
     if isinstance(model, MixerConfig):
         return mixers.flops_per_token(model, length)
@@ -65,14 +63,14 @@ def flops_per_token(model: Sizes, length: int) -> int:
     return hybrid_lm.flops_per_token(model)
 
 
-def passes(model: Sizes) -> int:
+def passes(model: TokenSizes) -> int:
     """How often a token's forward operations are made in a step: backward twice, recompute once."""
     whole = isinstance(model, MixerConfig | TransformersConfig) and not model.recompute
     return 3 if whole else 4
 
 
 def activations(
-    model: Sizes, layout: Layout, rank: int, *, rows: int, tile_tokens: int, segments: int,
+    model: TokenSizes, layout: Layout, rank: int, *, rows: int, tile_tokens: int, segments: int,
     ulysses: int = 1,
 ) -> Activations:  # fmt: skip
     """Activations at the peak of a micro-step of `rows` sequences, on one sequence rank; segments:

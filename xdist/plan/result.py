@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 from xdist.cost.moves import Moved
 
@@ -75,6 +75,8 @@ class Plan:
     ranks: int
     parameters: int
     stages: list[StagePlan]
+    # Further lines, as they are printed: of grids where the model switches, and why.
+    notes: list[str] = field(default_factory=list)
 
     def table(self) -> str:
         """Aligned plain text: one line a stage, then bytes by move and memory by part."""
@@ -117,6 +119,7 @@ class Plan:
                 if any(getattr(memory, name) for memory in last.memory)
             ]
         )
+        lines += self.notes
         return "\n".join(lines)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -19,9 +20,9 @@ from xdist.cost.model import SUM_BYTES, loss_bytes
 from xdist.cost.moves import Moved, reduce_bytes
 from xdist.documents import Documents
 from xdist.layout import Layout
+from xdist.plan.grids import grid_stage, grid_step, placements
 from xdist.plan.memory import initial_heap, memory_of, work_of
 from xdist.plan.model import (
-    Sizes,
     element_bytes,
     flops_per_token,
     meta_model,
@@ -39,8 +40,10 @@ JOINED = None
 
 def plan(config: Config) -> Plan:
     """The plan of every stage, for `config.ranks` ranks. Needs no process group."""
-    stages = config.train.curriculum
-    return Plan(config.ranks, parameter_count(config), [_stage(config, stage) for stage in stages])
+    stages, of_grids = config.train.curriculum, config.data.kind != "text"
+    made = [grid_stage(config, stage) if of_grids else _stage(config, stage) for stage in stages]
+    notes = placements(config) if of_grids else []
+    return Plan(config.ranks, parameter_count(config), made, notes)
 
 
 def step_bytes(config: Config, stage: Stage) -> list[int]:
@@ -114,7 +117,7 @@ def units_of(config: Config) -> Units:
 
 
 @lru_cache(maxsize=8)
-def _units(of: Sizes) -> Units:
+def _units(of: Any) -> Units:
     model = meta_model(of)
     blocks = [tuple(block.parameters()) for block in model.blocks]
     inside = {id(p) for block in blocks for p in block}
@@ -169,6 +172,8 @@ def step_moves(
     documents: as in `rank_bytes`; engine: whether moves that the engine makes through xdist are
     part of it.
     """
+    if config.data.kind != "text":
+        return grid_step(config, stage, rank)[0]
     parts, ranks = config.parallel.sequence_ranks, config.ranks
     model = sizes(config)
     layout = layout_of(config, stage.length, parts)
@@ -203,6 +208,8 @@ def step_memory(config: Config, stage: Stage, rank: int) -> Memory:
 
     Earlier stages of the curriculum count for what they leave behind.
     """
+    if config.data.kind != "text":
+        return grid_step(config, stage, rank)[1]
     stages = config.train.curriculum
     upto = stages[: stages.index(stage)] if stage in stages else ()
     parts = config.parallel.sequence_ranks

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 from xdist.config import Config
 from xdist.cost.moves import Moved
 from xdist.cost.zero import PERSISTENT_ELEMENTS, micro_step, optimizer_step
-from xdist.plan.model import Sizes, meta_model, sizes
+from xdist.plan.model import meta_model, sizes
 
 PERSIST = "stage3_param_persistence_threshold"
 # Up to this many parameters DeepSpeed gathers each once a micro-step, by its own defaults, and
@@ -42,7 +43,7 @@ def groups_of(config: Config) -> list[list[int]]:
 
 
 @lru_cache(maxsize=8)
-def _groups(of: Sizes) -> tuple[tuple[int, ...], ...]:
+def _groups(of: Any) -> tuple[tuple[int, ...], ...]:
     model = meta_model(of)
     roles = model.parameter_roles()
     held = [(n, p) for n, p in model.named_parameters() if p.numel()]

@@ -37,6 +37,12 @@ class Evaluation:
         """Bits per byte when tokens are bytes."""
         return self.loss / math.log(2)
 
+    @property
+    def told(self) -> str:
+        """For a line of the progress."""
+        said = f"loss {self.loss:.4f}, {self.bits_per_token:.3f} bits, {self.tokens:,} tokens"
+        return said if self.accuracy is None else f"{said}, {self.accuracy:.1%} of answers right"
+
     def line(self) -> dict[str, Any]:
         """The `eval` object of metrics.jsonl."""
         line = {**dataclasses.asdict(self), "bits_per_token": self.bits_per_token}

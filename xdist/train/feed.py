@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from xdist.config import Config, Stage
 from xdist.data import Batch, Loader, Request, TextStore
 from xdist.data.loader import Place, check_samples
+from xdist.data.read_ahead import ReadAhead
 from xdist.errors import DataError
 from xdist.layout import Layout
 from xdist.mesh import Mesh
@@ -22,7 +24,7 @@ from xdist.train.resume import Position, stage_of
 class StepBatch:
     """This rank's part of one optimizer step: one batch per micro-step."""
 
-    micro: list[Batch]
+    micro: list[Any]  # Batch, or GridBatch
     first_sample: int  # cursor of the step's first sample
     samples: int  # samples of the step, over all ranks
     error: DataError | None = None  # why this rank could not read its slices
@@ -30,8 +32,8 @@ class StepBatch:
 
     @property
     def valid_tokens(self) -> int:
-        """Tokens of this rank with a label that counts."""
-        return sum(int((batch.labels >= 0).sum()) for batch in self.micro)
+        """Tokens, or positions, of this rank with a label that counts."""
+        return sum(batch.valid_tokens for batch in self.micro)
 
     @property
     def bad_rows(self) -> int:
@@ -57,22 +59,12 @@ class StepBatch:
 
 
 class Feed:
-    """Reads ahead from `position` to the end of the curriculum. Close it to end its thread."""
+    """The steps of a run from `position` on; `ahead` gives the batch of each micro-step in turn.
+    Close it to end its thread."""
 
-    def __init__(self, config: Config, mesh: Mesh, store: TextStore, position: Position) -> None:
-        self._config = config
-        self._split = store.split("train")
-        _check_samples(config, store)
+    def __init__(self, config: Config, position: Position, ahead: ReadAhead[Any]) -> None:
+        self._config, self._ahead = config, ahead
         self._step, self._cursor = position.step, position.sample_cursor
-        self._loader = Loader(
-            self._split,
-            # A copy: the loop goes on with its own while a thread reads ahead.
-            self._requests(mesh, dataclasses.replace(position)),
-            place_of(mesh),
-            documents=config.data.documents,
-            on_bad=config.data.on_bad,
-            prefetch=config.data.prefetch,
-        )
 
     def next_step(self, give_up: Callable[[], bool] = lambda: False) -> StepBatch:
         """The batches of the next optimizer step; none once `give_up()` is true while they are
@@ -84,38 +76,72 @@ class Feed:
         self._cursor += step.samples
         try:
             for _ in range(self._config.train.accumulation):
-                if not self._loader.wait(give_up):
+                if not self._ahead.wait(give_up):
                     step.micro, step.given_up = [], True
                     break
-                step.micro.append(next(self._loader))
+                step.micro.append(next(self._ahead))
         except DataError as error:
             step.error = error
         return step
 
     def close(self) -> None:
         """End the reading thread."""
-        self._loader.close()
+        self._ahead.close()
 
-    def _requests(self, mesh: Mesh, position: Position) -> Iterator[Request]:
-        config, begins, cursor = self._config, 0, position.sample_cursor
-        for index, stage in enumerate(config.train.curriculum):
-            # Epochs are counted from the stage's own first sample.
-            going_on = index == stage_of(config, position.step)
-            first = position.stage_first if going_on else cursor
-            layout = layout_of(config, stage.length, mesh)
-            for _ in range(max(begins, position.step), begins + stage.steps):
-                for _ in range(config.train.accumulation):
-                    yield Request.draw(
-                        config.run.seed,
-                        cursor,
-                        stage.batch,
-                        layout,
-                        self._split.length,
-                        first=first,
-                        unit=self._split.sample_length or 1,
-                    )
-                    cursor += stage.batch
-            begins += stage.steps
+
+class Draw(NamedTuple):
+    """One micro-step: its stage, the cursor of its first sample, and the cursor from which the
+    stage counts its epochs."""
+
+    stage: Stage
+    cursor: int
+    first: int
+
+
+def draws_of(config: Config, position: Position) -> Iterator[Draw]:
+    """Every micro-step from `position` to the end of the curriculum."""
+    begins, cursor = 0, position.sample_cursor
+    for index, stage in enumerate(config.train.curriculum):
+        # Epochs are counted from the stage's own first sample.
+        going_on = index == stage_of(config, position.step)
+        first = position.stage_first if going_on else cursor
+        for _ in range(max(begins, position.step), begins + stage.steps):
+            for _ in range(config.train.accumulation):
+                yield Draw(stage, cursor, first)
+                cursor += stage.batch
+        begins += stage.steps
+
+
+def text_feed(config: Config, mesh: Mesh, store: TextStore, position: Position) -> Feed:
+    """Reads tokens ahead from `position` to the end of the curriculum."""
+    split = store.split("train")
+    _check_samples(config, store)
+    layouts = {
+        stage.length: layout_of(config, stage.length, mesh) for stage in config.train.curriculum
+    }
+    unit = split.sample_length or 1
+    requests = (
+        Request.draw(
+            config.run.seed,
+            cursor,
+            stage.batch,
+            layouts[stage.length],
+            split.length,
+            first=first,
+            unit=unit,
+        )
+        for stage, cursor, first in draws_of(config, position.copy())
+    )
+    data = config.data
+    loader = Loader(
+        split,
+        requests,
+        place_of(mesh),
+        documents=data.documents,
+        on_bad=data.on_bad,
+        prefetch=data.prefetch,
+    )
+    return Feed(config, position, loader)
 
 
 def _check_samples(config: Config, store: TextStore) -> None:
@@ -161,4 +187,4 @@ def place_of(mesh: Mesh) -> Place:
 
 def tokens_of(config: Config, stage: Stage) -> int:
     """Tokens of one optimizer step of a stage, over all ranks."""
-    return stage.length * stage.batch * config.train.accumulation
+    return config.tokens_of(stage) * stage.batch * config.train.accumulation

@@ -19,7 +19,6 @@ from xdist.checkpoint.points import OnPoint, ignore
 from xdist.comm.ledger import ledger
 from xdist.comm.reduce import start_reduce
 from xdist.config import Config
-from xdist.data import TextStore
 from xdist.data.loader import BadSamples
 from xdist.errors import CheckpointError, DataError
 from xdist.memory.allocator import keep_small_blocks
@@ -28,12 +27,11 @@ from xdist.train import setup
 from xdist.train.agree import share_json, share_json_rows, together
 from xdist.train.bad_steps import BadSteps
 from xdist.train.desync import check_equal
-from xdist.train.dropout import name_dropout
 from xdist.train.engines.build import build_engine
 from xdist.train.engines.protocol import Engine
-from xdist.train.evaluate import Evaluation, evaluate
+from xdist.train.evaluate import Evaluation
 from xdist.train.failures import record_failure
-from xdist.train.feed import Feed, Shards, StepBatch, tokens_of
+from xdist.train.feed import StepBatch, tokens_of
 from xdist.train.guard import PREEMPTED, Guard, OnAbort, print_error
 from xdist.train.keeper import Keeper
 from xdist.train.metrics import PeakMemory, StepMetrics, gather_numbers
@@ -44,6 +42,7 @@ from xdist.train.saving import Outcome, Saving
 from xdist.train.schedule import learning_rate
 from xdist.train.summary import finish_run
 from xdist.train.tensorboard import Board, open_board
+from xdist.train.workload import Workload, open_workload
 
 # Larger than any number of ranks.
 WITHOUT_DATA = 2.0**32
@@ -63,7 +62,8 @@ def run(
     Each rank of a run calls it, with torchrun's variables in its environment (none: one rank).
     `build` makes the model, the same on every rank; by default the one that config.model names.
     It must have `loss(tokens, labels, shard, *, valid_tokens) -> scalar` with the meaning of
-    `xdist.cross_entropy`: the global mean, whose backward is that of this rank's own terms.
+    `xdist.cross_entropy`: the global mean, whose backward is that of this rank's own terms; of
+    grids `loss(x, labels, gshard, *, valid_tokens)`.
     `on_point` is told of the named points of each step and save, for tests that cut a run there.
 
     A rank that hangs ends the process of every rank, from the watchdog's thread, with exit code 7
@@ -88,10 +88,10 @@ def run(
             settings=setup.settings_lines(config),
         )
         guard.open(mesh)
-        # The plan knows the models of xdist; there is none for a model of the caller's.
-        guard.planned = build is None
-        plan = setup.planned if guard.planned else setup.no_plan
-        parts = Parts(build or setup.build_model, plan, on_point, guard)
+        # The plan knows the models of xdist; there is none for a model of the caller's. What the
+        # message of a rank without memory asks of it are the formulas of models of tokens.
+        guard.planned = build is None and config.data.kind == "text"
+        parts = Parts(build or setup.build_model, build is None, on_point, guard)
         loop = Loop(config, mesh, record, parts)
         return loop.run()
     except BaseException as caught:
@@ -112,7 +112,7 @@ class Parts:
     """What a run is made with besides its config."""
 
     build: BuildModel
-    plan: Callable[[Config, int], setup.Plan]
+    planned: bool  # whether the plan knows the model
     on_point: OnPoint
     guard: Guard
 
@@ -123,19 +123,19 @@ class Loop:
     def __init__(self, config: Config, mesh: Mesh, record: Record, parts: Parts) -> None:
         self.config, self.mesh, self.record = config, mesh, record
         self.guard, self._on_point = parts.guard, parts.on_point
-        self.store = together(mesh, lambda: TextStore(config.data.store))
+        self.work: Workload = together(mesh, lambda: open_workload(config, mesh))
         torch.manual_seed(config.run.seed)
         module = parts.build(config).to(mesh.device)
         self.engine: Engine = build_engine(config, module, mesh)
-        self.position, notes = resume(record, config, mesh, self.engine, self.store.identity)
+        self.position, notes = resume(record, config, mesh, self.engine, self.work.identity)
         self.guard.resumed(self.position.step)
         notes += self.guard.notes
-        self.shards = Shards(mesh)
         self.bad = BadSamples(config.data.max_bad)
         self.bad.count = self.position.bad_samples
         self.memory = PeakMemory(mesh.device)
-        self.plan = parts.plan(config, mesh.world_size)
-        record.describe(*setup.describe(config, mesh, self.engine, self.plan))
+        self.plan = self.work.plan() if parts.planned else setup.no_plan(config)
+        facts = {**self.work.facts(), "measure": self.work.measure}
+        record.describe(*setup.describe(config, mesh, self.engine, self.plan, facts))
         at_end = self.position.step == config.train.total_steps
         dropped = record.open_metrics(self.position.step, at_end=at_end)
         if dropped:
@@ -147,8 +147,10 @@ class Loop:
         self.board: Board | None = None
         if config.log.tensorboard:
             self.board = open_board(record.directory / "tensorboard", record.rank)
-        self.feed = together(mesh, lambda: Feed(config, mesh, self.store, self.position))
-        self.progress: Progress = open_progress(config, record.rank, self.position.step)
+        self.feed = together(mesh, lambda: self.work.feed(self.position))
+        self.progress: Progress = open_progress(
+            config, record.rank, self.position.step, self.work.measure
+        )
         for note in notes:
             self.progress.say(note)
         saving = Saving(record.checkpoints, config.checkpoint, mesh, self._on_point)
@@ -183,7 +185,7 @@ class Loop:
         final = self.evaluate()
         if final is None:
             return self._preempted()
-        finish_run(self.record, self.progress, self.store, self.config.data.held_out, final)
+        finish_run(self.record, self.progress, lambda: self.work.summary(final))
         if not_saved is not None:
             raise not_saved
         self.record.status("finished", total, exit_code=0)
@@ -251,7 +253,7 @@ class Loop:
         metrics = StepMetrics(
             step=number + 1,
             stage=index,
-            sequence_length=stage.length,
+            sequence_length=self.config.tokens_of(stage),
             loss=loss,
             tokens_per_s=tokens_of(self.config, stage) / elapsed,
             step_s=elapsed,
@@ -317,12 +319,9 @@ class Loop:
         Each micro-step's loss is its sum over the valid tokens of all of them: they add up.
         """
         total = 0.0
-        device = self.mesh.device
         for micro in batch.micro:
             self.guard.enter("forward")
-            name_dropout(self.engine.module, self.config, self.position.step, micro)
-            tokens, labels = micro.tokens.to(device), micro.labels.to(device)
-            loss = self.engine.loss(tokens, labels, self.shards.of(micro), valid_tokens=valid)
+            loss = self.work.loss(self.engine, micro, self.position.step, valid)
             self.guard.enter("backward")
             self.engine.backward(loss)
             total += float(loss.detach())
@@ -333,7 +332,7 @@ class Loop:
         self.guard.span("save after step", self.position.step)
         self.guard.enter("save")
         self._check_equal(1)
-        state = state_of(self.config, self.mesh, self.position, self.store.identity)
+        state = state_of(self.config, self.mesh, self.position, self.work.identity)
         return self.engine, state
 
     def _save_last(self) -> CheckpointError | None:
@@ -357,9 +356,7 @@ class Loop:
     def evaluate(self) -> Evaluation | None:
         """Evaluate now and write a line with `eval`; None when a signal cut it short."""
         began = time.perf_counter()
-        result = evaluate(
-            self.config, self.mesh, self.engine, self.store, self.shards, self._next_window
-        )
+        result = self.work.evaluate(self.engine, self._next_window)
         if result is None:
             self.guard.asked_elsewhere()
             return None
@@ -368,11 +365,7 @@ class Loop:
         self.record.metrics({"step": step, "eval": {**result.line(), "seconds": elapsed}})
         if self.board is not None:
             self.board.evaluation(step, result)
-        self.progress.say(
-            f"held out after step {step}: loss {result.loss:.4f}, "
-            f"{result.bits_per_token:.3f} bits, {result.tokens:,} tokens in {elapsed:.1f} s"
-            + ("" if result.accuracy is None else f", {result.accuracy:.1%} of answers right")
-        )
+        self.progress.say(f"held out after step {step}: {result.told} in {elapsed:.1f} s")
         return result
 
     def _next_window(self) -> bool:

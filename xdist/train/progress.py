@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from xdist.train.metrics import StepMetrics
 
 
+BYTES = "bits/byte"  # what a loss is where nobody says
+
+
 class Progress(Protocol):
     """Told of each step and each notable line."""
 
@@ -60,7 +63,7 @@ class Clock:
 def step_tokens(config: Config) -> list[int]:
     """Tokens of each optimizer step of the curriculum."""
     return [
-        stage.length * stage.batch * config.train.accumulation
+        config.tokens_of(stage) * stage.batch * config.train.accumulation
         for stage in config.train.curriculum
         for _ in range(stage.steps)
     ]
@@ -69,17 +72,19 @@ def step_tokens(config: Config) -> list[int]:
 class Lines:
     """Plain lines: one every `log.every_steps` steps, and the last one."""
 
-    def __init__(self, config: Config, start_step: int, stream: TextIO) -> None:
+    def __init__(
+        self, config: Config, start_step: int, stream: TextIO, measure: str = BYTES
+    ) -> None:
         self._every = config.log.every_steps
         self._total = config.train.total_steps
         self._clock = Clock(config, start_step)
-        self._stream = stream
+        self._stream, self._measure = stream, measure
 
     def step(self, metrics: StepMetrics) -> None:
         """Print a line when it is due."""
         left = self._clock.left_s(metrics)
         if metrics.step % self._every == 0 or metrics.step == self._total:
-            self.say(line(metrics, self._total, left))
+            self.say(line(metrics, self._total, left, self._measure))
 
     def say(self, line: str) -> None:
         """Print a line."""
@@ -92,10 +97,12 @@ class Lines:
 class Live:
     """A terminal: one panel that stays in place, notable lines scroll above it."""
 
-    def __init__(self, config: Config, start_step: int, console: Console) -> None:
+    def __init__(
+        self, config: Config, start_step: int, console: Console, measure: str = BYTES
+    ) -> None:
         from rich.live import Live as Display
 
-        self._config = config
+        self._config, self._measure = config, measure
         self._total = config.train.total_steps
         self._clock = Clock(config, start_step)
         self._console = console
@@ -133,7 +140,7 @@ class Live:
             ("step", f"{metrics.step}/{self._total}"),
             ("length", f"{metrics.sequence_length:,}"),
             ("loss", f"{metrics.loss:.4f}"),
-            (_unit(self._config), f"{metrics.bits_per_token:.3f}"),
+            *_bits(metrics, self._measure),
             ("tokens/s", f"{metrics.tokens_per_s:,.0f}"),
             ("memory/rank", memory(metrics.peak_memory_bytes)),
             ("left", duration(left_s)),
@@ -151,23 +158,25 @@ class Live:
         return Panel(whole, title=title, title_align="left", expand=False, border_style="dim")
 
 
-def open_progress(config: Config, rank: int, start_step: int) -> Progress:
-    """The display of this rank: none but on rank 0, live when standard output is a terminal."""
+def open_progress(config: Config, rank: int, start_step: int, measure: str) -> Progress:
+    """The display of this rank: none but on rank 0, live when standard output is a terminal;
+    measure: what the loss is (`Workload.measure`)."""
     if rank != 0:
         return Silent()
     if not sys.stdout.isatty():
-        return Lines(config, start_step, sys.stdout)
+        return Lines(config, start_step, sys.stdout, measure)
     from rich.console import Console
 
-    return Live(config, start_step, Console())
+    return Live(config, start_step, Console(), measure)
 
 
-def line(metrics: StepMetrics, total: int, left_s: float) -> str:
+def line(metrics: StepMetrics, total: int, left_s: float, measure: str = BYTES) -> str:
     """One step as one plain line."""
+    bits = "".join(f"bits {value}  " for _, value in _bits(metrics, measure))
     skipped = f"  SKIPPED {metrics.skipped}" if metrics.skipped else ""
     return (
         f"step {metrics.step}/{total}  length {metrics.sequence_length}  "
-        f"loss {metrics.loss:.4f}  bits {metrics.bits_per_token:.3f}  "
+        f"loss {metrics.loss:.4f}  {bits}"
         f"{metrics.tokens_per_s:,.0f} tokens/s  memory {memory(metrics.peak_memory_bytes)}  "
         f"left {duration(left_s)}{skipped}"
     )
@@ -189,5 +198,7 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
-def _unit(config: Config) -> str:
-    return "bits/byte" if config.model.vocab_size == 256 else "bits/token"
+def _bits(metrics: StepMetrics, measure: str) -> list[tuple[str, str]]:
+    """The loss in bits and their name, where it is a cross entropy."""
+    bits = f"{metrics.bits_per_token:.3f}"
+    return [(measure, bits)] if measure.startswith("bits") else []

@@ -46,9 +46,12 @@ def render(directory: pathlib.Path) -> str:
         ),
         _section(
             "Loss",
-            "bits per token over the tokens trained on; bands are the stages of the "
+            f"{_measure(facts)} over the tokens trained on; bands are the stages of the "
             "curriculum with their sequence length",
-            _loss(steps, evaluations),
+            _loss(steps, evaluations, _measure(facts)),
+        ),
+        _section(
+            "Dice", "overlap of each class with the truth, on held-out positions", _dice(summary)
         ),
         _section("Throughput", "tokens per second of all ranks together", _throughput(steps)),
         _section("Memory", "peak of each step on each rank, GiB", _memory(steps, facts)),
@@ -90,11 +93,13 @@ def _subtitle(facts: Values, steps: list[Values]) -> str:
 def _tiles(steps: list[Values], summary: Values, facts: Values) -> list[str]:
     tiles = []
     if "bits_per_token" in summary:
-        tiles.append(_tile(f"{summary['bits_per_token']:.3f}", f"held-out {_unit(summary)}"))
+        unit = _measure(facts) if "dice" in summary else _unit(summary)
+        tiles.append(_tile(f"{summary['bits_per_token']:.3f}", f"held-out {unit}"))
     if steps:
         losses = [step["loss"] for step in steps if step["loss"] is not None]
         if losses:
-            tiles.append(_tile(f"{losses[-1]:.3f}", "last training loss, nats"))
+            unit = ", nats" if _measure(facts).startswith("bits") else ""
+            tiles.append(_tile(f"{losses[-1]:.3f}", f"last training loss{unit}"))
         last = steps[-1]
         longest = max(step["sequence_length"] for step in steps)
         tiles.append(_tile(f"{longest:,}", "longest sequence, tokens"))
@@ -118,12 +123,26 @@ def _compression(summary: Values) -> str:
     return bar_chart(bars, label="held-out bits per byte beside order-0 entropy and xz")
 
 
-def _loss(steps: list[Values], evaluations: list[Values]) -> str:
+def _measure(facts: Values) -> str:
+    """What the loss is: bits per something, or an error."""
+    return str(facts.get("measure", "bits/token")).replace("/", " per ")
+
+
+def _dice(summary: Values) -> str:
+    found = summary.get("dice")
+    if not found:
+        return ""
+    bars = [(name, share, True) for name, share in found.items() if share is not None]
+    return bar_chart(bars, label="Dice of each class on held-out positions")
+
+
+def _loss(steps: list[Values], evaluations: list[Values], measure: str) -> str:
+    def shown(loss: float | None) -> float:
+        return _bits(loss) if measure.startswith("bits") else _plain(loss)
+
     seen = dict(zip([step["step"] for step in steps], _tokens(steps), strict=True))
-    lines = [Line("training", [(seen[s["step"]], _bits(s["loss"])) for s in steps], 0)]
-    held = [
-        (seen[e["step"]], e["eval"]["bits_per_token"]) for e in evaluations if e["step"] in seen
-    ]
+    lines = [Line("training", [(seen[s["step"]], shown(s["loss"])) for s in steps], 0)]
+    held = [(seen[e["step"]], shown(e["eval"]["loss"])) for e in evaluations if e["step"] in seen]
     if held:
         lines.append(Line("held out", held, 1, dots=True))
     return line_chart(
@@ -236,6 +255,10 @@ def _tokens(steps: list[Values]) -> list[float]:
 
 def _bits(loss: float | None) -> float:
     return math.nan if loss is None else loss / math.log(2)
+
+
+def _plain(loss: float | None) -> float:
+    return math.nan if loss is None else loss
 
 
 def _unit(summary: Values) -> str:

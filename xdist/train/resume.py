@@ -32,6 +32,10 @@ class Position:
     bad_samples: int = 0  # samples dropped for damaged data, in the whole run
     stage_first: int = 0  # the cursor from which the stage of `step` counts its epochs
 
+    def copy(self) -> Position:
+        """For a thread that reads ahead while the loop goes on with its own."""
+        return dataclasses.replace(self)
+
     def made_step(self, config: Config, samples: int) -> None:
         """One more step, of so many samples."""
         stage = stage_of(config, self.step)
@@ -218,7 +222,9 @@ def position_of(state: dict[str, Any], config: Config) -> Position:
     begins = sum(stage.steps for stage in config.train.curriculum[:index])
     old = _stages(state["config"]["train"])
     old_index, old_begins = _place(old, position.step)
-    if position.step == begins or old[old_index].length != config.train.curriculum[index].length:
+    before, now = old[old_index], config.train.curriculum[index]
+    same_samples = (before.length, before.crop) == (now.length, now.crop)
+    if position.step == begins or not same_samples:
         position.stage_first = position.sample_cursor
     elif _same_order(state, config) and _shift(state) == 0:
         position.stage_first = samples_before(config, begins)
@@ -231,13 +237,17 @@ class _Stage(NamedTuple):
     """A stage of the curriculum as a checkpoint's config spells it."""
 
     length: int
+    crop: tuple[int, ...]
     samples: int  # of one step
     steps: int
 
 
 def _stages(train: dict[str, Any]) -> list[_Stage]:
     each = train["accumulation"]
-    return [_Stage(s["length"], s["batch"] * each, s["steps"]) for s in train["curriculum"]]
+    return [
+        _Stage(s["length"], tuple(s.get("crop", ())), s["batch"] * each, s["steps"])
+        for s in train["curriculum"]
+    ]
 
 
 def _samples(stages: list[_Stage], step: int) -> int:

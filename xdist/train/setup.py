@@ -18,7 +18,6 @@ from xdist.mesh import Mesh
 from xdist.rank import read_rank
 from xdist.train.agree import share_json_rows
 from xdist.train.engines.protocol import Engine
-from xdist.train.feed import layout_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,14 +74,17 @@ def planned(config: Config, ranks: int) -> Plan:
     )
 
 
-def no_plan(config: Config, ranks: int) -> Plan:
+def no_plan(config: Config) -> Plan:
     """For a model that the plan does not know: empty lists."""
     stages = len(config.train.curriculum)
     return Plan([[] for _ in range(stages)], [[] for _ in range(stages)])
 
 
-def describe(config: Config, mesh: Mesh, engine: Engine, plan: Plan) -> tuple[str, dict[str, Any]]:
-    """config.toml as resolved, and the facts of run.json. Every rank has to call it."""
+def describe(
+    config: Config, mesh: Mesh, engine: Engine, plan: Plan, of_work: dict[str, Any]
+) -> tuple[str, dict[str, Any]]:
+    """config.toml as resolved, and the facts of run.json, those of the workload among them. Every
+    rank has to call it."""
     hosts = share_json_rows(socket.gethostname(), mesh)
     facts = {
         "ranks": len(hosts),
@@ -91,16 +93,7 @@ def describe(config: Config, mesh: Mesh, engine: Engine, plan: Plan) -> tuple[st
         "device": str(mesh.device),
         "threads": config.run.threads,
         "parameters": _parameters(engine),
-        "layouts": [
-            {
-                "length": stage.length,
-                "segments": [
-                    [list(segment) for segment in layout.segments(r)] for r in range(layout.parts)
-                ],
-            }
-            for stage in config.train.curriculum
-            for layout in [layout_of(config, stage.length, mesh)]
-        ],
+        **of_work,
         "planned_bytes": plan.sent_bytes,
         "planned_peak_memory_bytes": plan.peak_memory_bytes,
         "versions": versions(),

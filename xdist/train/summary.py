@@ -4,58 +4,31 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Callable
 from typing import Any
 
-from xdist.data import TextStore
-from xdist.data.prepare import compression_figures
-from xdist.train.evaluate import Evaluation
 from xdist.train.progress import Progress
 from xdist.train.record import RUN, Record, read_json, read_metrics, replace
 from xdist.train.report import SUMMARY, write_report
 
-BYTES = 256
-
 
 def finish_run(
-    record: Record, progress: Progress, store: TextStore, split: str, final: Evaluation
+    record: Record,
+    progress: Progress,
+    summary: Callable[[], tuple[dict[str, Any], list[str]]],
 ) -> None:
     """Print the summary and write summary.json and report.html. Rank 0 does it alone."""
     if record.rank != 0:
         return
-    figures = compare(store, split, final)
+    figures, lines = summary()
     replace(record.directory / SUMMARY, json.dumps(figures, indent=1) + "\n")
     steps = [line for line in read_metrics(record.directory) if "eval" not in line]
     facts = read_json(record.directory / RUN)
-    lines = [compression_line(figures), *plan_lines(steps, facts)]
+    lines = [*lines, *plan_lines(steps, facts)]
     record.status("finished", steps[-1]["step"] if steps else 0, exit_code=0)
     lines.append(f"report: {write_report(record.directory)}")
     for line in lines:
         progress.say(line)
-
-
-def compare(store: TextStore, split: str, final: Evaluation) -> dict[str, Any]:
-    """The evaluation, and for bytes what order-0 entropy and xz make of the same bytes."""
-    figures: dict[str, Any] = final.line()
-    if store.vocabulary_size != BYTES or store.split(split).sample_length is not None:
-        return figures
-    sample = store.split(split).read(0, final.read_tokens)
-    known = store.figures if store.figures.get("bytes") == sample.size else None
-    simple = known or compression_figures(sample)
-    names = ("order0_bits_per_byte", "xz_bits_per_byte")
-    return {**figures, **{name: simple[name] for name in names}}
-
-
-def compression_line(figures: dict[str, Any]) -> str:
-    """One line: the model, and the two yardsticks where tokens are bytes."""
-    said = f"held out: {figures['bits_per_token']:.3f} bits per "
-    if "order0_bits_per_byte" not in figures:
-        said += f"token over {figures['tokens']:,} tokens"
-        right = figures.get("accuracy")
-        return said if right is None else f"{said}, {right:.1%} of the answers right"
-    return said + (
-        f"byte over {figures['tokens']:,} bytes; the same bytes have order-0 entropy "
-        f"{figures['order0_bits_per_byte']:.3f}, xz -9e makes {figures['xz_bits_per_byte']:.3f}"
-    )
 
 
 def plan_lines(steps: list[dict[str, Any]], facts: dict[str, Any]) -> list[str]:

@@ -1,0 +1,199 @@
+"""Models of grids before they run: bytes, memory and where they switch.
+
+Their layers choose among many ways to cross ranks by counted bytes, so the plan calls the model
+itself, on tensors of the meta device, which have shapes and no values, as one of the ranks of a
+world that is imagined (`Mesh.imagined`): every exchange is counted by the ledger that counts those
+of a run, nothing is computed or sent, and it can be done beside a real world. That the moves cost
+what the formulas of `xdist.cost` say is held by the tests of each op.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from xdist.comm.ledger import Ledger, ledger
+from xdist.config import Config, Stage
+from xdist.cost.engine import engine_moves, held_bytes
+from xdist.cost.model import SUM_BYTES
+from xdist.cost.moves import Moved, reduce_bytes
+from xdist.grid_shard import GridShard
+from xdist.mesh import Mesh
+from xdist.models import build, sizes_of
+from xdist.plan.memory import Work, initial_heap, memory_of
+from xdist.plan.meta import MetaRun
+from xdist.plan.result import Memory, Moves, StagePlan
+
+STEP_NUMBERS = 5
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+
+@dataclass(frozen=True)
+class Rehearsed:
+    """One micro-step of one rank: what moves by move, FLOPs, and what tensors hold.
+
+    kept_bytes: from forward to backward; peak_bytes: at most, parameters and gradients included.
+    """
+
+    moves: dict[str, Moved] = field(hash=False)
+    flops: int
+    kept_bytes: int
+    peak_bytes: int
+    parameter_bytes: int
+
+
+def rehearse(
+    model: Any,
+    sizes: tuple[int, ...],
+    rows: int,
+    mesh: Mesh,
+    dim: int = 0,
+    *,
+    counted: bool = False,
+) -> Rehearsed:
+    """Forward and backward of `rows` samples of these sizes on a rank that is imagined.
+
+    model: the sizes of a model of grids; mesh: of the meta device; dim: sharded where the samples
+    come in; counted: whether the loss counts its positions itself.
+    """
+    gshard = GridShard(mesh, sizes, dim)
+    with ledger() as moved, MetaRun() as held, torch.device("meta"):
+        module = build(model)
+        parameters = held.live_bytes
+        x, labels = inputs_of(model, gshard, rows)
+        before = held.live_bytes
+        with FlopCounterMode(display=False) as flops:
+            valid = None if counted else 1
+            loss: Tensor = module.loss(x, labels, gshard, valid_tokens=valid)
+            kept = held.live_bytes - before
+            loss.backward()
+        del loss
+    return Rehearsed(_by_move(moved), flops.get_total_flops(), kept, held.peak_bytes, parameters)
+
+
+def inputs_of(model: Any, gshard: GridShard, rows: int) -> tuple[Tensor, Tensor]:
+    """x and labels of a rank's part, without values, on the mesh's device."""
+    dtype, shape = DTYPES[model.dtype], (rows, *gshard.local_sizes)
+    device = gshard.mesh.device
+    if hasattr(model, "classes"):
+        x = torch.empty(*shape, model.channels, dtype=dtype, device=device)
+        return x, torch.empty(shape, dtype=torch.int64, device=device)
+    # Of video: two channels beside its own, for what is known and for the time.
+    x = torch.empty(*shape, model.channels + 2, dtype=dtype, device=device)
+    return x, torch.empty(*shape, model.channels, dtype=dtype, device=device)
+
+
+def _by_move(moved: Ledger) -> dict[str, Moved]:
+    return {name: Moved(one.sent_bytes, one.received_bytes) for name, one in moved.by_move.items()}
+
+
+def rehearsed(config: Config, stage: Stage, rank: int) -> Rehearsed:
+    """One micro-step of a stage on world rank `rank`."""
+    model = sizes_of(config.model, config.parallel)
+    parallel = config.parallel
+    degrees = (config.data_degree, parallel.ring, parallel.ulysses)
+    rows = stage.batch // config.data_degree
+    return _rehearsed(model, stage.crop or config.model.sizes, rows, rank, degrees, parallel.dim)
+
+
+@lru_cache(maxsize=64)
+def _rehearsed(
+    model: Any,
+    sizes: tuple[int, ...],
+    rows: int,
+    rank: int,
+    degrees: tuple[int, int, int],
+    dim: int,
+) -> Rehearsed:
+    data, ring, ulysses = degrees
+    mesh = Mesh.imagined(rank, data=data, ring=ring, ulysses=ulysses)
+    return rehearse(model, sizes, rows, mesh, dim)
+
+
+def grid_step(config: Config, stage: Stage, rank: int) -> tuple[Moves, Memory]:
+    """What world rank `rank` moves in one optimizer step of a stage, and its predicted peak."""
+    from xdist.plan.step import units_of
+
+    times, ranks = config.train.accumulation, config.ranks
+    units = units_of(config)
+    total: Moves = {"reduce": reduce_bytes(STEP_NUMBERS, ranks, rank, SUM_BYTES)}
+    step = rehearsed(config, stage, rank)
+    for moves in (
+        engine_moves(config.engine, units, ranks, rank, times),
+        *[step.moves] * times,
+    ):
+        for name, moved in moves.items():
+            total[name] = total.get(name, Moved()) + moved
+    works = [_work(config, one, rank) for one in _until(config, stage)]
+    held = held_bytes(config.engine, config.optimizer, units, ranks)
+    memory = memory_of(held, works, initial_heap(config, units))
+    return {name: moved for name, moved in total.items() if any(moved)}, memory
+
+
+def _until(config: Config, stage: Stage) -> list[Stage]:
+    """The stages up to this one: each may leave its heap behind."""
+    stages = config.train.curriculum
+    return [*stages[: stages.index(stage)], stage] if stage in stages else [stage]
+
+
+def _work(config: Config, stage: Stage, rank: int) -> Work:
+    """What a stage needs beside parameters, gradients and state."""
+    step = rehearsed(config, stage, rank)
+    # A rehearsal holds whole parameters and gradients, whatever the engine.
+    beside = step.peak_bytes - 2 * step.parameter_bytes
+    transients = max(beside - step.kept_bytes, 0)
+    ahead = config.data.prefetch * _sample_bytes(config, stage, rank)
+    return Work(step.kept_bytes + ahead, transients, 0)
+
+
+def _sample_bytes(config: Config, stage: Stage, rank: int) -> int:
+    """Values and labels of the batch that this rank reads, as they wait."""
+    parallel, model = config.parallel, config.model
+    mesh = Mesh.imagined(
+        rank, data=config.data_degree, ring=parallel.ring, ulysses=parallel.ulysses
+    )
+    gshard = GridShard(mesh, stage.crop or model.sizes, parallel.dim)
+    rows, count = stage.batch // config.data_degree, 1
+    for size in gshard.local_sizes:
+        count *= size
+    each = 4 * model.channels + 8 if config.data.kind == "volume" else 4 * (2 * model.channels + 2)
+    return rows * count * each
+
+
+def grid_stage(config: Config, stage: Stage) -> StagePlan:
+    """The plan of one stage of a model of grids."""
+    steps = [grid_step(config, stage, rank) for rank in range(config.ranks)]
+    times = config.train.accumulation
+    return StagePlan(
+        length=config.tokens_of(stage),
+        batch=stage.batch,
+        steps=stage.steps,
+        moves=[moves for moves, _ in steps],
+        memory=[memory for _, memory in steps],
+        flops=[times * rehearsed(config, stage, rank).flops for rank in range(config.ranks)],
+        library=[Moved()] * config.ranks,
+    )
+
+
+def placements(config: Config) -> list[str]:
+    """Where the model switches at each stage, and why: the tables of its placements."""
+    model = sizes_of(config.model, config.parallel)
+    with torch.device("meta"):
+        module = build(model)
+    lines, told = [], set()
+    for stage in config.train.curriculum:
+        sizes, rows = stage.crop or config.model.sizes, stage.batch // config.data_degree
+        if (sizes, rows) in told:
+            continue
+        told.add((sizes, rows))
+        placement = module.placement(
+            config.parallel.sequence_ranks, sizes=sizes, dim=config.parallel.dim, batch=rows
+        )
+        lines += [f"samples of {' x '.join(map(str, sizes))} positions, {rows} a data rank"]
+        lines += [f"  {line}" for line in placement.table().splitlines()]
+    return lines
