@@ -13,6 +13,7 @@ import attention_kernels
 import attention_overlap
 import attention_zigzag
 import checkpoints
+import conv_nd
 import delta
 import learning
 import memory
@@ -118,6 +119,7 @@ BENCHMARKS = {
         "and highest of the pairs. DeltaNet and KDA are xdist's.",
     ),
     "attention_kept": (attention_kept, attention_kept.TITLE, attention_kept.NOTE),
+    "conv_nd": (conv_nd, conv_nd.TITLE, conv_nd.NOTE),
     "packing": (packing, packing.TITLE, packing.NOTE),
     "peers": (peers, peers.TITLE, peers.NOTE),
     "vanilla": (vanilla, vanilla.TITLE, vanilla.NOTE),
