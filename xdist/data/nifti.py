@@ -15,6 +15,8 @@ from xdist.errors import ConfigError, DataError
 
 _AXES = ("LR", "PA", "IS")
 _HASH_BYTES = 1 << 22
+# What nibabel and the decompressors raise on bytes that end early or make no sense.
+_BROKEN = (OSError, EOFError, ValueError, zlib.error)
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,10 @@ def read_nifti(path: str | Path, *, orientation: str = "RAS", reorient: bool = F
         image = nib.load(path)
     except FileNotFoundError as error:
         raise DataError(f"no file {path}", str(error), "name a .nii or .nii.gz file") from error
-    except (nib.filebasedimages.ImageFileError, OSError, EOFError, zlib.error) as error:
+    except (*_BROKEN, nib.filebasedimages.ImageFileError) as error:
+        raise _damaged(path, error) from error
+    # A header's numbers that fit no format.
+    except nib.spatialimages.HeaderDataError as error:
         raise _damaged(path, error) from error
     if len(image.shape) not in (3, 4) or 0 in image.shape:
         raise DataError(
@@ -67,7 +72,7 @@ def read_nifti(path: str | Path, *, orientation: str = "RAS", reorient: bool = F
     try:
         # Integers stay integers where the header scales nothing.
         values = np.asanyarray(image.dataobj)
-    except (OSError, EOFError, ValueError, zlib.error) as error:
+    except _BROKEN as error:
         raise _damaged(path, error, image) from error
     found = "".join(nib.aff2axcodes(image.affine, labels=tuple(tuple(pair) for pair in _AXES)))
     affine = np.asarray(image.affine, dtype=np.float64)
