@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from xdist.cost.place import Block, Placement, place_switches
 from xdist.errors import ConfigError, ShapeError
 from xdist.grid_shard import GridShard, resolve_grid
+from xdist.memory.answers import count_answers
 from xdist.memory.checkpoint import checkpoint
 from xdist.memory.loss import count_valid, sum_of_ranks
 from xdist.memory.tiled import tiled
@@ -198,12 +199,9 @@ class Segmenter(nn.Module):
         valid = count_valid(labels, gshard, ignore_index) if valid_tokens is None else valid_tokens
         logits, _ = self._logits(x, gshard)
         truth, _ = patches(labels, gshard, self.config.patch, fill=ignore_index)
-        each = F.cross_entropy(
-            logits.reshape(-1, self.config.classes),
-            truth.reshape(-1),
-            ignore_index=ignore_index,
-            reduction="none",
-        )
+        logits, truth = logits.reshape(-1, self.config.classes), truth.reshape(-1)
+        count_answers(logits, truth, truth != ignore_index)
+        each = F.cross_entropy(logits, truth, ignore_index=ignore_index, reduction="none")
         # Sums run in float64; each rank's own terms are differentiated.
         own = each.sum(dtype=torch.float64) / max(valid, 1)
         total = sum_of_ranks(gshard)(own.detach())
