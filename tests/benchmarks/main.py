@@ -15,6 +15,7 @@ import attention_zigzag
 import checkpoints
 import conv_nd
 import delta
+import dsp
 import learning
 import memory
 import mixers
@@ -118,6 +119,7 @@ BENCHMARKS = {
         "of interleaved passes; ratio is Transformers / xdist for Gated DeltaNet, with the lowest "
         "and highest of the pairs. DeltaNet and KDA are xdist's.",
     ),
+    "dsp": (dsp, dsp.TITLE, dsp.NOTE),
     "attention_kept": (attention_kept, attention_kept.TITLE, attention_kept.NOTE),
     "conv_nd": (conv_nd, conv_nd.TITLE, conv_nd.NOTE),
     "packing": (packing, packing.TITLE, packing.NOTE),

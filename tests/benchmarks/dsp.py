@@ -1,0 +1,140 @@
+"""One video model sharded in five ways: bytes, time of the moves alone, and of whole steps.
+
+The moves of a step are recorded and then sent once more by themselves, message by message, each
+waited for: what a rank spends on the transport, without what it spends waiting for a slower rank's
+work. Ring hides part of it behind work, which the whole step shows.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import xdist
+from xdist.comm import collectives, ledger
+from xdist.models.vdt import SHARDINGS, VDT, VDTConfig, build
+from xdist.testing import RankPool
+
+TITLE = "One video diffusion transformer, sharded in five ways"
+NOTE = (
+    "A video of 16 x 32 x 32 positions of 3 channels in patches of 1 x 2 x 2, 4,096 tokens, width "
+    "128, 8 heads, 2 layers of a temporal and a spatial attention and an MLP, float32, one row, "
+    "one thread a rank; sharded by frames. sent: bytes of the busiest rank, forward and backward. "
+    "moves: the recorded messages of a step sent once more without any work between them, median "
+    "of the slowest rank; dsp needs this part of the time and of the bytes of the row's method. "
+    "step: forward and backward, interleaved rounds, median of the slowest rank; gradients are not "
+    "reduced, which is the same for all. With more ranks than cores, steps of 4 ranks share the "
+    "cores. Megatron-SP here is its pattern of moves, with the MLP split as well; parameters are "
+    "held whole."
+)
+CONFIG = VDTConfig(
+    sizes=(16, 32, 32), patch=(1, 2, 2), channels=3, dim=128, depth=2, head_dim=16, recompute=False
+)
+ROUNDS = 7
+RANKS = (2, 4)
+Messages = list[tuple[dict[int, int], dict[int, int]]]
+
+
+@contextmanager
+def recorded() -> Iterator[Messages]:
+    """Bytes sent to and received from each rank, one entry an exchange."""
+    found: Messages = []
+    post = collectives._post
+
+    def noting(buffers: Any, *rest: Any) -> Any:
+        found.append(
+            (
+                {rank: x.nbytes for rank, x in buffers.sends.items()},
+                {rank: x.nbytes for rank, x in buffers.receives.items()},
+            )
+        )
+        return post(buffers, *rest)
+
+    collectives._post = noting
+    try:
+        yield found
+    finally:
+        collectives._post = post
+
+
+def replay_s(messages: Messages, group: Any) -> float:
+    """Seconds to send and receive them all, one exchange after another."""
+    byte = torch.uint8
+    sends = [{r: torch.zeros(n, dtype=byte) for r, n in out.items()} for out, _ in messages]
+    torch.distributed.barrier()
+    begun = time.perf_counter()
+    for out, (_, into) in zip(sends, messages, strict=True):
+        specs = {rank: ((size,), byte) for rank, size in into.items()}
+        collectives.start_pairs(out, specs, group, move="replay").wait()
+    return time.perf_counter() - begun
+
+
+def step_s(model: VDT, x: Tensor, noise: Tensor, gshard: xdist.GridShard) -> float:
+    """Seconds of a forward and a backward, begun together."""
+    torch.distributed.barrier()
+    begun = time.perf_counter()
+    model.loss(x, noise, gshard).backward()
+    return time.perf_counter() - begun
+
+
+def measured(config: VDTConfig, rounds: int) -> dict[str, dict[str, float]]:
+    """On one rank, by way to shard: bytes, and medians of seconds of moves and of steps."""
+    mesh = xdist.init_mesh(ring=xdist.rank.read_rank().world_size)
+    gshard = xdist.GridShard(mesh, config.sizes)
+    generator = torch.Generator().manual_seed(gshard.rank)
+    x = torch.randn(1, *gshard.local_sizes, config.channels + 2, generator=generator)
+    x[..., -2], x[..., -1] = 0.0, 0.5
+    noise = torch.randn(1, *gshard.local_sizes, config.channels, generator=generator)
+    models = {name: build(replace(config, strategy=name), seed=0) for name in SHARDINGS}
+    messages, found = {}, {}
+    for name, model in models.items():
+        with recorded() as messages[name], ledger() as moved:
+            step_s(model, x, noise, gshard)
+        found[name] = {"sent": float(moved.sent_bytes), "messages": float(moved.calls)}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in SHARDINGS}
+    for number in range(rounds):
+        turn = number % len(SHARDINGS)
+        for name in SHARDINGS[turn:] + SHARDINGS[:turn]:
+            one = step_s(models[name], x, noise, gshard), replay_s(messages[name], gshard.group)
+            times[name].append(one)
+    for name, pairs in times.items():
+        steps, moves = zip(*pairs, strict=True)
+        found[name] |= {"step": statistics.median(steps), "moves": statistics.median(moves)}
+    return found
+
+
+def run(
+    root: Path, config: VDTConfig = CONFIG, rounds: int = ROUNDS, ranks: tuple[int, ...] = RANKS
+) -> list[dict[str, Any]]:
+    """One row a number of ranks and a way to shard."""
+    rows = []
+    for count in ranks:
+        with RankPool(count) as pool:
+            found = pool.run(measured, config, rounds)
+
+        def most(name: str, what: str, found: Any = found) -> float:
+            return max(rank[name][what] for rank in found)
+
+        tokens = prod(config.grid)
+        rows += [
+            {
+                "ranks, way": f"{count}, {name}",
+                "sent (MB)": most(name, "sent") / 1e6,
+                "moves (ms)": 1e3 * most(name, "moves"),
+                "dsp / row, bytes": most("dsp", "sent") / most(name, "sent"),
+                "dsp / row, moves": most("dsp", "moves") / most(name, "moves"),
+                "step (s)": most(name, "step"),
+                "tokens / s": tokens / most(name, "step"),
+            }
+            for name in SHARDINGS
+        ]
+    return rows
