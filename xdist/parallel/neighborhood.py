@@ -202,7 +202,7 @@ def check_bias(name: str, q: Tensor, bias: Tensor | None, sizes: Sequence[int]) 
 
 def per_dim(name: str, what: str, value: Sizes, dims: int) -> tuple[int, ...]:
     """An integer for all dims, or one a dim."""
-    found = (value,) * dims if isinstance(value, int) else tuple(value)
+    found = tuple(value) if isinstance(value, Sequence) else (value,) * dims
     integers = all(isinstance(n, int) and not isinstance(n, bool) for n in found)
     if len(found) != dims or not integers:
         raise ShapeError(

@@ -62,7 +62,8 @@ def rows_of(rules: Sequence[Rule]) -> tuple[int, ...]:
             if rows[dim] < rule.most_rows:
                 more = list(rows)
                 more[dim] = min(2 * rows[dim], rule.most_rows)
-                tries.append((cost(more), dim, more))
+                # Of equals the last dim, whose positions lie side by side in memory.
+                tries.append((cost(more), -dim, more))
         if not tries or min(tries)[0] >= best:
             return tuple(rows)
         best, _, rows = min(tries)
@@ -87,7 +88,7 @@ def _follows(run: Run, tile: Run) -> bool:
     hop = ahead[0] if run.tiles == 1 else run.hop
     if hop < 1 or ahead != (hop * run.tiles,) * 2:
         return False
-    # Either neighbours of one class or one tile from each class: never some keys of both kinds.
+    # Tiles of one class may overlap by whole hops; those of different classes share nothing.
     if hop % run.step and ahead[0] >= run.step:
         return False
     alike = tile._replace(queries=run.queries, keys=run.keys, tiles=run.tiles, hop=run.hop)
