@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import pytest
@@ -165,6 +165,7 @@ def weight_of(like: Tensor, number: int) -> Tensor:
     return torch.randn(like.shape, generator=generator, dtype=torch.float64)
 
 
+@lru_cache(maxsize=64)
 def alone(case: Case) -> dict[str, Tensor]:
     """Outputs and gradients of the definition."""
     sides = [draw(case, seed) for seed in ((1, 2) if case.pair else (1,))]

@@ -145,3 +145,26 @@ def choose_route(problem: GridScanProblem) -> GridRoute:
 def grid_scan_bytes(problem: GridScanProblem, rank: int, *, backward: bool) -> Moved:
     """Bytes that sequence rank `rank` sends and receives in one direction of one call."""
     return _bytes_along(problem, choose_route(problem).dim, rank, backward=backward)
+
+
+def scan_home(sizes: tuple[int, ...], dim: int, ranks: int, order: tuple[int, ...]) -> int:
+    """The dim along which a layer that scans in `order` is sharded, for tokens sharded along `dim`.
+
+    Where the scan can run as the tokens lie, `dim`. A layer switches its tokens once, before its
+    recurrence's inputs are made of them, so any target is the same bytes: a row dim with a position
+    for every rank, where nothing more moves (the longest, then the first), else the outermost.
+    """
+    if ranks == 1 or dim not in order or dim == order[0]:
+        return dim
+    rows = [d for d in range(len(sizes)) if d not in order and sizes[d] >= ranks]
+    return max(rows, key=lambda d: (sizes[d], -d)) if rows else order[0]
+
+
+def spread_windows(fine: int, stride: int, ranks: int) -> list[tuple[int, int]]:
+    """Of a grid `stride` times as coarse, the positions that each rank's fine positions lie in."""
+    found, start = [], 0
+    for share in even_sizes(fine, ranks):
+        stop = start + share
+        found.append((start // stride, -(-stop // stride)) if share else (0, 0))
+        start = stop
+    return found

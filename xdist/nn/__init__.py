@@ -14,6 +14,8 @@ from xdist.nn.grid_attention import (
     NeighborhoodAttention,
     WindowAttention,
 )
+from xdist.nn.grid_mixer import GridMixer
+from xdist.nn.grid_scan import GridScan, cross_orders, turning_order
 from xdist.nn.linear import GatedLinearAttention
 from xdist.nn.mlp import SquaredReLUMLP
 from xdist.nn.norm import RMSNorm
@@ -28,6 +30,8 @@ __all__ = [
     "Block",
     "GatedLinearAttention",
     "GridAttention",
+    "GridMixer",
+    "GridScan",
     "NGramEmbedding",
     "NeighborhoodAttention",
     "PatchEmbed",
@@ -36,6 +40,8 @@ __all__ = [
     "SquaredReLUMLP",
     "WindowAttention",
     "build_mixer",
+    "cross_orders",
     "patches",
+    "turning_order",
     "unpatches",
 ]
