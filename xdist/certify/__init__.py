@@ -12,8 +12,9 @@
 from __future__ import annotations
 
 from xdist.certify.command import certify_config
+from xdist.certify.grids import certify_grids
 from xdist.certify.judge import Finding, Report, Row
 from xdist.certify.measure import Request
 from xdist.certify.run import certify
 
-__all__ = ["Finding", "Report", "Request", "Row", "certify", "certify_config"]
+__all__ = ["Finding", "Report", "Request", "Row", "certify", "certify_config", "certify_grids"]

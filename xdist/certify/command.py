@@ -7,11 +7,15 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from xdist.certify.grids import certify_grids
 from xdist.certify.judge import Report
 from xdist.certify.run import certify
 from xdist.config import Config, Model, Parallel
-from xdist.models import build
-from xdist.plan import pass_bytes
+from xdist.cost.moves import reduce_bytes
+from xdist.mesh import Mesh
+from xdist.models import build, sizes_of
+from xdist.plan import pass_bytes, rehearse
+from xdist.plan.step import parameter_count
 from xdist.testing import RankPool
 
 BATCH = 2
@@ -22,10 +26,13 @@ TILES = 8
 def certify_config(config: Config, *, pools: Mapping[int, RankPool] | None = None) -> Report:
     """Certifies the model of a config, at `certify.length` tokens, with bytes against the plan.
 
-    Degrees are those of [parallel] where the count of sequence ranks is the same, otherwise
-    ring = count. With data.documents = "separate" the sequence is cut into documents. Precision
-    bfloat16 is certified beside float64 and float32 when the config trains in it.
+    A model of grids at `certify.sizes`, sharded first along each dim. Degrees are those of
+    [parallel] where the count of sequence ranks is the same, otherwise ring = count. With
+    data.documents = "separate" the sequence is cut into documents. Precision bfloat16 is certified
+    beside float64 and float32 when the config trains in it.
     """
+    if config.data.kind != "text":
+        return _certify_grids(config, pools)
     length, parallel = config.certify.length, config.parallel
     documents = None
     if config.data.documents == "separate":
@@ -52,6 +59,37 @@ def certify_config(config: Config, *, pools: Mapping[int, RankPool] | None = Non
         layout=parallel.layout,
         documents=documents,
         dtypes=("float64", "float32", *extra),
+        degrees=degrees,
+        planned=planned,
+        pools=pools,
+    )
+
+
+def _certify_grids(config: Config, pools: Mapping[int, RankPool] | None) -> Report:
+    parallel, model = config.parallel, config.model
+    sizes = config.certify.sizes or model.sizes
+    degrees = {parallel.sequence_ranks: (parallel.ring, parallel.ulysses)}
+
+    def planned(ranks: int, precision: str, dim: int) -> list[int]:
+        ring, ulysses = degrees.get(ranks, (ranks, 1))
+        kind = sizes_of(model.model_copy(update={"dtype": precision}), parallel)
+        found = []
+        for rank in range(ranks):
+            mesh = Mesh.imagined(rank, ring=ring, ulysses=ulysses)
+            moves = rehearse(kind, sizes, BATCH, mesh, dim, counted=True).moves
+            sent = sum(moved.sent_bytes for moved in moves.values())
+            count, each = parameter_count(config), 8 if precision == "float64" else 4
+            found.append(sent + reduce_bytes(count, ranks, rank, each).sent_bytes)
+        return found
+
+    return certify_grids(
+        functools.partial(_model, model, parallel, 1),
+        sizes=sizes,
+        channels=model.channels,
+        classes=model.classes if config.data.kind == "volume" else 0,
+        ranks=config.certify.ranks,
+        batch=BATCH,
+        seed=config.run.seed,
         degrees=degrees,
         planned=planned,
         pools=pools,

@@ -54,6 +54,7 @@ class Row:
     leak: float
     sent_bytes: int
     planned_bytes: int | None
+    dim: int | None = None  # of grids: which is sharded first
 
 
 @dataclass

@@ -49,6 +49,15 @@ class Request:
     # Positions perturbed by the leak probe: row b of the batch is perturbed at probes[b].
     probes: tuple[int, ...] = ()
 
+    @property
+    def told(self) -> str:
+        """For the table's title."""
+        documents = len(self.documents) - 1 if self.documents else 1
+        return (
+            f"{self.batch} sequences of {self.length} tokens, layout {self.layout}, "
+            f"{documents} document(s)"
+        )
+
     def degrees_of(self, ranks: int) -> tuple[int, int]:
         """(ring, ulysses) on this many ranks."""
         return next(((r, u) for count, r, u in self.degrees if count == ranks), (ranks, 1))
@@ -134,8 +143,8 @@ def _measure_one(
         probed=probed,
         loss=float(loss.detach()),
         gradients=gradients if shard.mesh.sequence_rank == 0 else {},
-        digests={name: _digest([grad]) for name, grad in gradients.items()},
-        weights=_digest([p.detach() for p in module.parameters()]),
+        digests={name: digest_of([grad]) for name, grad in gradients.items()},
+        weights=digest_of([p.detach() for p in module.parameters()]),
         sent_bytes=moved.sent_bytes,
         sent_by_move={move: traffic.sent_bytes for move, traffic in moved.by_move.items()},
     )
@@ -199,7 +208,8 @@ def _loss(
     return mean(value + value.square(), shard)
 
 
-def _digest(tensors: list[Tensor]) -> str:
+def digest_of(tensors: list[Tensor]) -> str:
+    """sha256 of the tensors' bytes."""
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())

@@ -78,7 +78,7 @@ def certify(
         causal=causal,
         probes=probe_positions(length, batch, max(ranks, default=1)),
     )
-    _check(request, ranks)
+    check_request(request, ranks)
     alone = measure(factory, request)
     report = Report(request)
     for count in sorted(set(ranks)):
@@ -114,7 +114,8 @@ def _on_ranks(
         return pool.run(measure, factory, request)
 
 
-def _check(request: Request, ranks: Sequence[int]) -> None:
+def check_request(request: Request, ranks: Sequence[int]) -> None:
+    """Refuses what cannot be certified, before any rank is started."""
     world = read_rank().world_size
     if world != 1:
         raise LaunchError(

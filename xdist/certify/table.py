@@ -15,12 +15,7 @@ def render(report: Report) -> str:
     lines = [HEADINGS, *(_cells(row) for row in report.rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(HEADINGS))]
     text = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) for line in lines]
-    request = report.request
-    title = (
-        f"largest relative error against one rank in float64: {request.batch} sequences of "
-        f"{request.length} tokens, layout {request.layout}, "
-        f"{len(request.documents) - 1 if request.documents else 1} document(s)"
-    )
+    title = f"largest relative error against one rank in float64: {report.request.told}"
     verdict = [f"FAILED {finding}" for finding in report.findings] or ["passed"]
     return "\n".join([title, *(line.rstrip() for line in text), *verdict])
 
@@ -28,7 +23,7 @@ def render(report: Report) -> str:
 def _cells(row: Row) -> tuple[str, ...]:
     planned = "" if row.planned_bytes is None else f" of {row.planned_bytes:,} planned"
     return (
-        str(row.ranks),
+        str(row.ranks) if row.dim is None else f"{row.ranks}, dim {row.dim}",
         row.dtype,
         f"{row.outputs:.1e}",
         f"{row.loss:.1e}",
