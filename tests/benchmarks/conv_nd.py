@@ -1,7 +1,7 @@
 """Depthwise 3 x 3 x 3 convolutions of a volume on one thread: xdist beside torch's own and beside
 shifted multiply-adds, forward and with every gradient, time and memory.
 
-Each form runs in a process of its own; memory is the growth of its highest resident set, input,
+Each form runs in a process of its own; memory is the growth of its highest resident set,
 which counts results and gradients but not the input.
 """
 
@@ -20,11 +20,11 @@ from typing import Any
 
 TITLE = "Depthwise convolutions of volumes"
 NOTE = (
-    "3 x 3 x 3 taps, stride 1, one thread, channels last: medians of 5 passes, seconds. torch is "
-    "torch.conv3d on a view of the same memory (channels_last_3d) under autograd; shifted is 27 "
+    "3 x 3 x 3 taps, stride 1, one thread, channels last: medians of 5 passes, CPU seconds. torch "
+    "is torch.conv3d on a view of the same memory (channels_last_3d) under autograd; shifted is 27 "
     "multiply-adds of shifted views, planes at a time, and its gradients by the same. backward "
     "makes the gradients of input, weight and bias. memory is the growth of the highest resident "
-    "set over all passes: results and gradients, inputs not."
+    "set over all passes: results and gradients, the input not."
 )
 SIZES = (100, 117, 95)
 FORMS = ("xdist", "torch", "shifted")
@@ -113,9 +113,9 @@ def measure(form: str, channels: int, dtype: str) -> dict[str, float]:
     found: dict[str, list[float]] = {"forward (s)": [], "backward (s)": []}
     for _ in range(PASSES + 1):
         for name, call in (("forward (s)", forward), ("backward (s)", backward)):
-            begun = time.perf_counter()
+            begun = time.process_time()
             call()
-            found[name].append(time.perf_counter() - begun)
+            found[name].append(time.process_time() - begun)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     medians = {name: statistics.median(times[1:]) for name, times in found.items()}
     return {**medians, "memory (MiB)": (peak - before) / 1024}
