@@ -129,9 +129,12 @@ def edge_cost(sizes: tuple[int, ...], a: int, b: int, degree: int, size: int) ->
     return first_and_second(both, both, switches=int(a != b))
 
 
-def node_cost(way: Way, behind: tuple[int, ...], degree: int) -> tuple[int, int]:
+def node_cost(block: Block, sizes: tuple[int, ...], way: Way, degree: int) -> tuple[int, int]:
     dim, chosen = way
-    total = (int(degree - len(set(owners(behind[dim], degree).tolist()))) << 40, 0)
+    idle = degree - len(set(owners(block.grid(sizes)[dim], degree).tolist()))
+    most = max(np.bincount(owners(sizes[dim], degree)))
+    held = 2 * int(most) * prod(sizes) // sizes[dim] * block.channels * block.itemsize
+    total = ((idle << 40) + held, 0)
     for option in chosen:
         sent = [one.forward.sent_bytes + one.backward.sent_bytes for one in option.moved]
         got = [one.forward.received_bytes + one.backward.received_bytes for one in option.moved]
@@ -150,7 +153,7 @@ def brute_force(
     for block in blocks:
         ways, behind = ways_of(block, grid, degree), block.grid(grid)
         size = block.channels * block.itemsize
-        nodes = np.array([node_cost(way, behind, degree) for way in ways])
+        nodes = np.array([node_cost(block, grid, way, degree) for way in ways])
         edges = np.array(
             [
                 [(0, 0) if a is None else edge_cost(grid, a, b, degree, size) for b, _ in ways]
@@ -307,6 +310,18 @@ def test_ranks_without_tokens_are_the_last_resort() -> None:
     # A dim of one position would need no switch at all, with everything on one rank.
     single = place_switches(layers(1), (1, 8, 8), 2)
     assert 0 not in single.dims
+
+
+def test_even_shares_are_worth_a_few_bytes() -> None:
+    """A third position on one of two ranks would move less, as it has less to send."""
+    blocks = [Block("temporal", 4, whole=(0,))]
+    placed = place_switches(blocks, (8, 5, 3), 2, start=0)
+    assert placed.dims == (1,)
+    assert switch_sent((8, 5, 3), 0, 1, 2, 16) > switch_sent((8, 5, 3), 0, 2, 2, 16)
+    # A long run of free blocks leaves a dim that one rank holds twice as much of.
+    run = [Block("mlp", 4)] * 8
+    assert place_switches(run, (5, 8), 4, start=0).dims == (1,) * 8
+    assert place_switches(run[:1], (5, 8), 4, start=0).dims == (0,)
 
 
 def test_scans_cross_ranks_by_states_or_lie_in_rows() -> None:

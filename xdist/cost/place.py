@@ -5,13 +5,15 @@ block shards another one. A block along whose dims something must be seen whole,
 costs bytes - or cannot be - where that dim is sharded. Compared are, one after the other:
 
     1. idle ranks, added up over the blocks: with no position of the block's grid, or no head
-    2. bytes of the busiest rank, sent and received, forward and backward, added up over the moves
+    2. bytes of the busiest rank, added up: of each move what it sends and receives, forward and
+       backward; of each block what it holds of the input and its gradient
     3. bytes that all ranks send
     4. switches
     5. dims, block by block: the lower one first
 
-So ranks without tokens are accepted only where nothing else can be, few bytes count before few
-switches, and equal placements are told apart by the lower dim. No torch, no process group.
+So ranks without tokens are accepted only where nothing else can be; few bytes count before few
+switches; what ranks hold is the same wherever shares are even, and decides against uneven ones; and
+equal placements are told apart by the lower dim. No torch, no process group.
 """
 
 from __future__ import annotations
@@ -168,7 +170,8 @@ def _standing(block: Block, sizes: Sizes, behind: Sizes, degree: int, batch: int
         # Needs do not depend on each other, so each takes its own best way.
         chosen = tuple(min(ways, key=_cost) for ways in needs)
         empty = sum(a == b for a, b in even_windows(behind[dim], degree))
-        cost = Cost(idle=empty)
+        held = 2 * max(spot.shares) * spot.across * block.channels * block.itemsize
+        cost = Cost(idle=empty, busiest=held)
         for option in chosen:
             cost = cost.plus(_cost(option))
         found.append(_Here(cost, chosen))
@@ -239,7 +242,7 @@ def _more(cost: Cost | None, least: Cost) -> str:
     if more.idle:
         return f"leaves {more.idle} more ranks idle"
     if more.busiest:
-        return f"moves {more.busiest:,} bytes more"
+        return f"costs {more.busiest:,} bytes more"
     if more.total:
         return f"moves {more.total:,} bytes more over all ranks"
     return f"needs {more.switches} more switches" if more.switches else "does as well"

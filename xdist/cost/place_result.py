@@ -112,7 +112,7 @@ class Placement:
             f"placement: grid {_grid(self.sizes)} on {self.degree} rank(s), {len(self.blocks)} "
             f"block(s), {self.switches} switch(es); the busiest rank sends {busiest:,} bytes, "
             "forward and backward",
-            "  (switch, inside: sent; other dims: what the busiest ranks send and receive more)",
+            "  (switch, inside: sent; why: what the busiest ranks send, receive and hold more)",
         ]
         counted: dict[tuple[str, ...], int] = {}
         for one in self.blocks:

@@ -21,7 +21,8 @@ class Scan:
     heads, key_dim, value_dim: of the state, as in xdist.cost.recurrent; transition: as there; both:
     two directions in one exchange. inputs: of one direction, those with tokens, for routes that
     move tokens; empty: q, k, v and a decay, each per head. shared: how many of the first inputs
-    are the same of both directions, as those of one set are, and then travel once. itemsize: of the output; None: the block's.
+    are the same of both directions, as those of one set are, and then travel once. itemsize: of
+    the output; None: the block's.
 
     Sharded outside `order` nothing moves, along its outermost dim states do; inside, or where
     states would be more bytes, tokens are switched for the scan and back, as grid_scan chooses.
