@@ -14,6 +14,7 @@ import attention_overlap
 import attention_zigzag
 import checkpoints
 import conv_nd
+import conv_overlap
 import delta
 import dsp
 import learning
@@ -122,6 +123,7 @@ BENCHMARKS = {
     "dsp": (dsp, dsp.TITLE, dsp.NOTE),
     "attention_kept": (attention_kept, attention_kept.TITLE, attention_kept.NOTE),
     "conv_nd": (conv_nd, conv_nd.TITLE, conv_nd.NOTE),
+    "conv_overlap": (conv_overlap, conv_overlap.TITLE, conv_overlap.NOTE),
     "packing": (packing, packing.TITLE, packing.NOTE),
     "peers": (peers, peers.TITLE, peers.NOTE),
     "vanilla": (vanilla, vanilla.TITLE, vanilla.NOTE),
