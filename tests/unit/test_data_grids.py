@@ -248,6 +248,23 @@ def test_a_part_and_planes_beside_it() -> None:
         require_share(alone, 6)
 
 
+def test_a_slab_is_hidden_from_training_and_all_that_is_judged(store: Path) -> None:
+    split = GridStore(store).split("train")
+    for slab in ((0, 3, 5), (1, 0, 2), (2, 5, 6)):
+        train, judged = split.without(slab), split.only(slab)
+        for box in ([(0, 9), (0, 7), (0, 6)], [(2, 4), (1, 6), (3, 6)], [(4, 4), (0, 7), (0, 6)]):
+            whole = split.labels(1, box)
+            seen, scored = train.labels(1, box), judged.labels(1, box)
+            for at in np.ndindex(*whole.shape):
+                inside = slab[1] <= box[slab[0]][0] + at[slab[0]] < slab[2]
+                assert seen[at] == (-100 if inside else whole[at])
+                assert scored[at] == (whole[at] if inside else -100)
+            np.testing.assert_array_equal(train.image(1, box), split.image(1, box))
+    for slab in ((3, 0, 1), (0, 0, 9), (0, 4, 4), (0, 5, 10), (0, -1, 2)):
+        with pytest.raises(DataError, match="does not cut sample 0"):
+            split.without(slab)
+
+
 def test_a_degraded_box_is_that_box_of_the_degraded_whole(store: Path) -> None:
     split, recipe = GridStore(store).split("train"), Degradation(0.4, 20.0, seed=3)
     whole = [(0, size) for size in SIZES]

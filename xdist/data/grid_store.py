@@ -11,6 +11,7 @@ Both are cut by the same chunk grid. A reader gives `(value - offset) * scale` p
 from __future__ import annotations
 
 import hashlib
+from copy import copy
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -27,6 +28,8 @@ from xdist.errors import DataError
 
 IGNORED = -100
 NO_CLASS = 255
+Slab = tuple[int, int, int]
+"""A dim, and the positions `[start, stop)` along it."""
 _REMEDY = "prepare the store again with `xdist prepare volume`, `video` or `flow`"
 
 
@@ -141,6 +144,40 @@ class GridSplit:
             for grid in store.identity["facts"]["splits"][name]
             for row in range(self._facts[grid]["samples"])
         ]
+        self._slab: Slab | None = None
+        self._inside = False
+
+    def without(self, slab: Slab) -> GridSplit:
+        """The same samples, whose labels inside `slab` are -100: what may be trained on.
+
+        Raises:
+            DataError: a slab that a sample does not have, or that leaves nothing.
+        """
+        return self._cut(slab, inside=False)
+
+    def only(self, slab: Slab) -> GridSplit:
+        """The same samples, whose labels outside `slab` are -100: what is judged.
+
+        Raises:
+            DataError: as `without`.
+        """
+        return self._cut(slab, inside=True)
+
+    def _cut(self, slab: Slab, *, inside: bool) -> GridSplit:
+        dim, start, stop = slab
+        for sample in range(self.samples):
+            sizes = self.sizes(sample)
+            if not (0 <= dim < len(sizes) and 0 <= start < stop <= sizes[dim]) or (
+                stop - start == sizes[dim]
+            ):
+                raise DataError(
+                    f"the slab [dim, start, stop] = {list(slab)} does not cut sample {sample}",
+                    f"its grid is {sizes}",
+                    "name a part of a dim that leaves another part",
+                )
+        found = copy(self)
+        found._slab, found._inside = slab, inside
+        return found
 
     @property
     def samples(self) -> int:
@@ -206,6 +243,11 @@ class GridSplit:
                 f"class {found.max()} of {len(self.classes)}: {', '.join(self.classes)}",
                 _REMEDY,
             )
+        if self._slab is not None:
+            dim, start, stop = self._slab
+            at = np.arange(*box[dim])
+            hidden = ((at >= start) & (at < stop)) != self._inside
+            found[(slice(None),) * dim + (hidden,)] = IGNORED
         return found
 
     @cached_property
