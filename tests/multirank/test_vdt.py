@@ -7,6 +7,7 @@ from math import prod
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.multirank.vdt_cases import (
     ODD,
@@ -19,15 +20,19 @@ from tests.multirank.vdt_cases import (
     local_refused,
     passed,
     reference,
+    sampled,
     saved_bytes,
     trained,
 )
+from xdist.certify import certify_config
+from xdist.config import load, override
 from xdist.cost.dsp import Video, pair_bytes, pair_elements
 from xdist.cost.moves import Moved
 from xdist.cost.place import Passes
 from xdist.models.vdt import SHARDINGS, VDTConfig, build
 from xdist.testing import RankPool
 
+ROOT = Path(__file__).resolve().parents[2]
 # Four tokens along each dim and four heads: shares of two and four ranks are even.
 EVEN = VDTConfig(
     sizes=(4, 4, 4), channels=3, dim=16, depth=2, head_dim=4, dtype="float64", recompute=False
@@ -88,6 +93,27 @@ def test_every_way_along_every_dim_gives_one_rank(
 def test_inputs_are_those_of_one_rank(pool3: RankPool) -> None:
     """Noise, times and masks do not depend on the ranks, and nothing moves for them."""
     assert pool3.run(inputs_differ, ODD) == [[]] * 3
+
+
+def test_sampling_gives_the_video_of_one_rank(pool3: RankPool) -> None:
+    expected = sampled(ODD, None)
+    for found in pool3.run(sampled, ODD, 0):
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.slow
+def test_the_config_is_certified_on_2_3_and_4_ranks(
+    pool2: RankPool, pool3: RankPool, pool4: RankPool
+) -> None:
+    """`xdist certify` of the example with fewer layers, sharded first along each dim."""
+    small = ["model.dim=16", "model.head_dim=8", "model.depth=1", "certify.sizes=[5,6,7]"]
+    config = override(load(ROOT / "configs" / "video.toml"), small)
+    report = certify_config(config, pools={2: pool2, 3: pool3, 4: pool4})
+    assert report.passed, report.table()
+    assert [(row.ranks, row.dim) for row in report.rows if row.dtype == "float64"] == [
+        (1, 0), *((ranks, dim) for ranks in (2, 3, 4) for dim in range(3))
+    ]  # fmt: skip
+    assert all(row.sent_bytes == row.planned_bytes for row in report.rows)
 
 
 def test_local_attention_over_a_sharded_dim_is_refused(pool2: RankPool) -> None:
@@ -189,5 +215,5 @@ def test_saved_activations_fall_as_one_over_the_ranks(
         most = max(pool.run(saved_bytes, SAVED, 0))
         rows.append(f"| {ranks} | {most:,} | {most * ranks / alone:.3f} |")
         assert most * ranks == pytest.approx(alone, rel=0.1)
-    page = Path(__file__).resolve().parents[2] / "docs" / "grids" / "vdt.md"
+    page = ROOT / "docs" / "grids" / "vdt.md"
     assert "\n".join(rows) in page.read_text(encoding="utf-8")

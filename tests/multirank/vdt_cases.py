@@ -14,6 +14,7 @@ from xdist.comm import ledger
 from xdist.errors import LayoutError
 from xdist.models.vdt import VDT, VDTConfig, build
 from xdist.models.vdt_inputs import diffusion_inputs
+from xdist.models.vdt_sample import sample
 from xdist.nn.factorised import FactorisedAttention
 from xdist.testing import count_c10d_bytes
 
@@ -108,6 +109,19 @@ def inputs_differ(config: VDTConfig) -> list[int]:
         ):
             wrong.append(dim)
     return wrong
+
+
+def sampled(config: VDTConfig, dim: int | None) -> Tensor:
+    """A whole video in three steps, its outer frames known; dim None: on one device."""
+    model, clean = build(config, seed=0), video(config.sizes, config.channels)
+    known = torch.zeros(clean.shape[:-1], dtype=torch.bool)
+    known[:, [0, -1]] = True
+    noise = video(config.sizes, config.channels).flip(2)
+    if dim is None:
+        return sample(model, noise, video=clean, known=known, steps=3)
+    gshard = shard_of(config.sizes, dim)
+    noise, clean, known = (gshard.scatter(one) for one in (noise, clean, known))
+    return gshard.gather(sample(model, noise, gshard, video=clean, known=known, steps=3))
 
 
 def local_refused(dim: int) -> str:

@@ -9,7 +9,8 @@ import torch
 
 from xdist.errors import ConfigError, LayoutError, ShapeError, StrategyError
 from xdist.models.vdt import VDTConfig, build
-from xdist.models.vdt_inputs import MASKS, compose, diffusion_inputs, known_positions, level
+from xdist.models.vdt_inputs import compose, diffusion_inputs, known_positions, level
+from xdist.models.vdt_sample import sample
 from xdist.nn.factorised import FactorisedAttention
 
 SIZES = VDTConfig(sizes=(4, 4, 6), patch=(1, 2, 2), channels=2, dim=8, depth=1, head_dim=4)
@@ -112,6 +113,36 @@ def test_the_model_takes_the_placement_of_the_plan() -> None:
     assert placed.strategies == ("",) * len(names)
 
 
+def test_sampling_with_a_model_that_knows_the_noise_gives_the_video() -> None:
+    """And what is known comes through as it is, whatever the model says."""
+    video = clean().clamp(-1, 1).double()
+    known = torch.zeros(2, 4, 4, 6, dtype=torch.bool)
+    known[:, 0] = True
+    times = []
+
+    def knowing(x: torch.Tensor, gshard: object) -> torch.Tensor:
+        assert torch.equal(x[:, 0, ..., :2], video[:, 0])
+        assert torch.equal(x[..., 2], known.double())
+        times.append(float(x[0, 0, 0, 0, -1]))
+        signal, spread = level(x[..., -1:])
+        return (x[..., :2] - signal * video) / spread
+
+    noise = torch.randn(2, 4, 4, 6, 2, dtype=torch.float64)
+    for limit in (None, 1.0):
+        found = sample(knowing, noise, video=video, known=known, steps=7, limit=limit)
+        torch.testing.assert_close(found, video)
+    assert times[:7] == pytest.approx([i / 8 for i in range(7, 0, -1)])
+    made = sample(build(SIZES, seed=0), torch.zeros(1, 4, 4, 6, 2), steps=2)
+    assert made.isfinite().all()
+    for wrong in ({"video": video}, {"video": video[:1], "known": known}):
+        with pytest.raises(ShapeError):
+            sample(knowing, noise, **wrong)
+    with pytest.raises(ShapeError, match="without channels"):
+        sample(knowing, noise, video=video, known=known[..., :2])
+    with pytest.raises(ConfigError, match="at least one step"):
+        sample(knowing, noise, steps=0)
+
+
 def test_a_video_of_other_sizes_runs() -> None:
     model = build(SIZES, seed=0)
     x = torch.zeros(1, 3, 5, 7, 4)
@@ -123,8 +154,6 @@ def test_bad_sizes_and_inputs_are_refused() -> None:
         VDTConfig(sizes=(8,))
     with pytest.raises(ConfigError, match="dsp, ulysses_both"):
         VDTConfig(sizes=(8, 8), strategy="usp")
-    with pytest.raises(ConfigError, match="no masks \\['last'\\]"):
-        VDTConfig(sizes=(8, 8), masks=("last",))
     with pytest.raises(ShapeError, match="2 of the video, known, time"):
         build(SIZES)(torch.zeros(1, 4, 4, 6, 3))
     with pytest.raises(StrategyError, match="no way 'usp'"):
@@ -133,4 +162,3 @@ def test_bad_sizes_and_inputs_are_refused() -> None:
         FactorisedAttention(8, (2,), head_dim=4)(torch.zeros(1, 2, 2, 8))
     with pytest.raises(ConfigError, match="each once"):
         FactorisedAttention(8, (1, 1))
-    assert set(VDTConfig(sizes=(8, 8)).masks) == set(MASKS)

@@ -12,7 +12,7 @@ positions come in clean, unknown ones noisy, `F = I (1 - M) + C M` (section 3.3)
 more channel, and the loss is that of the unknown ones. Gates as Peebles and Xie 2023, "DiT", but
 one at the start, not zero: every branch has gradients from the first step.
 
-The grid of the video is sharded along any dim. `sharding` says how blocks that mix the sharded dim
+The grid of the video is sharded along any dim. `strategy` says how blocks that mix the sharded dim
 cross ranks; all ways give the same numbers:
 
     dsp            the sharded dim is switched where xdist.cost.place places it; attention is local
@@ -37,10 +37,10 @@ from xdist.grid_shard import GridShard, resolve_grid
 from xdist.memory.checkpoint import checkpoint
 from xdist.memory.loss import sum_of_ranks
 from xdist.memory.mean import mean
+from xdist.models.vdt_inputs import EXTRA
 from xdist.models.vdt_plan import (
     BRANCHES,
     DTYPES,
-    EXTRA,
     SHARDINGS,
     Step,
     VDTConfig,
@@ -103,7 +103,7 @@ class VDT(nn.Module):
     def __init__(self, config: VDTConfig) -> None:
         super().__init__()
         self.config = config
-        dim, volume = config.dim, prod(config.each_patch)
+        dim, volume = config.dim, prod(config.patch)
         inputs = volume * (config.channels + EXTRA - 1)
         self.embedding = nn.Parameter(torch.randn(dim, inputs) * inputs**-0.5)
         self.time = TimeEmbedding(dim)
@@ -128,7 +128,7 @@ class VDT(nn.Module):
         along = route(self.config, gshard.sizes, gshard.size, gshard.dim)
         times, whole = _times(x), gshard
         x, gshard = gshard.switch(x[..., :-1], along.first)
-        tokens, gshard = patches(x, gshard, self.config.each_patch)
+        tokens, gshard = patches(x, gshard, self.config.patch)
         y = tokens @ self.embedding.t() + position_waves(gshard, self.config.dim, tokens)
         condition = self.time(times)
         for number, layer in enumerate(self.blocks):
@@ -137,7 +137,7 @@ class VDT(nn.Module):
             gshard = gshard.along(steps[-1].dim)
         shift, scale = (F.silu(condition) @ self.modulation.t()).chunk(2, -1)
         y, gshard = gshard.switch(_modulated(y, shift, scale) @ self.head.t(), along.last)
-        y, gshard = unpatches(y, gshard, whole.sizes, self.config.each_patch)
+        y, gshard = unpatches(y, gshard, whole.sizes, self.config.patch)
         return gshard.switch(y, whole.dim)[0]
 
     def loss(

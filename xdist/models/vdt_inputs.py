@@ -25,6 +25,8 @@ MASKS = ("nothing", "first", "ends", "scattered", "image", "box")
 """What is known: nothing (generation), the first half of the frames (prediction), the first and
 the last frame (both ways), scattered frames (interpolation), the first frame (image to video), or
 everything outside a box (completion)."""
+# Channels of the model's input beside the video's own: whether a position is known, and the time.
+EXTRA = 2
 
 
 def diffusion_inputs(

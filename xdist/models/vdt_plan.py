@@ -2,88 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from math import prod
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from xdist.cost.place import Block, Heads, Patches, Placement, Unpatches, place_switches
 from xdist.errors import ConfigError
+from xdist.models.grid_config import GridConfig
+from xdist.models.vdt_inputs import EXTRA
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 SHARDINGS = ("dsp", "ulysses_both", "ulysses_one", "ring", "megatron_sp")
 # Branches of a layer, in order.
 BRANCHES = ("temporal", "spatial", "mlp")
-# Channels of the input beside the video's own: whether a position is known, and the time.
-EXTRA = 2
 
 
 @dataclass(frozen=True)
-class VDTConfig:
-    """The model's sizes: keys of the sections [model] and [parallel] that this model reads.
+class VDTConfig(GridConfig):
+    """The model's sizes; frames first in `sizes` and `patch`, then at least one dim of space.
 
-    sizes: positions of a video, frames first, e.g. (16, 32, 32); patch: positions of a token along
-    each dim (empty: 1); channels: of the video; depth: layers; sharding: one of `SHARDINGS`.
+    depth: layers, each a temporal and a spatial attention and an MLP; strategy: one of
+    `SHARDINGS`.
     """
 
-    sizes: tuple[int, ...] = (8, 16, 16)
-    patch: tuple[int, ...] = ()
-    channels: int = 1
     dim: int = 64
-    depth: int = 4
-    head_dim: int = 32
-    mlp_ratio: float = 2.0
-    recompute: bool = True
-    dtype: str = "float32"
-    sharding: str = "dsp"
+    strategy: str = "dsp"
 
     def __post_init__(self) -> None:
-        if len(self.sizes) < 2 or (self.patch and len(self.patch) != len(self.sizes)):
+        super().__post_init__()
+        if len(self.sizes) < 2:
             raise ConfigError(
-                "vdt needs frames and at least one dim of space, and a patch for each or none",
-                f"sizes {self.sizes}, patch {self.patch}",
-                "write e.g. sizes = [16, 32, 32] and patch = [1, 2, 2]",
+                "vdt needs frames and at least one dim of space",
+                f"sizes {self.sizes}",
+                "write e.g. sizes = [16, 32, 32]",
             )
-        if self.sharding not in SHARDINGS:
+        if self.strategy not in SHARDINGS:
             raise ConfigError(
-                f"vdt cannot be sharded as {self.sharding!r}", "", f"one of {', '.join(SHARDINGS)}"
+                f"vdt cannot be sharded as {self.strategy!r}",
+                f"parallel.grid is one of {', '.join(SHARDINGS)}",
+                "choose one of those",
             )
-
-    @classmethod
-    def of(cls, section: Any, parallel: Any = None) -> VDTConfig:
-        """From the config's sections [model] and [parallel].
-
-        Raises:
-            ConfigError: sizes that do not fit, or model.options, of which it has none.
-        """
-        if section.options:
-            raise ConfigError(
-                "vdt has no options of its own", f"model.options has {sorted(section.options)}"
-            )
-        own = [one.name for one in fields(cls) if one.name != "sharding"]
-        given = {} if parallel is None else {"sharding": parallel.grid}
-        return cls(**{name: getattr(section, name) for name in own}, **given)
-
-    @property
-    def each_patch(self) -> tuple[int, ...]:
-        """Positions of a token along each dim."""
-        return self.patch or (1,) * len(self.sizes)
-
-    @property
-    def grid(self) -> tuple[int, ...]:
-        """Tokens along each dim."""
-        return self.tokens_of(self.sizes)
-
-    def tokens_of(self, sizes: Sequence[int]) -> tuple[int, ...]:
-        """Tokens along each dim of a video of other sizes; the last may be partly filled."""
-        return tuple(-(-n // p) for n, p in zip(sizes, self.each_patch, strict=True))
-
-    @property
-    def hidden(self) -> int:
-        """Hidden width of the MLPs."""
-        return round(self.mlp_ratio * self.dim)
 
 
 class Step(NamedTuple):
@@ -107,11 +67,11 @@ class Route(NamedTuple):
 
 def route(config: VDTConfig, sizes: tuple[int, ...], degree: int, dim: int) -> Route:
     """How a video of `sizes` positions, sharded along `dim`, goes through the model."""
-    if config.sharding == "dsp":
+    if config.strategy == "dsp":
         placed = placement(config, sizes, degree, dim).blocks
         steps = [Step(one.dim, one.strategy or "local") for one in placed[1:-1]]
         return Route(placed[0].dim, steps, placed[-1].dim)
-    steps = [Step(dim, _way(config.sharding, name, dim)) for name in BRANCHES]
+    steps = [Step(dim, _way(config.strategy, name, dim)) for name in BRANCHES]
     return Route(dim, steps * config.depth, dim)
 
 
@@ -139,23 +99,23 @@ def blocks_of(config: VDTConfig, sizes: tuple[int, ...]) -> list[Block]:
         for name in BRANCHES
     ]
     taken, given = config.channels + EXTRA - 1, config.channels
-    first = Block("patches", taken, reach=(Patches(config.each_patch),), itemsize=size)
+    first = Block("patches", taken, reach=(Patches(config.patch),), itemsize=size)
     last = Block(
         "unpatches",
-        prod(config.each_patch) * given,
-        reach=(Unpatches(config.each_patch, sizes),),
+        prod(config.patch) * given,
+        reach=(Unpatches(config.patch, sizes),),
         itemsize=size,
         out_channels=given,
     )
     return [first, *layers, last]
 
 
-def _way(sharding: str, branch: str, dim: int) -> str:
-    if sharding == "megatron_sp":
+def _way(strategy: str, branch: str, dim: int) -> str:
+    if strategy == "megatron_sp":
         return "tensor"
     if branch == "mlp":
         return "local"
     mixes = (dim == 0) == (branch == "temporal")
-    if sharding == "ulysses_both" or (sharding == "ulysses_one" and mixes):
+    if strategy == "ulysses_both" or (strategy == "ulysses_one" and mixes):
         return "ulysses"
-    return "ring" if mixes and sharding == "ring" else "local"
+    return "ring" if mixes and strategy == "ring" else "local"
