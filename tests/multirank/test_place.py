@@ -23,12 +23,15 @@ from xdist.cost.place import (
     Reach,
     Scan,
     Spot,
+    Strided,
     Unpatches,
+    Windows,
     place_switches,
 )
 from xdist.cost.place_attention import mixed
 from xdist.grid_shard import GridShard
 from xdist.nn.factorised import FactorisedAttention
+from xdist.nn.grid_attention import GridAttention, WindowAttention
 from xdist.nn.patches import patches, unpatches
 from xdist.testing import RankPool
 
@@ -42,6 +45,8 @@ REACH: dict[str, Reach] = {
     "depthwise": Convolution(3),
     "strided": Convolution((4, 2, 3), stride=(3, 2, 1), dilation=(1, 2, 1)),
     "neighborhood": Neighborhood(3, (2, 1, 1)),
+    "windows": Windows((3, 2, 5), (1, 0, 2)),
+    "sets": Strided((3, 2, 4)),
     "raster": Scan((2, 0, 1), 4, 2, 2, "scalar", both=True, shared=4),
     "rows": Scan((1,), 4, 2, 2, "scalar"),
     "columns": Scan((2, 0), 4, 2, 2, "scalar", both=True),
@@ -106,6 +111,11 @@ def _reached(x: Tensor, gshard: GridShard, kind: str, strategy: str) -> Tensor:
     if isinstance(reach, Neighborhood):
         q, k, v = (x.unflatten(-1, (4, 2)) * scale for scale in (1, 2, 3))
         return xdist.neighborhood_attention(q, k, v, gshard, window=3, dilation=(2, 1, 1))
+    if isinstance(reach, Windows):
+        layer = WindowAttention(CHANNELS, window=(3, 2, 5), shift=(1, 0, 2), head_dim=2)
+        return layer.double()(x, gshard)
+    if isinstance(reach, Strided):
+        return GridAttention(CHANNELS, grid=(3, 2, 4), head_dim=2).double()(x, gshard)
     assert isinstance(reach, Convolution)
     if kind == "depthwise":
         weight = _drawn(CHANNELS, 1, 3, 3, 3)
@@ -157,7 +167,7 @@ def blocks_along(dim: int) -> list[Counted]:
     return found
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [3, pytest.param(4, marks=pytest.mark.slow)])
 def test_blocks_move_the_bytes_that_the_placement_counts(
     ranks: int, request: pytest.FixtureRequest
 ) -> None:

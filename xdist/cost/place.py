@@ -28,24 +28,11 @@ from xdist.cost.conv_nd import even_windows
 from xdist.cost.place_attention import Condition, Heads, mixed
 from xdist.cost.place_block import Block
 from xdist.cost.place_path import Cost, Edges, Path, bytes_cost, shortest
-from xdist.cost.place_reach import (
-    Convolution,
-    Halo,
-    Neighborhood,
-    Patches,
-    Unpatches,
-)
+from xdist.cost.place_reach import Convolution, Halo, Patches, Unpatches
 from xdist.cost.place_result import Placed, Placement
 from xdist.cost.place_scan import Scan
-from xdist.cost.place_spot import (
-    Option,
-    Passes,
-    Reach,
-    Sizes,
-    Spot,
-    at_least,
-    switched,
-)
+from xdist.cost.place_spot import Option, Passes, Reach, Sizes, Spot, at_least, switched
+from xdist.cost.place_windows import Neighborhood, Strided, Windows
 from xdist.errors import ConfigError, LayoutError, StrategyError
 
 __all__ = [
@@ -63,7 +50,9 @@ __all__ = [
     "Reach",
     "Scan",
     "Spot",
+    "Strided",
     "Unpatches",
+    "Windows",
     "place_switches",
 ]
 

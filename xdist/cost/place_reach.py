@@ -7,7 +7,7 @@ sums. Outputs of a reach that changes the grid lie as `GridShard.resized` puts t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -56,9 +56,10 @@ class Halo:
         n = spot.sizes[spot.dim]
         before = each_dim(self.before, spot.sizes, "before")[spot.dim]
         after = each_dim(self.after, spot.sizes, "after")[spot.dim]
-        return _window_option(
-            spot, self.channels, lambda a, b: (max(0, a - before), min(n, b + after))
-        )
+        windows = [
+            (max(0, a - before), min(n, b + after)) if a < b else (a, b) for a, b in spot.runs
+        ]
+        return _option(spot, windows, self.channels, None)
 
 
 @dataclass(frozen=True)
@@ -99,68 +100,6 @@ class Convolution:
         """What the outputs of each rank read."""
         windows = share_windows(self._along(spot.sizes)[spot.dim], spot.degree)
         return _option(spot, windows, self.channels, self.itemsize)
-
-
-@dataclass(frozen=True)
-class Neighborhood:
-    """`xdist.neighborhood_attention`: `window` keys of each query, pushed inside at the borders,
-    `dilation` apart.
-
-    channels: of keys and values; None: twice the block's input.
-    """
-
-    window: Each
-    dilation: Each = 1
-    channels: int | None = None
-
-    def __post_init__(self) -> None:
-        at_least("window", self.window, 1)
-        at_least("dilation", self.dilation, 1)
-        windows = self.window if isinstance(self.window, tuple) else (self.window,)
-        if any(window % 2 == 0 for window in windows):
-            raise ShapeError("a neighborhood's window is odd", f"got {self.window}")
-        _channels(self.channels)
-
-    def _along(self, sizes: Sizes, dim: int) -> tuple[int, int]:
-        window = each_dim(self.window, sizes, "window")[dim]
-        return window, each_dim(self.dilation, sizes, "dilation")[dim]
-
-    def __str__(self) -> str:
-        return f"neighborhood of {self.window}" + (
-            f" x {self.dilation}" if self.dilation != 1 else ""
-        )
-
-    def grid(self, sizes: Sizes) -> Sizes:
-        """The same grid."""
-        for dim, size in enumerate(sizes):
-            window, dilation = self._along(sizes, dim)
-            if window * dilation > size:
-                raise ShapeError(
-                    f"the neighborhood is wider than dim {dim}",
-                    f"window {window} x dilation {dilation} > {size} of {sizes}",
-                    "take a smaller window or dilation along that dim",
-                )
-        return sizes
-
-    def options(self, spot: Spot) -> tuple[Option, ...]:
-        """Keys and values of each rank's queries."""
-        n = spot.sizes[spot.dim]
-        window, dilation = self._along(spot.sizes, spot.dim)
-
-        def keys(query: int) -> Run:
-            """First key and one past the last, of the query's own residue class."""
-            own, place = query % dilation, query // dilation
-            last = -(-(n - own) // dilation) - window
-            first = min(max(place - window // 2, 0), last)
-            return own + first * dilation, own + (first + window - 1) * dilation + 1
-
-        def seen(a: int, b: int) -> Run:
-            # In each residue class keys move with the query: the outer ones decide.
-            low = min(keys(query)[0] for query in range(a, min(a + dilation, b)))
-            return low, max(keys(query)[1] for query in range(max(a, b - dilation), b))
-
-        channels = 2 * spot.channels if self.channels is None else self.channels
-        return _window_option(spot, channels, seen)
 
 
 @dataclass(frozen=True)
@@ -228,14 +167,6 @@ class Unpatches:
             ]  # fmt: skip
             moved.append(Passes(*ways))
         return (Option("", tuple(moved)),)
-
-
-def _window_option(
-    spot: Spot, channels: int | None, reads: Callable[[int, int], Run]
-) -> tuple[Option, ...]:
-    """Each rank fetches what its positions `[a, b)` read; without positions, nothing."""
-    windows = [reads(a, b) if a < b else (0, 0) for a, b in spot.runs]
-    return _option(spot, windows, channels, None)
 
 
 def _option(

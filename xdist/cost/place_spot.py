@@ -98,8 +98,8 @@ class Option(NamedTuple):
 class Reach(Protocol):
     """What a block reads beyond each position: hashable, and pure integers.
 
-    `Convolution`, `Neighborhood`, `Halo`, `Patches`, `Unpatches` and `Scan` are such; one of your
-    own needs these two methods.
+    `Convolution`, `Halo`, `Neighborhood`, `Windows`, `Strided`, `Patches`, `Unpatches` and `Scan`
+    are such; one of your own needs these two methods.
     """
 
     def grid(self, sizes: Sizes) -> Sizes:
