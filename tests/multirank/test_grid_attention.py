@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from statistics import median
 
 import pytest
@@ -96,8 +97,9 @@ def test_narrow_dtypes_stay_as_near_as_on_one_rank(pool3: RankPool) -> None:
             assert many <= max(2e-6, 1.5 * single), (cases[start], name)
 
 
-def halo_of(length: int) -> list[tuple[int, int]]:
-    """Sent and received, forward and backward, of windows along a sharded dim of this length."""
+def halo_of(length: int) -> list[tuple[int, int, int]]:
+    """Sent and received, forward and backward, of windows along a sharded dim of this length; bytes
+    saved for backward besides q, k and v."""
     mesh = xdist.init_mesh(ring=xdist.rank.read_rank().world_size)
     gshard = xdist.GridShard(mesh, (length, 5), 0)
     x = torch.randn(1, *gshard.local_sizes, 2, 4, requires_grad=True)
@@ -106,18 +108,27 @@ def halo_of(length: int) -> list[tuple[int, int]]:
         lambda: xdist.neighborhood_attention(x, x, x, gshard, window=(5, 3), dilation=(2, 1)),
         lambda: xdist.window_attention(x, x, x, gshard, window=4, shift=2),
     ):
-        with xdist.comm.ledger() as one:
+        kept: list[int] = []
+        with (
+            xdist.comm.ledger() as one,
+            torch.autograd.graph.saved_tensors_hooks(partial(noted, kept), lambda saved: saved),
+        ):
             call().sum().backward()
-        moved.append((one.sent_bytes, one.received_bytes))
+        moved.append((one.sent_bytes, one.received_bytes, sum(kept) - 3 * x.nbytes))
     return moved
+
+
+def noted(kept: list[int], saved: Tensor) -> Tensor:
+    kept.append(saved.untyped_storage().nbytes())
+    return saved
 
 
 def test_a_halo_does_not_depend_on_the_length(pool2: RankPool) -> None:
     """Many times the positions along the sharded dim, cut at the same place of a block: the same
-    bytes."""
+    bytes move, and as many are kept besides q, k and v."""
     short, long = pool2.run(halo_of, 22), pool2.run(halo_of, 342)
     assert short == long
-    assert all(sent > 0 for rank in short for sent, _ in rank)
+    assert all(sent > 0 and kept > 0 for rank in short for sent, _, kept in rank)
 
 
 LAYERS = {

@@ -4,29 +4,26 @@ Sharded before and after: one dim of the grid, for queries, keys, values and out
 Moves: forward, keys and values from the first to the last one that a rank's queries see, from
     whoever holds them, in their dtype; backward their gradients return in float32 or wider. With a
     window that is a halo whose width does not depend on the length of the sharded dim.
-Saved for backward: q, and keys and values with their halo. Probabilities are computed again.
+Saved for backward: q, k and v, and what was fetched. Probabilities are computed again.
 Must divide: nothing; shares may be empty, and shorter than the window.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 from torch.autograd import Function
 
-from xdist.comm.collectives import ProcessGroup
-from xdist.comm.window import start_windows, start_windows_adjoint
 from xdist.cost.neighborhood import key_windows
 from xdist.errors import ShapeError
 from xdist.grid_shard import GridShard, resolve_grid
-from xdist.layout import Layout
 from xdist.parallel.first_order import first_order, without_autocast
+from xdist.parallel.neighborhood_parts import Call, Fetch, Stretch, stretches_of
 from xdist_kernels.errors import KernelError
 from xdist_kernels.neighborhood import torch as kernel
 from xdist_kernels.neighborhood.rules import Near, Rule
-from xdist_kernels.neighborhood.tiles import Run, rows_of, runs_of
 
 Sizes = int | Sequence[int]
 
@@ -65,12 +62,13 @@ def attend(
     """Attention by one rule a dim of `gshard`, whose part q, k and v are."""
     for x in (q, k, v):
         gshard.check(x)
-    fetch, places = None, [(0, rule.size, 0) for rule in rules]
-    if gshard.size > 1:
-        windows = key_windows(rules[gshard.dim], gshard.layout)
-        fetch = _Fetch(gshard.layout, gshard.group, gshard.dim + 1, windows)
-        places[gshard.dim] = (gshard.start, gshard.stop, windows[gshard.rank][0])
-    return _run(q, k, v, rules, places, fetch, scale, position_bias)
+    if gshard.size == 1:
+        return attend_here(q, k, v, rules, scale, position_bias)
+    rule, share = rules[gshard.dim], (gshard.start, gshard.stop)
+    windows = key_windows(rule, gshard.layout)
+    fetch = Fetch(gshard.layout, gshard.group, gshard.dim, windows)
+    stretches = stretches_of(rule, share, windows[gshard.rank])
+    return _run(q, k, v, rules, fetch, stretches, scale, position_bias)
 
 
 def attend_here(
@@ -82,25 +80,8 @@ def attend_here(
     position_bias: Tensor | None,
 ) -> Tensor:
     """Attention by one rule a dim of the tensors' own grid, which may be empty; nothing moves."""
-    places = [(0, rule.size, 0) for rule in rules]
-    return _run(q, k, v, rules, places, None, scale, position_bias)
-
-
-class _Fetch(NamedTuple):
-    """Which keys come from other ranks."""
-
-    layout: Layout
-    group: ProcessGroup | None
-    dim: int
-    windows: tuple[tuple[int, int], ...]
-
-
-class _Call(NamedTuple):
-    """What forward and backward know of a call besides its tensors."""
-
-    runs: tuple[tuple[Run, ...], ...]
-    fetch: _Fetch | None
-    scale: float
+    whole = Stretch((0, rules[0].size), (0, rules[0].size), 0, 0, here=True)
+    return _run(q, k, v, rules, None, [whole], scale, position_bias)
 
 
 def _run(
@@ -108,49 +89,77 @@ def _run(
     k: Tensor,
     v: Tensor,
     rules: Sequence[Rule],
-    places: Sequence[tuple[int, int, int]],
-    fetch: _Fetch | None,
+    fetch: Fetch | None,
+    stretches: Sequence[Stretch],
     scale: float | None,
     position_bias: Tensor | None,
 ) -> Tensor:
-    most = rows_of(rules)
-    runs = [runs_of(rule, *at, n) for rule, at, n in zip(rules, places, most, strict=True)]
-    factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    call = Call(
+        fetch,
+        tuple(stretches),
+        tuple(one.runs(rules, 0 if fetch is None else fetch.dim) for one in stretches),
+        q.shape[-1] ** -0.5 if scale is None else float(scale),
+    )
     with without_autocast(q):
-        return _Attend.apply(_Call(tuple(runs), fetch, factor), q, k, v, position_bias)
+        return _Attend.apply(call, q, k, v, position_bias)
 
 
 class _Attend(Function):
-    """(call, q, k, v, bias) -> out."""
+    """(call, q, k, v, bias) -> out.
+
+    While the keys of others travel, the queries that need none of them are served; on the way back
+    the gradients of others' keys leave before the rest is worked on.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, call: _Call, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None
+        ctx: Any, call: Call, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None
     ) -> Tensor:
-        ctx.call, ctx.shapes = call, (k.shape, v.shape)
-        if call.fetch is not None:
-            layout, group, dim, windows = call.fetch
-            k, v = start_windows([k, v], layout, group, dim=dim, windows=windows).wait()
-        ctx.save_for_backward(q, k, v, bias)
-        return kernel.forward(q, k, v, runs=call.runs, scale=call.scale, bias=bias)
+        ctx.call = call
+        out = q.new_empty(*q.shape[:-1], v.shape[-1])
+        pending = None if call.fetch is None else call.fetch.start([k, v])
+
+        def serve(at: int, keys: Tensor, values: Tensor) -> None:
+            queries, target = (call.queries(at, x) for x in (q, out))
+            kernel.forward(queries, keys, values, bias=bias, out=target, **call.options(at))
+
+        for at in call.numbers(here=True):
+            serve(at, call.keys(at, k), call.keys(at, v))
+        fetched = []
+        if pending is not None:
+            whole = pending.wait()
+            for at in call.numbers(here=False):
+                # Copies of what is read alone: the rest of the window is k and v, kept anyway.
+                fetched.append([call.keys(at, x).clone() for x in whole])
+                serve(at, *fetched[-1])
+        ctx.save_for_backward(q, k, v, bias, *(x for pair in fetched for x in pair))
+        return out
 
     @staticmethod
     @first_order
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, bias = ctx.saved_tensors
-        call: _Call = ctx.call
-        dq, dk, dv, dbias = kernel.backward(
-            q, k, v, dout, runs=call.runs, scale=call.scale, bias=bias
-        )
-        if call.fetch is not None:
-            layout, group, dim, windows = call.fetch
-            likes = [k.new_empty(shape) for shape in ctx.shapes]
-            dk, dv = start_windows_adjoint(
-                [dk, dv], likes, layout, group, dim=dim, windows=windows
-            ).wait()
-        if dbias is not None:
-            dbias = dbias.to(bias.dtype)
-        return None, dq, dk.to(k.dtype), dv.to(v.dtype), dbias
+        q, k, v, bias, *fetched = ctx.saved_tensors
+        call: Call = ctx.call
+        found = kernel.zeros(q, call.window_shape(k), call.window_shape(v), bias)
+
+        def serve(at: int, keys: Tensor, values: Tensor) -> None:
+            into = found._replace(
+                dq=call.queries(at, found.dq),
+                dk=call.window_keys(at, found.dk),
+                dv=call.window_keys(at, found.dv),
+            )
+            queries, grads = (call.queries(at, x) for x in (q, dout))
+            kernel.backward(queries, keys, values, grads, bias=bias, into=into, **call.options(at))
+
+        for number, at in enumerate(call.numbers(here=False)):
+            serve(at, *fetched[2 * number : 2 * number + 2])
+        # This rank's own part of the windows does not leave; it is read when the others' arrived.
+        pending = None if call.fetch is None else call.fetch.start_back(found, k, v)
+        for at in call.numbers(here=True):
+            serve(at, call.keys(at, k), call.keys(at, v))
+        dk, dv = (found.dk, found.dv) if pending is None else pending.wait()
+        dbias = None if found.dbias is None else found.dbias.to(bias.dtype)
+        return None, found.dq, dk.to(k.dtype), dv.to(v.dtype), dbias
 
 
 def check_tensors(name: str, q: Tensor, k: Tensor, v: Tensor) -> int:

@@ -31,6 +31,15 @@ Place = tuple[int, int, int, int, int]
 PART_SCORES = 2**19
 
 
+class Gradients(NamedTuple):
+    """What backward adds to, but dq, which it writes; dk, dv, dbias in float32 or wider."""
+
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+    dbias: Tensor | None
+
+
 class Tiles(NamedTuple):
     """One run a dim: what every part of it shares."""
 
@@ -47,18 +56,27 @@ class Tiles(NamedTuple):
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, *, runs: Runs, scale: float, bias: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    runs: Runs,
+    scale: float,
+    bias: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """out [B,S1..Sk,H,E] in the dtype of q; scores and sums in float32, float64 for float64.
+    """[B,S1..Sk,H,E], in `out` where it is given, else in the dtype of q.
 
-    q [B,S1..Sk,H,D], k [B,M1..Mk,G,D], v [B,M1..Mk,G,E]; `runs` of each dim, in local indices of q
-    and of k. bias [H,2r1-1,..,2rk-1] is added at (key - query) / step + r - 1.
+    Scores and sums are float32, float64 for float64. q [B,S1..Sk,H,D], k [B,M1..Mk,G,D], v
+    [B,M1..Mk,G,E]; `runs` of each dim, in local indices of q and of k. bias [H,2r1-1,..,2rk-1] is
+    added at (key - query) / step + r - 1.
 
     Raises:
         KernelError: shapes or dtypes that do not fit together.
     """
     _check(q, k, v, bias, len(runs))
-    out = q.new_empty(*q.shape[:-1], v.shape[-1])
+    if out is None:
+        out = q.new_empty(*q.shape[:-1], v.shape[-1])
     for tiles, rows, part in _parts(q, k, runs, bias):
         p = _probabilities(q, k, tiles, rows, part, scale, bias)
         y = torch.bmm(p, _keys(v, rows, part, p.dtype))
@@ -75,15 +93,15 @@ def backward(
     runs: Runs,
     scale: float,
     bias: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """dq in the dtype of q; dk, dv and dbias in float32 or wider, for they are added across ranks.
+    into: Gradients | None = None,
+) -> Gradients:
+    """Gradients of q, k, v and the bias, in `into` where it is given, else in `zeros` of them.
 
     Probabilities are computed again: besides its inputs forward keeps nothing.
     """
     wide = _wide(q.dtype)
-    dq = torch.empty_like(q, memory_format=torch.contiguous_format)
-    dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (k, v))
-    dbias = None if bias is None else torch.zeros(bias.shape, dtype=wide, device=q.device)
+    into = zeros(q, k.shape, v.shape, bias) if into is None else into
+    dq, dk, dv, dbias = into
     for tiles, rows, part in _parts(q, k, runs, bias):
         p = _probabilities(q, k, tiles, rows, part, scale, bias)
         do, v_ = _queries(dout, rows, part, k.shape[-2], wide), _keys(v, rows, part, wide)
@@ -98,7 +116,20 @@ def backward(
         _put(dq, rows, part, torch.bmm(ds, _keys(k, rows, part, wide)))
         q_ = _queries(q, rows, part, k.shape[-2], wide)
         _add(dk, rows, part, torch.bmm(ds.transpose(1, 2), q_))
-    return dq, dk, dv, dbias
+    return into
+
+
+def zeros(
+    q: Tensor, k_shape: Sequence[int], v_shape: Sequence[int], bias: Tensor | None
+) -> Gradients:
+    """Gradients to fill: dq in the dtype of q, the others in float32 or wider."""
+    wide = torch.empty((), dtype=_wide(q.dtype), device=q.device)
+    return Gradients(
+        torch.empty_like(q, memory_format=torch.contiguous_format),
+        wide.new_zeros(*k_shape),
+        wide.new_zeros(*v_shape),
+        None if bias is None else wide.new_zeros(bias.shape),
+    )
 
 
 def _parts(
