@@ -50,8 +50,8 @@ def neighborhood_attention(
 
     Moves, forward: along the sharded dim at most (window - 1) x dilation positions of k and v on
     either side of a share, whatever its length; backward their gradients in float32 (float64 for
-    float64). Formula: `xdist.cost.neighborhood.neighborhood_bytes`. Saved for backward: q, and k
-    and v with their halo; probabilities are computed again, a tile at a time.
+    float64). Formula: `xdist.cost.neighborhood.neighborhood_bytes`. Saved for backward: q, k,
+    v and what was fetched; probabilities are computed again, a tile at a time.
 
     Raises:
         ShapeError: shapes, dtypes or devices that do not fit together or with the shard; an even
