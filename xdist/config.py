@@ -136,9 +136,14 @@ class Data(Section):
         "join", '"separate": no layer and no label crosses a document boundary'
     )
     held_out: str = setting("held_out", "array group of the store that evaluation reads")
-    bias: Annotated[float, Field(ge=0)] = setting(
+    slab: Annotated[tuple[Amount, ...], Field(strict=True)] = setting(
+        (),
+        "volume: [dim, start, stop], positions whose classes are never trained on and are what "
+        "evaluation scores, on the samples of training; [] evaluates those of data.held_out",
+    )
+    bias: Annotated[float, Field(ge=0, lt=1)] = setting(
         0.0,
-        "volume: largest |log| of a smooth field that dims and brightens the image, as scanners "
+        "volume: largest part by which a smooth field dims and brightens the image, as scanners "
         "do; 0 for none",
     )
     noise: Annotated[float, Field(ge=0)] = setting(

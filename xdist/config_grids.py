@@ -24,6 +24,7 @@ OF_GRIDS: tuple[Path, ...] = (
     ("parallel", "dim"),
     ("parallel", "grid"),
     ("data", "kind"),
+    ("data", "slab"),
     ("data", "bias"),
     ("data", "noise"),
     ("data", "degrade_seed"),
@@ -49,6 +50,7 @@ OF_TOKENS: tuple[Path, ...] = (
 )
 OF_VOLUMES: tuple[Path, ...] = (
     ("model", "classes"),
+    ("data", "slab"),
     ("data", "bias"),
     ("data", "noise"),
     ("data", "degrade_seed"),
@@ -69,7 +71,7 @@ def grid_problems(config: Config) -> list[Problem]:
     other = OF_VIDEO if GRIDS[kind] == "volume" else OF_VOLUMES
     found = list(_without_effect(config, [*OF_TOKENS, *lengths, *other]))
     found += _refused(config)
-    return found + (_sizes(config) or list(_crops(config)))
+    return found + (_sizes(config) or [*_crops(config), *_slab(config)])
 
 
 def _value(section: object, path: Path) -> object:
@@ -210,3 +212,28 @@ def _crops(config: Config) -> Iterator[Problem]:
                 + ", or ".join([*turn, f"ring x ulysses = {tokens[dim]}, or a larger crop"]),
                 GeometryError,
             )
+
+
+def _slab(config: Config) -> Iterator[Problem]:
+    """The slab whose classes are held out lies inside a sample, and something is left."""
+    slab, sizes = config.data.slab, config.model.sizes
+    if not slab or GRIDS[config.model.kind] != "volume":
+        return
+    keys: tuple[Path, ...] = (("data", "slab"), ("model", "sizes"))
+    example = f"write e.g. slab = [0, {sizes[0] * 2 // 5}, {max(sizes[0] // 2, 1)}]"
+    if len(slab) != 3 or slab[0] >= len(sizes):
+        yield Problem(
+            keys,
+            f"data.slab = {list(slab)} is not [dim, start, stop]",
+            f"model.sizes = {list(sizes)} has the dims 0 to {len(sizes) - 1}",
+            example,
+        )
+        return
+    dim, start, stop = slab
+    if not start < stop <= sizes[dim] or stop - start == sizes[dim]:
+        yield Problem(
+            keys,
+            f"data.slab = {list(slab)} holds out no part of dim {dim}",
+            f"it has {sizes[dim]} positions; some must be held out and some be left to train on",
+            example,
+        )

@@ -59,7 +59,7 @@ def evaluate_grids(
     Raises DataError, the same on all ranks, when a part cannot be read on any.
     """
     mesh = work.shard.mesh
-    split = together(mesh, lambda: work.store.split(config.data.held_out))
+    split = work.held_out
     module = engine.module
     was_training = module.training
     module.eval()

@@ -44,8 +44,22 @@ class GridWork:
         recipe = Degradation(bias=data.bias, noise=data.noise, seed=data.degrade_seed)
         self.degrade = recipe if data.bias or data.noise else None
         self.store = GridStore(data.store)
-        for name in {"train", data.held_out}:
-            _check_split(config, self.store.split(name))
+        for split in (self.trained, self.held_out):
+            _check_split(config, split)
+
+    @property
+    def trained(self) -> GridSplit:
+        """What is trained on: no class inside `data.slab`."""
+        split, slab = self.store.split("train"), self._config.data.slab
+        return split.without((slab[0], slab[1], slab[2])) if slab else split
+
+    @property
+    def held_out(self) -> GridSplit:
+        """What is evaluated: the classes of `data.slab` alone, or another split."""
+        data = self._config.data
+        if not data.slab:
+            return self.store.split(data.held_out)
+        return self.store.split("train").only((data.slab[0], data.slab[1], data.slab[2]))
 
     @property
     def labelled(self) -> bool:
@@ -71,7 +85,7 @@ class GridWork:
         )
 
     def _batches(self, position: Position) -> Iterator[GridBatch]:
-        config, split = self._config, self.store.split("train")
+        config, split = self._config, self.trained
         for stage, cursor, first in draws_of(config, position):
             sizes = stage.crop or config.model.sizes
             seed = config.run.seed
