@@ -194,6 +194,18 @@ def test_bytes_of_uneven_shares_are_those_of_the_placement(pool3: RankPool) -> N
             assert found[number].backward == tuple(moved[rank].backward), (dim, rank)
 
 
+def test_few_frames_are_not_switched_to(pool4: RankPool) -> None:
+    """Two frames would leave two of four ranks idle: attention over space becomes Ulysses."""
+    config = replace(EVEN, sizes=(2, 4, 8), depth=1)
+    placed = build(config, seed=0).placement(4, dim=1)
+    assert placed.strategies == ("", "", "ulysses", "", "")
+    assert placed.switches == 0
+    assert pool4.run(compared, [(config, 1, passed(config))]) == [[]] * 4
+    for rank, (found,) in enumerate(pool4.run(all_moved, [(config, 1)])):
+        assert found.forward == tuple(placed.moved[rank].forward)
+        assert found.backward == tuple(placed.moved[rank].backward)
+
+
 def test_twenty_steps_are_those_of_one_rank(pool4: RankPool) -> None:
     config = replace(ODD, depth=1)
     alone = trained(config, 0, 20)
