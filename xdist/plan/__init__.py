@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from xdist.cost.dsp import Video, comparison
+from xdist.cost.dsp_time import Cluster, predict
 from xdist.cost.place import Block, Placement, place_switches
 from xdist.plan.grids import grid_step, rehearse
 from xdist.plan.result import Memory, Plan, StagePlan
@@ -17,15 +19,19 @@ from xdist.plan.step import (
 
 __all__ = [
     "Block",
+    "Cluster",
     "Memory",
     "Placement",
     "Plan",
     "StagePlan",
+    "Video",
+    "comparison",
     "grid_step",
     "pass_bytes",
     "peak_memory",
     "place_switches",
     "plan",
+    "predict",
     "rank_bytes",
     "rehearse",
     "step_bytes",
