@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from functools import partial
 from statistics import median
 
@@ -20,6 +21,7 @@ from tests.multirank.grid_attention_cases import (
     run_cases,
 )
 from xdist import nn
+from xdist.errors import NumericsError
 from xdist.testing import RankPool, relative_error
 
 # Odd sizes, shares shorter than a window, fewer positions than ranks; few key heads.
@@ -67,6 +69,40 @@ def test_law_1_sharded_first_along_each_dim(ranks: int, request: pytest.FixtureR
     pool: RankPool = request.getfixturevalue(f"pool{ranks}")
     cases = [Case(problem, dim) for problem in ALL for dim in range(len(problem.sizes))]
     by_rank = pool.run(run_cases, cases)
+    for case, results in zip(cases, zip(*by_rank, strict=True), strict=True):
+        assert [wrong for _, wrong in results] == [""] * ranks, case
+        found = joined(case, [part for part, _ in results])
+        assert max(errors(found, case).values()) < 1e-10, case
+
+
+def drawn(rng: random.Random) -> Case:
+    """Any function on a grid of one to four dims, at most 60 positions, with any settings."""
+    dims = rng.randint(1, 4)
+    most = {1: 19, 2: 9, 3: 5, 4: 4}[dims]
+    sizes = tuple(rng.randint(1, most) for _ in range(dims))
+    op = rng.choice(("near", "near", "blocks", "strided", "axial"))
+    first, second = [], []
+    for n in sizes:
+        if op == "near":
+            first.append(rng.choice([w for w in (1, 3, 5, 7) if w <= n]))
+            second.append(rng.randint(1, n // first[-1]))
+        else:
+            first.append(rng.randint(1, n + 2))
+            second.append(rng.randrange(first[-1]))
+    if op == "axial":
+        first = [rng.randrange(dims)]
+    heads = rng.choice(((1, 1), (2, 1), (3, 3), (4, 2)))
+    bias = op != "axial" and rng.random() < 0.5
+    problem = Problem(op, sizes, tuple(first), tuple(second), heads, bias)
+    return Case(problem, rng.randrange(dims), seed=rng.randrange(100))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_law_1_of_drawn_calls(ranks: int, request: pytest.FixtureRequest) -> None:
+    rng = random.Random(ranks)
+    cases = [drawn(rng) for _ in range(50)]
+    by_rank = request.getfixturevalue(f"pool{ranks}").run(run_cases, cases)
     for case, results in zip(cases, zip(*by_rank, strict=True), strict=True):
         assert [wrong for _, wrong in results] == [""] * ranks, case
         found = joined(case, [part for part, _ in results])
@@ -129,6 +165,36 @@ def test_a_halo_does_not_depend_on_the_length(pool2: RankPool) -> None:
     short, long = pool2.run(halo_of, 22), pool2.run(halo_of, 342)
     assert short == long
     assert all(sent > 0 and kept > 0 for rank in short for sent, _, kept in rank)
+
+
+def with_a_nan() -> list[str]:
+    """What each function says when the last rank holds a NaN."""
+    world = xdist.rank.read_rank()
+    gshard = xdist.GridShard(xdist.init_mesh(ring=world.world_size), (6, 5), 0)
+    x = torch.zeros(1, *gshard.local_sizes, 2, 4)
+    bad = x.clone()
+    if world.rank == world.world_size - 1:
+        bad[0, 0, 0, 0, 0] = torch.nan
+    said = []
+    for function, settings in (
+        (xdist.neighborhood_attention, {"window": 3}),
+        (xdist.window_attention, {"window": 3}),
+        (xdist.grid_attention, {"grid": 2}),
+        (xdist.axial_attention, {"dim": 0}),
+    ):
+        try:
+            with xdist.checks():
+                function(x, x, bad, gshard, **settings)
+        except NumericsError as error:
+            said.append(str(error))
+    return said
+
+
+def test_checks_find_values_that_are_not_finite(pool2: RankPool) -> None:
+    """On every rank, whichever holds them."""
+    for said in pool2.run(with_a_nan):
+        assert len(said) == 4
+        assert all("[1]" in one for one in said[:3])
 
 
 LAYERS = {

@@ -163,7 +163,7 @@ class GridAttention(_Projected):
         gshard = resolve_grid(gshard, x, x.dim() - 2)
         dealt = Dealt(gshard, check_grid("grid_attention", self.grid, x.dim() - 2))
         q, k, v = self.project(dealt.there(x))
-        y = dealt.attend("grid_attention", q, k, v, position_bias=self.position_bias)
+        y = dealt.attend(q, k, v, position_bias=self.position_bias)
         return dealt.back(self.join(y))
 
 

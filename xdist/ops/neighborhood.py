@@ -56,6 +56,7 @@ def neighborhood_attention(
     Raises:
         ShapeError: shapes, dtypes or devices that do not fit together or with the shard; an even
             window; a window x dilation that exceeds a dim.
+        NumericsError: inside `xdist.checks()`, inputs that are not finite (all functions here).
 
     Source: Hassani & Shi, "Dilated Neighborhood Attention Transformer" (2022), section 3; Hassani
     et al., "Neighborhood Attention Transformer" (2023), equations 1 to 3.

@@ -31,6 +31,7 @@ from xdist.parallel.neighborhood import (
     attend_here,
     check_bias,
     check_tensors,
+    check_values,
     make_rules,
     per_dim,
 )
@@ -57,6 +58,7 @@ def window_attention(
     shifts = per_dim(name, "shift", shift, dims)
     rules = make_rules(name, Blocks, gshard.sizes, windows, shifts)
     check_bias(name, q, position_bias, [2 * w - 1 for w in windows])
+    check_values(name, gshard, q, k, v)
     return attend(q, k, v, gshard, rules, scale, position_bias)
 
 
@@ -77,6 +79,8 @@ def grid_attention(
     grids = check_grid(name, grid, dims)
     for x in (q, k, v):
         gshard.check(x)
+    check_bias(name, q, position_bias, [2 * g - 1 for g in grids])
+    check_values(name, gshard, q, k, v)
     dealt = Dealt(gshard, grids)
     inputs = [q, k, v]
     if gshard.size > 1:
@@ -85,7 +89,7 @@ def grid_attention(
         parts = joined.split(widths, -1)
         inputs = [part.unflatten(-1, x.shape[-2:]) for part, x in zip(parts, inputs, strict=True)]
     q, k, v = inputs
-    out = dealt.attend(name, q, k, v, scale=scale, position_bias=position_bias)
+    out = dealt.attend(q, k, v, scale=scale, position_bias=position_bias)
     return dealt.back(out.flatten(-2)).unflatten(-1, out.shape[-2:])
 
 
@@ -101,7 +105,7 @@ class Dealt:
     """A grid whose ranks hold whole strided sets of the sharded dim in place of runs of it."""
 
     def __init__(self, gshard: GridShard, grids: Sequence[int]) -> None:
-        self.gshard, self.grids = gshard, tuple(grids)
+        self.gshard = gshard
         self.steps = [class_step(n, g) for n, g in zip(gshard.sizes, grids, strict=True)]
         step = self.steps[gshard.dim]
         self.layout = class_layout(gshard.sizes[gshard.dim], step, gshard.size)
@@ -122,7 +126,6 @@ class Dealt:
 
     def attend(
         self,
-        name: str,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -131,7 +134,6 @@ class Dealt:
         position_bias: Tensor | None = None,
     ) -> Tensor:
         """Attention inside the sets that this rank holds; nothing moves."""
-        check_bias(name, q, position_bias, [2 * g - 1 for g in self.grids])
         steps = list(self.steps)
         if self.gshard.size > 1:
             # Its positions are runs of neighbouring classes, one class of each after the other.
@@ -158,6 +160,7 @@ def axial_attention(
     gshard = resolve_grid(gshard, q, dims)
     for x in (q, k, v):
         gshard.check(x)
+    check_values("axial_attention", gshard, q, k, v)
     dim = gshard.along(dim).dim
     check_axial(gshard.sizes, strategy)
     if dim != gshard.dim or gshard.size == 1:

@@ -16,8 +16,9 @@ from typing import Any
 from torch import Tensor
 from torch.autograd import Function
 
+from xdist.comm.checks import checks_are_on, raise_together
 from xdist.cost.neighborhood import key_windows
-from xdist.errors import ShapeError
+from xdist.errors import NumericsError, ShapeError
 from xdist.grid_shard import GridShard, resolve_grid
 from xdist.parallel.first_order import first_order, without_autocast
 from xdist.parallel.neighborhood_parts import Call, Fetch, Stretch, stretches_of
@@ -47,6 +48,7 @@ def neighborhood_attention(
     dilations = per_dim(name, "dilation", dilation, dims)
     rules = make_rules(name, Near, gshard.sizes, windows, dilations)
     check_bias(name, q, position_bias, [2 * w - 1 for w in windows])
+    check_values(name, gshard, q, k, v)
     return attend(q, k, v, gshard, rules, scale, position_bias)
 
 
@@ -191,6 +193,21 @@ def check_tensors(name: str, q: Tensor, k: Tensor, v: Tensor) -> int:
             f"{name}: q, k and v must be on one device", f"{q.device}, {k.device}, {v.device}"
         )
     return dims
+
+
+def check_values(name: str, gshard: GridShard, *tensors: Tensor) -> None:
+    """Inside `xdist.checks()`: refuses NaN and infinity on all ranks when any rank has one."""
+    if not checks_are_on():
+        return
+    raise_together(
+        gshard.group,
+        not all(bool(x.isfinite().all()) for x in tensors),
+        lambda ranks: NumericsError(
+            f"{name} got values that are not finite in q, k or v",
+            f"on sequence ranks {ranks}",
+            "look for the step before this one that made them",
+        ),
+    )
 
 
 def check_bias(name: str, q: Tensor, bias: Tensor | None, sizes: Sequence[int]) -> None:
