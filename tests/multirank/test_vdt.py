@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -88,6 +89,12 @@ def test_every_way_along_every_dim_gives_one_rank(
     pool: RankPool = request.getfixturevalue(f"pool{ranks}")
     for wrong in pool.run(compared, everywhere(alone)):
         assert wrong == []
+
+
+def test_ranks_without_a_position_are_told_the_time(pool4: RankPool) -> None:
+    """Three frames on four ranks: the fourth holds tokens only after a switch."""
+    config = replace(ODD, sizes=(3, 5, 6), depth=1)
+    assert pool4.run(compared, [(config, 0, passed(config))]) == [[]] * 4
 
 
 def test_inputs_are_those_of_one_rank(pool3: RankPool) -> None:
@@ -222,10 +229,11 @@ def test_saved_activations_fall_as_one_over_the_ranks(
 ) -> None:
     """Storages kept for backward, each once, of the fullest rank; the table of the docs page."""
     alone = saved_bytes(SAVED, 0)
-    rows = [f"| 1 | {alone:,} | |"]
+    found = {1: alone}
     for ranks, pool in ((2, pool2), (3, pool3), (4, pool4)):
-        most = max(pool.run(saved_bytes, SAVED, 0))
-        rows.append(f"| {ranks} | {most:,} | {most * ranks / alone:.3f} |")
-        assert most * ranks == pytest.approx(alone, rel=0.1)
-    page = ROOT / "docs" / "grids" / "vdt.md"
-    assert "\n".join(rows) in page.read_text(encoding="utf-8")
+        found[ranks] = max(pool.run(saved_bytes, SAVED, 0))
+        assert found[ranks] * ranks == pytest.approx(alone, rel=0.1)
+    page = (ROOT / "docs" / "grids" / "vdt.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d) \| ([\d,]+) \|", page, re.MULTILINE)
+    table = {int(ranks): int(held.replace(",", "")) for ranks, held in rows}
+    assert found == pytest.approx(table, rel=0.02), found  # versions of torch may differ a little

@@ -208,20 +208,23 @@ def reference(model: VDT, x: Tensor) -> Tensor:
     tokens, grid = _patches(x[..., :-1], config.patch)
     y = tokens @ model.embedding.T + _places(grid, config.dim)
     wave = _wave(1000.0 * times, 32)
-    condition = nn.functional.silu(wave @ model.time.first.T) @ model.time.second.T
+
+    def parts(modulation: Any) -> Tensor:
+        hidden = nn.functional.silu(wave @ modulation.first.T)
+        return hidden @ modulation.second.T + modulation.bias
+
     for layer in model.blocks:
-        parts = nn.functional.silu(condition) @ layer.modulation.T + layer.modulation_bias
-        nine = parts.chunk(9, -1)
+        nine = parts(layer.body.modulation).chunk(9, -1)
         for i, name in enumerate(("temporal", "spatial", "mlp")):
             shift, scale, gate = (one[:, None, None, None] for one in nine[3 * i : 3 * i + 3])
             z = _normed(y) * (1 + scale) + shift
-            branch = getattr(layer, name)
+            branch = getattr(layer.body, name)
             if name == "mlp":
                 z = nn.functional.gelu(z @ branch.up.T, approximate="tanh") @ branch.down.T
             else:
                 z = _attention(z, branch, name == "temporal", config.head_dim)
             y = y + gate * z
-    shift, scale = (nn.functional.silu(condition) @ model.modulation.T).chunk(2, -1)
+    shift, scale = parts(model.modulation).chunk(2, -1)
     z = _normed(y) * (1 + scale[:, None, None, None]) + shift[:, None, None, None]
     return _unpatches(z @ model.head.T, config.patch, x.shape[1:4], config.channels)
 

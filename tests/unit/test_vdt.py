@@ -91,7 +91,7 @@ def test_every_parameter_has_a_role_and_a_gradient() -> None:
     model.loss(x, noise).backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
     roles = model.parameter_roles()
-    hidden = {name.split(".", 2)[2] for name, role in roles.items() if role == "hidden"}
+    hidden = {name.split("body.")[1] for name, role in roles.items() if role == "hidden"}
     assert hidden == {
         "temporal.qkv", "temporal.out", "spatial.qkv", "spatial.out", "mlp.up", "mlp.down"
     }  # fmt: skip

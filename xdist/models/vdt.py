@@ -31,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from xdist.comm.broadcast import start_broadcast
 from xdist.cost.place import Placement
 from xdist.errors import ShapeError
 from xdist.grid_shard import GridShard, resolve_grid
@@ -49,12 +50,12 @@ from xdist.models.vdt_plan import (
 )
 from xdist.nn.factorised import FactorisedAttention, GridMLP
 from xdist.nn.patches import patches, unpatches
-from xdist.nn.waves import TimeEmbedding, position_waves
+from xdist.nn.waves import Modulation, position_waves
 
 __all__ = ["SHARDINGS", "VDT", "VDTConfig", "VDTLayer", "build"]
 
 
-class VDTLayer(nn.Module):
+class VDTBody(nn.Module):
     """Attention over time, attention over space and an MLP, each shifted, scaled and gated."""
 
     def __init__(self, config: VDTConfig) -> None:
@@ -64,26 +65,35 @@ class VDTLayer(nn.Module):
         self.temporal = FactorisedAttention(dim, (0,), head_dim=config.head_dim, layers=sums)
         self.spatial = FactorisedAttention(dim, space, head_dim=config.head_dim, layers=sums)
         self.mlp = GridMLP(dim, config.hidden, sums)
-        width = 3 * len(BRANCHES)
-        self.modulation = nn.Parameter(0.02 * torch.randn(width * dim, dim))
-        gates = torch.tensor([0.0, 0.0, 1.0] * len(BRANCHES))
-        self.modulation_bias = nn.Parameter(gates.repeat_interleave(dim))
+        self.modulation = Modulation(dim, [0.0, 0.0, 1.0] * len(BRANCHES))
 
-    def forward(
-        self, x: Tensor, gshard: GridShard, condition: Tensor, steps: Sequence[Step]
-    ) -> Tensor:
+    def forward(self, x: Tensor, gshard: GridShard, times: Tensor, steps: Sequence[Step]) -> Tensor:
         """x `[B, s1..sk, C]` under `gshard`; the answer lies along the dim of the last step.
 
-        condition `[B, C]`: of the time; steps: of the branches, in order.
+        times `[B]`; steps: of the branches, in order.
         """
-        parts = F.linear(F.silu(condition), self.modulation, self.modulation_bias)
-        each = iter(parts.unflatten(-1, (3 * len(BRANCHES), -1)).unbind(1))
+        each = iter(self.modulation(times).unbind(1))
         for name, step in zip(BRANCHES, steps, strict=True):
             x, gshard = gshard.switch(x, step.dim)
             branch = getattr(self, name)
             y = branch(_modulated(x, next(each), next(each)), gshard, step.way)
             x = torch.addcmul(x, y, _over_grid(next(each), x))
         return x
+
+
+class VDTLayer(nn.Module):
+    """`VDTBody`; its parameters are read only while it is called, forward and backward."""
+
+    def __init__(self, config: VDTConfig) -> None:
+        super().__init__()
+        self.body = VDTBody(config)
+        self.recompute = config.recompute
+
+    def forward(self, x: Tensor, gshard: GridShard, times: Tensor, steps: Sequence[Step]) -> Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self.body, x, gshard, times, steps)
+        y: Tensor = self.body(x, gshard, times, steps)
+        return y
 
 
 class VDT(nn.Module):
@@ -106,9 +116,8 @@ class VDT(nn.Module):
         dim, volume = config.dim, prod(config.patch)
         inputs = volume * (config.channels + EXTRA - 1)
         self.embedding = nn.Parameter(torch.randn(dim, inputs) * inputs**-0.5)
-        self.time = TimeEmbedding(dim)
         self.layers = nn.ModuleList(VDTLayer(config) for _ in range(config.depth))
-        self.modulation = nn.Parameter(0.02 * torch.randn(2 * dim, dim))
+        self.modulation = Modulation(dim, [0.0, 0.0])
         self.head = nn.Parameter(0.02 * torch.randn(volume * config.channels, dim))
         self.to(DTYPES[config.dtype])
 
@@ -126,16 +135,15 @@ class VDT(nn.Module):
         gshard = resolve_grid(gshard, x, len(self.config.sizes))
         self._check(x)
         along = route(self.config, gshard.sizes, gshard.size, gshard.dim)
-        times, whole = _times(x), gshard
+        times, whole = _times(x, gshard), gshard
         x, gshard = gshard.switch(x[..., :-1], along.first)
         tokens, gshard = patches(x, gshard, self.config.patch)
         y = tokens @ self.embedding.t() + position_waves(gshard, self.config.dim, tokens)
-        condition = self.time(times)
         for number, layer in enumerate(self.blocks):
             steps = along.of_layer(number)
-            y = self._layer(layer, y, gshard, times, condition, steps)
+            y = layer(y, gshard, times, steps)
             gshard = gshard.along(steps[-1].dim)
-        shift, scale = (F.silu(condition) @ self.modulation.t()).chunk(2, -1)
+        shift, scale = self.modulation(times).unbind(1)
         y, gshard = gshard.switch(_modulated(y, shift, scale) @ self.head.t(), along.last)
         y, gshard = unpatches(y, gshard, whole.sizes, self.config.patch)
         return gshard.switch(y, whole.dim)[0]
@@ -184,20 +192,6 @@ class VDT(nn.Module):
         """Parameters, embedding and head included."""
         return sum(parameter.numel() for parameter in self.parameters())
 
-    def _layer(
-        self,
-        layer: VDTLayer,
-        x: Tensor,
-        gshard: GridShard,
-        times: Tensor,
-        condition: Tensor,
-        steps: Sequence[Step],
-    ) -> Tensor:
-        if self.config.recompute and torch.is_grad_enabled():
-            return checkpoint(_Conditioned(layer, self.time), x, gshard, times, steps)
-        y: Tensor = layer(x, gshard, condition, steps)
-        return y
-
     def _check(self, x: Tensor) -> None:
         channels = self.config.channels + EXTRA
         if x.shape[-1] != channels or x.dim() != len(self.config.sizes) + 2:
@@ -206,19 +200,6 @@ class VDT(nn.Module):
                 f"got {tuple(x.shape)}: {self.config.channels} of the video, known, time",
                 "put them together with xdist.models.vdt_inputs.compose",
             )
-
-
-class _Conditioned(nn.Module):
-    """A layer that makes its condition itself: a checkpoint hands a gradient to one input alone."""
-
-    def __init__(self, layer: VDTLayer, time: TimeEmbedding) -> None:
-        super().__init__()
-        self.layer = layer
-        self.time = time
-
-    def forward(self, x: Tensor, gshard: GridShard, times: Tensor, steps: Sequence[Step]) -> Tensor:
-        y: Tensor = self.layer(x, gshard, self.time(times), steps)
-        return y
 
 
 def build(config: VDTConfig, *, seed: int | None = None) -> VDT:
@@ -244,7 +225,11 @@ def _over_grid(each: Tensor, x: Tensor) -> Tensor:
     return each.view(each.shape[0], *[1] * (x.dim() - 2), each.shape[1])
 
 
-def _times(x: Tensor) -> Tensor:
-    """Each row's diffusion time; a rank that holds no position needs none."""
+def _times(x: Tensor, gshard: GridShard) -> Tensor:
+    """Each row's diffusion time, also on ranks that hold no position now and some after a switch.
+
+    Where there are such ranks the first one, which always holds some, tells all: B numbers.
+    """
     plane = x[..., -1].detach().flatten(1)
-    return plane[:, 0] if plane.shape[1] else plane.new_zeros(plane.shape[0])
+    times = plane[:, 0] if plane.shape[1] else plane.new_zeros(plane.shape[0])
+    return times if all(gshard.shares) else start_broadcast(times, gshard.group, root=0).wait()

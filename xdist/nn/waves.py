@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -35,14 +37,22 @@ def position_waves(gshard: GridShard, dim: int, like: Tensor) -> Tensor:
     return found
 
 
-class TimeEmbedding(nn.Module):
-    """Times `[B]` in [0, 1] -> `[B, dim]`: sines and cosines, and two linear maps."""
+class Modulation(nn.Module):
+    """Times `[B]` in [0, 1] -> `[B, count, dim]`, what a layer shifts, scales and gates by.
 
-    def __init__(self, dim: int) -> None:
+    Sines and cosines, a map to `dim`, SiLU and a map to all parts (Peebles and Xie 2023, "DiT",
+    section 3.2), whose biases start at `start`, one number a part. Each layer has its own, so that
+    it can be computed again alone.
+    """
+
+    def __init__(self, dim: int, start: Sequence[float]) -> None:
         super().__init__()
+        self.count = len(start)
         self.first = nn.Parameter(torch.randn(dim, 2 * _FREQUENCIES) * _FREQUENCIES**-0.5)
-        self.second = nn.Parameter(torch.randn(dim, dim) * dim**-0.5)
+        self.second = nn.Parameter(0.02 * torch.randn(self.count * dim, dim))
+        self.bias = nn.Parameter(torch.tensor(start).repeat_interleave(dim))
 
     def forward(self, times: Tensor) -> Tensor:
         found = waves(1000.0 * times, _FREQUENCIES).to(self.first.dtype)
-        return F.silu(found @ self.first.t()) @ self.second.t()
+        parts = F.linear(F.silu(found @ self.first.t()), self.second, self.bias)
+        return parts.unflatten(-1, (self.count, -1))
