@@ -41,7 +41,7 @@ ORDER = (
     ("nn",),
     # A model may be one of another library: integrations stand below models.
     ("integrations",),
-    ("models",),
+    ("models", "volume"),
     ("data",),
     ("checkpoint",),
     # The training loop writes planned bytes beside measured ones, so plan stands below it.

@@ -105,11 +105,9 @@ class Residual(nn.Module):
         self.block, self.tokenwise, self.recompute = block, tokenwise, recompute
 
     def forward(self, x: Tensor, gshard: GridShard) -> Tensor:
-        again = self.recompute and torch.is_grad_enabled()
         if self.tokenwise:
-            flat = x.flatten(1, -2)
-            y = tiled(self.body, flat, tile_tokens=TILE_TOKENS) if again else self.body(flat)
-            return y.view(x.shape)
+            return _tokenwise(self.body, x, self.recompute)
+        again = self.recompute and torch.is_grad_enabled()
         return checkpoint(self.body, x, gshard) if again else self.body(x, gshard)
 
 
@@ -236,10 +234,8 @@ class Segmenter(nn.Module):
             h, at = at.switch(h, dim)
             h = layer(h, at)
         h, _ = at.switch(h, tokens.dim)
-        together = torch.cat([h.to(raw.dtype), raw], -1).flatten(1, -2)
-        again = self.config.recompute and torch.is_grad_enabled()
-        y = tiled(self.head, together, tile_tokens=TILE_TOKENS) if again else self.head(together)
-        return y.view(*h.shape[:-1], y.shape[-1]), tokens
+        together = torch.cat([h.to(raw.dtype), raw], -1)
+        return _tokenwise(self.head, together, self.config.recompute), tokens
 
 
 class _Head(nn.Module):
@@ -257,6 +253,13 @@ class _Head(nn.Module):
     def forward(self, together: Tensor) -> Tensor:
         x, raw = together.split((self.dim, together.shape[-1] - self.dim), -1)
         return self.radial(self.norm(x), raw)
+
+
+def _tokenwise(layer: nn.Module, x: Tensor, recompute: bool) -> Tensor:
+    """layer of x `[B, t1..tk, C]`, which takes tokens alone: tile by tile, which keeps x alone."""
+    flat = x.flatten(1, -2)
+    y = tiled(layer, flat, tile_tokens=TILE_TOKENS) if recompute else layer(flat)
+    return y.view(*x.shape[:-1], y.shape[-1])
 
 
 @lru_cache(maxsize=64)
