@@ -23,10 +23,9 @@ from torch import Tensor
 
 from xdist_kernels.errors import KernelError
 from xdist_kernels.neighborhood.tiles import Run, parts_of
+from xdist_kernels.neighborhood.views import add, keys, put, queries
 
 Runs = Sequence[Sequence[Run]]
-Place = tuple[int, int, int, int, int]
-"""Of one dim: start, count and hop of the tiles; length and step inside one."""
 # Scores of one part: its matrices stay near a core's cache.
 PART_SCORES = 2**19
 
@@ -79,8 +78,8 @@ def forward(
         out = q.new_empty(*q.shape[:-1], v.shape[-1])
     for tiles, rows, part in _parts(q, k, runs, bias):
         p = _probabilities(q, k, tiles, rows, part, scale, bias)
-        y = torch.bmm(p, _keys(v, rows, part, p.dtype))
-        _put(out, rows, part, y)
+        y = torch.bmm(p, keys(v, rows, part, p.dtype))
+        put(out, rows, part, y)
     return out
 
 
@@ -104,8 +103,8 @@ def backward(
     dq, dk, dv, dbias = into
     for tiles, rows, part in _parts(q, k, runs, bias):
         p = _probabilities(q, k, tiles, rows, part, scale, bias)
-        do, v_ = _queries(dout, rows, part, k.shape[-2], wide), _keys(v, rows, part, wide)
-        _add(dv, rows, part, torch.bmm(p.transpose(1, 2), do))
+        do, v_ = queries(dout, rows, part, k.shape[-2], wide), keys(v, rows, part, wide)
+        add(dv, rows, part, torch.bmm(p.transpose(1, 2), do))
         ds = torch.bmm(do, v_.transpose(1, 2))
         ds.sub_((ds * p).sum(-1, keepdim=True)).mul_(p)
         del p, do, v_
@@ -113,9 +112,9 @@ def backward(
             per_head = ds.view(-1, q.shape[-2], tiles.offsets.numel()).sum(0)
             dbias.view(q.shape[-2], -1).index_add_(1, tiles.offsets.flatten(), per_head)
         ds.mul_(scale)
-        _put(dq, rows, part, torch.bmm(ds, _keys(k, rows, part, wide)))
-        q_ = _queries(q, rows, part, k.shape[-2], wide)
-        _add(dk, rows, part, torch.bmm(ds.transpose(1, 2), q_))
+        put(dq, rows, part, torch.bmm(ds, keys(k, rows, part, wide)))
+        q_ = queries(q, rows, part, k.shape[-2], wide)
+        add(dk, rows, part, torch.bmm(ds.transpose(1, 2), q_))
     return into
 
 
@@ -153,7 +152,7 @@ def _probabilities(
 ) -> Tensor:
     """[T G, R n, m]"""
     wide, groups = _wide(q.dtype), k.shape[-2]
-    q_, k_ = _queries(q, rows, part, groups, wide), _keys(k, rows, part, wide)
+    q_, k_ = queries(q, rows, part, groups, wide), keys(k, rows, part, wide)
     scores = q_.new_empty(q_.shape[0], q_.shape[1], k_.shape[1])
     torch.baddbmm(scores, q_, k_.transpose(1, 2), beta=0, alpha=scale, out=scores)
     by_head = scores.view(-1, q.shape[-2], *tiles.shape)
@@ -199,91 +198,6 @@ def _along(pairs: Tensor, dim: int, dims: int) -> Tensor:
     shape = [1] * (2 * dims)
     shape[dim], shape[dims + dim] = pairs.shape
     return pairs.view(shape)
-
-
-def _blocks(x: Tensor, places: Sequence[Place]) -> Tensor:
-    """A view [B,T1..Tk,n1..nk,H,D] of x [B,S1..Sk,H,D]."""
-    offset = x.storage_offset()
-    counts, lengths, hops, steps = [], [], [], []
-    for dim, (start, count, hop, length, step) in enumerate(places, 1):
-        offset += start * x.stride(dim)
-        counts.append(count)
-        lengths.append(length)
-        hops.append(hop * x.stride(dim))
-        steps.append(step * x.stride(dim))
-    return x.as_strided(
-        (x.shape[0], *counts, *lengths, *x.shape[-2:]),
-        (x.stride(0), *hops, *steps, *x.stride()[-2:]),
-        offset,
-    )
-
-
-def _query_blocks(x: Tensor, rows: slice, part: Sequence[Run], groups: int) -> Tensor:
-    """A view [B,T1..Tk,G,R,n1..nk,D]."""
-    places = [(run.queries, run.tiles, run.hop, run.rows, run.step) for run in part]
-    view = _blocks(x[rows], places)
-    dims = len(part)
-    heads = view.dim() - 2
-    order = [*range(dims + 1), heads, *range(dims + 1, heads), heads + 1]
-    return view.permute(order).unflatten(dims + 1, (groups, -1))
-
-
-def _key_blocks(x: Tensor, rows: slice, places: Sequence[Place]) -> Tensor:
-    """A view [B,T1..Tk,G,m1..mk,D]."""
-    view = _blocks(x[rows], places)
-    dims = len(places)
-    heads = view.dim() - 2
-    return view.permute([*range(dims + 1), heads, *range(dims + 1, heads), heads + 1])
-
-
-def _queries(
-    x: Tensor, rows: slice, part: Sequence[Run], groups: int, dtype: torch.dtype
-) -> Tensor:
-    """A copy [T G, R n, D]."""
-    view = _query_blocks(x, rows, part, groups)
-    return _copied(view, dtype).flatten(0, len(part) + 1).flatten(1, -2)
-
-
-def _keys(x: Tensor, rows: slice, part: Sequence[Run], dtype: torch.dtype) -> Tensor:
-    """A copy [T G, m, D]."""
-    places = [(run.keys, run.tiles, run.hop, run.columns, run.step) for run in part]
-    view = _key_blocks(x, rows, places)
-    return _copied(view, dtype).flatten(0, len(part) + 1).flatten(1, -2)
-
-
-def _copied(view: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.empty(view.shape, dtype=dtype, device=view.device).copy_(view)
-
-
-def _put(x: Tensor, rows: slice, part: Sequence[Run], tiles: Tensor) -> None:
-    """Writes [T G, R n, D] where its queries lie."""
-    view = _query_blocks(x, rows, part, 1).squeeze(len(part) + 1)
-    view.copy_(tiles.view(view.shape))
-
-
-def _add(x: Tensor, rows: slice, part: Sequence[Run], tiles: Tensor) -> None:
-    """Adds [T G, m, D] where its keys lie.
-
-    Keys of neighbouring tiles overlap; runs of `hop` of them never do.
-    """
-    dims = len(part)
-    counts = [run.tiles for run in part]
-    columns = [run.columns for run in part]
-    tiles = tiles.view(-1, *counts, x.shape[-2], *columns, x.shape[-1])
-    for starts in product(*(range(0, run.columns, _apart(run)) for run in part)):
-        places, piece = [], tiles
-        for dim, (run, start) in enumerate(zip(part, starts, strict=True)):
-            length = min(_apart(run), run.columns - start)
-            places.append((run.keys + start * run.step, run.tiles, run.hop, length, run.step))
-            piece = piece.narrow(dims + 2 + dim, start, length)
-        _key_blocks(x, rows, places).add_(piece)
-
-
-def _apart(run: Run) -> int:
-    """Keys of a tile that no other tile of the run has."""
-    if run.tiles == 1 or run.hop % run.step:
-        return run.columns
-    return min(run.columns, run.hop // run.step)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
