@@ -132,6 +132,11 @@ class VDT(nn.Module):
         Raises:
             ShapeError: x is not this rank's part, or has other channels.
         """
+        return self._noise(x, gshard)
+
+    def _noise(self, x: Tensor, gshard: GridShard | None) -> Tensor:
+        # Not in forward: an engine that gathers parameters around `forward` and around `loss`
+        # would gather them twice where one called the other.
         gshard = resolve_grid(gshard, x, len(self.config.sizes))
         self._check(x)
         along = route(self.config, gshard.sizes, gshard.size, gshard.dim)
@@ -164,7 +169,7 @@ class VDT(nn.Module):
         Raises:
             ShapeError: x is not this rank's part, or noise does not fit it.
         """
-        error = self(x, gshard) - noise
+        error = self._noise(x, gshard) - noise
         unknown = 1 - x[..., -2:-1].detach()
         if valid_tokens is None:
             return mean(error.square(), gshard, weight=unknown)
