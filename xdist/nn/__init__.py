@@ -8,6 +8,7 @@ from __future__ import annotations
 from xdist.nn.attention import Attention
 from xdist.nn.block import Block
 from xdist.nn.embedding import NGramEmbedding
+from xdist.nn.factorised import FactorisedAttention
 from xdist.nn.grid_attention import (
     AxialAttention,
     GridAttention,
@@ -28,6 +29,7 @@ __all__ = [
     "Attention",
     "AxialAttention",
     "Block",
+    "FactorisedAttention",
     "GatedLinearAttention",
     "GridAttention",
     "GridMixer",
