@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import lru_cache
+from math import prod
 from typing import Any
 
 import torch
@@ -20,10 +21,13 @@ from torch.utils.flop_counter import flop_registry
 
 from xdist.comm.ledger import Ledger, ledger
 from xdist.config import Config, Stage
+from xdist.cost.conv_nd import patch_windows
 from xdist.cost.engine import engine_moves, held_bytes
 from xdist.cost.model import SUM_BYTES
-from xdist.cost.moves import Moved, reduce_bytes
+from xdist.cost.moves import Moved, reduce_bytes, window_bytes
+from xdist.cost.place import Placement
 from xdist.grid_shard import GridShard
+from xdist.layout import Layout
 from xdist.mesh import Mesh
 from xdist.models import build, sizes_of
 from xdist.plan.memory import Work, initial_heap, memory_of
@@ -31,6 +35,10 @@ from xdist.plan.meta import MetaRun
 from xdist.plan.result import Memory, Moves, StagePlan
 
 STEP_NUMBERS = 5
+LABEL_BYTES = 8
+# Tokens of a rank and row that are rehearsed at most: a layer's tiles are gone through one by one,
+# at a few seconds for this many. Larger samples are rehearsed smaller, and counted by formulas.
+MOST_TOKENS = 8192
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
@@ -114,11 +122,86 @@ def _by_move(moved: Ledger) -> dict[str, Moved]:
 
 def rehearsed(config: Config, stage: Stage, rank: int) -> Rehearsed:
     """One micro-step of a stage on world rank `rank`."""
-    model = sizes_of(config.model, config.parallel)
-    parallel = config.parallel
+    model, parallel = sizes_of(config.model, config.parallel), config.parallel
     degrees = (config.data_degree, parallel.ring, parallel.ulysses)
-    rows = stage.batch // config.data_degree
-    return _rehearsed(model, stage.crop or config.model.sizes, rows, rank, degrees, parallel.dim)
+    rows, whole = stage.batch // config.data_degree, stage.crop or config.model.sizes
+    sizes = smaller(whole, model, parallel.sequence_ranks)
+    found = _rehearsed(model, sizes, rows, rank, degrees, parallel.dim)
+    if sizes == whole:
+        return found
+    # Of the smaller sample: activations grow with positions, and moves are not those of this one.
+    factor = prod(whole) / prod(sizes)
+    fixed = 2 * found.parameter_bytes
+    return Rehearsed(
+        _by_formula(config, stage, rank),
+        round(found.flops * factor),
+        round(found.kept_bytes * factor),
+        round((found.peak_bytes - fixed) * factor) + fixed,
+        found.parameter_bytes,
+    )
+
+
+def smaller(sizes: tuple[int, ...], model: Any, ranks: int) -> tuple[int, ...]:
+    """The sizes that are rehearsed: these, or as much smaller along each dim as `MOST_TOKENS` asks
+    for, in whole patches."""
+    tokens = model.tokens_of(sizes)
+    if prod(tokens) <= MOST_TOKENS * ranks:
+        return sizes
+    factor = (MOST_TOKENS * ranks / prod(tokens)) ** (1 / len(sizes))
+    patch = model.patch or (1,) * len(sizes)
+    return tuple(max(int(n * factor), 1) * p for n, p in zip(tokens, patch, strict=True))
+
+
+def _by_formula(config: Config, stage: Stage, rank: int) -> Moves:
+    """What a micro-step moves where the model's blocks are placed, without a rehearsal: exactly
+    that, where the model follows its placement (a test holds it)."""
+    placement, parallel = placement_of(config, stage), config.parallel
+    place, ranks = rank % parallel.sequence_ranks, config.ranks
+    moved = placement.moved[place]
+    sent, received = moved.sent_bytes, moved.received_bytes
+    if config.data.kind == "volume":
+        straddling = _straddling(config, stage, place)
+        sent, received = sent + straddling.sent_bytes, received + straddling.received_bytes
+    else:
+        # Its first block makes patches of the samples themselves, which have no gradient.
+        first = placement.blocks[0]
+        for passes in (first.switch[place], first.inside[place]):
+            sent -= passes.backward.sent_bytes
+            received -= passes.backward.received_bytes
+    blocks = Moved(sent, received)
+    return {"blocks": blocks, "reduce": reduce_bytes(1, ranks, rank, SUM_BYTES)}
+
+
+def _straddling(config: Config, stage: Stage, rank: int) -> Moved:
+    """Values and labels of patches that two ranks hold parts of; a segmenter's placement begins
+    behind them."""
+    model, dim = sizes_of(config.model, config.parallel), config.parallel.dim
+    sizes = stage.crop or config.model.sizes
+    ranks, size = config.parallel.sequence_ranks, sizes[dim]
+    layout = Layout.contiguous(size, ranks)
+    windows = patch_windows(size, model.patch[dim], ranks)
+    other = stage.batch // config.data_degree * prod(sizes) // size
+    each = DTYPES[model.dtype].itemsize
+    values = window_bytes(layout, windows, rank, other * model.channels, each)
+    return values + window_bytes(layout, windows, rank, other, LABEL_BYTES)
+
+
+def placement_of(config: Config, stage: Stage) -> Placement:
+    """Where the model switches samples of a stage."""
+    found: Placement = _model(sizes_of(config.model, config.parallel)).placement(
+        config.parallel.sequence_ranks,
+        sizes=stage.crop or config.model.sizes,
+        dim=config.parallel.dim,
+        batch=stage.batch // config.data_degree,
+    )
+    return found
+
+
+@lru_cache(maxsize=8)
+def _model(model: Any) -> Any:
+    """The model without values."""
+    with torch.device("meta"):
+        return build(model)
 
 
 @lru_cache(maxsize=64)
@@ -202,18 +285,12 @@ def grid_stage(config: Config, stage: Stage) -> StagePlan:
 
 def placements(config: Config) -> list[str]:
     """Where the model switches at each stage, and why: the tables of its placements."""
-    model = sizes_of(config.model, config.parallel)
-    with torch.device("meta"):
-        module = build(model)
     lines, told = [], set()
     for stage in config.train.curriculum:
         sizes, rows = stage.crop or config.model.sizes, stage.batch // config.data_degree
         if (sizes, rows) in told:
             continue
         told.add((sizes, rows))
-        placement = module.placement(
-            config.parallel.sequence_ranks, sizes=sizes, dim=config.parallel.dim, batch=rows
-        )
-        lines += [f"samples of {' x '.join(map(str, sizes))} positions, {rows} a data rank"]
-        lines += [f"  {line}" for line in placement.table().splitlines()]
+        lines.append(f"samples of {' x '.join(map(str, sizes))} positions, {rows} a data rank")
+        lines += [f"  {line}" for line in placement_of(config, stage).table().splitlines()]
     return lines
