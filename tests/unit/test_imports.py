@@ -41,12 +41,14 @@ ORDER = (
     ("nn",),
     # A model may be one of another library: integrations stand below models.
     ("integrations",),
-    ("models", "volume"),
+    ("models",),
     ("data",),
     ("checkpoint",),
     # The training loop writes planned bytes beside measured ones, so plan stands below it.
     ("plan",),
     ("train",),
+    # Judges runs: it reads their checkpoints and the store.
+    ("volume",),
     ("testing",),
     ("certify",),
     ("dry_run",),

@@ -19,7 +19,7 @@ from xdist import ops
 from xdist.cost.place import Block, Convolution
 from xdist.errors import ConfigError
 from xdist.grid_shard import GridShard
-from xdist.models.segmenter import Residual, Segmenter, SegmenterConfig, SiLUMLP
+from xdist.models.segmenter import Layer, Normed, Segmenter, SegmenterConfig, SiLUMLP
 from xdist.nn.factorised import FactorisedAttention
 
 
@@ -73,26 +73,26 @@ class Axial(Segmenter):
         dims = range(len(config.sizes))
         layers = []
         for i in range(config.depth):
-            layers.append(_residual(config, Position(config), f"position {i}",
+            layers.append(_layer(config, Position(config), f"position {i}",
                                     reach=(Convolution(config.kernel),)))  # fmt: skip
             for d in reversed(dims):
                 name = f"attention {i} along dim {d}"
-                layers.append(_residual(config, AxialLine(config, d), name, whole=(d,)))
-            layers.append(_residual(config, SiLUMLP(config.dim, config.hidden), f"mlp {i}"))
+                layers.append(_layer(config, AxialLine(config, d), name, whole=(d,)))
+            layers.append(_layer(config, SiLUMLP(config.dim, config.hidden), f"mlp {i}"))
         super().__init__(config, layers)
 
 
-def _residual(
+def _layer(
     config: AxialConfig,
     inner: nn.Module,
     name: str,
     *,
     whole: tuple[int, ...] = (),
     reach: tuple[Convolution, ...] = (),
-) -> Residual:
+) -> Layer:
     block = Block(name, config.dim, whole=whole, reach=reach, itemsize=config.stream_dtype.itemsize)
     tokenwise = isinstance(inner, SiLUMLP)
-    return Residual(inner, block, tokenwise=tokenwise, recompute=config.recompute)
+    return Layer(Normed(inner, config.dim), block, tokenwise=tokenwise, recompute=config.recompute)
 
 
 def build(config: AxialConfig, *, seed: int | None = None) -> Axial:

@@ -1,7 +1,8 @@
 """Mamba-ND for volumes: one scan order a layer, both directions, and a depthwise convolution.
 
     u, z = x W;   u = silu(conv(u));   for both directions of the layer's order:
-        dt, B, C = u W_select;   h_t = exp(-exp(A_log) dt_t) h_{t-1} + dt_t B_t u_t
+        dt, B, C = softplus(u W_dt + b), u W_B, u W_C
+        h_t = exp(-exp(A_log) dt_t) h_{t-1} + dt_t B_t u_t
     f(x) = ((sum of both C_t . h_t) + D u) * silu(z)) W_out,   then an MLP
 
 Layer i scans along dim k-1-(i mod k) innermost: in three layers of a volume there are six
@@ -21,9 +22,18 @@ from xdist import ops
 from xdist.cost.place import Block, Convolution, Scan
 from xdist.errors import ConfigError
 from xdist.grid_shard import GridShard
-from xdist.models.segmenter import DTYPES, Residual, Segmenter, SegmenterConfig, SiLUMLP
+from xdist.models.segmenter import (
+    DTYPES,
+    Layer,
+    Normed,
+    Segmenter,
+    SegmenterConfig,
+    SiLUMLP,
+    by_token,
+)
 from xdist.nn.decay import wide
 from xdist.nn.initial import matrix, step_bias
+from xdist.nn.norm import RMSNorm
 
 SCANS = ("raster", "rows", "none")
 
@@ -65,48 +75,98 @@ class MambaNDConfig(SegmenterConfig):
 
 
 class DirectionalScan(nn.Module):
-    """y = mixer(x, gshard), `[B, t1..tk, C]` -> `[B, t1..tk, C]`; see the top of this file.
+    """x + f(norm(x)), `[B, t1..tk, C]` -> `[B, t1..tk, C]`; see the top of this file.
 
     Moves: the halo of the convolution; of the scan what `xdist.grid_scan` moves for both directions
-    in one exchange.
+    in one exchange. What takes tokens alone runs tile by tile and keeps its input.
     """
 
     def __init__(self, config: MambaNDConfig, layer: int) -> None:
         super().__init__()
-        inner, states, rank = config.inner, config.state_dim, config.step_rank
-        self.order, self.scan = config.order(layer), config.scan != "none"
-        self.sizes = (rank, states, states)
-        self.proj, self.out = matrix(2 * inner, config.dim), matrix(config.dim, inner)
+        inner = config.inner
+        self.order, self.recompute = config.order(layer), config.recompute
+        self.enter = _Enter(config.dim, inner)
         kernel = (config.kernel,) * len(config.sizes)
         self.conv = nn.Parameter(torch.randn(inner, 1, *kernel) * 0.1)
         self.conv_bias = nn.Parameter(torch.zeros(inner))
-        self.D = nn.Parameter(torch.ones(inner))
-        if self.scan:
-            self.select = nn.Parameter(matrix(2 * sum(self.sizes), inner).unflatten(0, (2, -1)))
-            self.step = nn.Parameter(matrix(2 * inner, rank).unflatten(0, (2, -1)))
-            self.dt_bias = nn.Parameter(step_bias(2, inner, low=0.01, high=0.5))
-            self.A_log = nn.Parameter(torch.arange(1.0, states + 1).log().repeat(2, inner, 1))
+        self.select = None if config.scan == "none" else _Select(config)
+        self.leave = _Leave(config.dim, inner, config.stream_dtype)
+        if self.select is not None:
+            states = torch.arange(1.0, config.state_dim + 1)
+            self.A_log = nn.Parameter(states.log().repeat(2, inner, 1))
 
     def forward(self, x: Tensor, gshard: GridShard) -> Tensor:
-        u, z = (F.linear(x, weight) for weight in self.proj.chunk(2))
+        u = by_token(self.enter, x, self.recompute)
         u = ops.conv_nd(u, self.conv, self.conv_bias, gshard, groups=u.shape[-1])
-        u = F.silu(u)
-        y = u * self.D
-        if self.scan:
-            both = ops.grid_scan(
-                ops.selective_scan,
-                (self._direction(u, 0), self._direction(u, 1)),
-                gshard, order=self.order, reverse="both",
-            )  # fmt: skip
-            y = y + both[0] + both[1]
-        return F.linear(y * F.silu(z), self.out)
+        wide = x.to(u.dtype)
+        together = [wide, u] if self.select is None else [wide, u, self._scanned(u, gshard)]
+        return by_token(self.leave, torch.cat(together, -1), self.recompute)
 
-    def _direction(self, u: Tensor, i: int) -> dict[str, object]:
-        raw, b, c = F.linear(u, self.select[i]).split(self.sizes, -1)
-        return {
-            "u": u, "delta": F.linear(raw, self.step[i]), "A": -wide(self.A_log[i]).exp(),
-            "B": b, "C": c, "delta_bias": wide(self.dt_bias[i]), "delta_softplus": True,
-        }  # fmt: skip
+    def _scanned(self, u: Tensor, gshard: GridShard) -> Tensor:
+        assert self.select is not None
+        parts = by_token(self.select, u, self.recompute).split(self.select.widths, -1)
+        rates = -wide(self.A_log).exp()
+        forward, backward = (
+            {"u": parts[0], "delta": parts[1 + i], "A": rates[i],
+             "B": parts[3 + i], "C": parts[5 + i]}
+            for i in range(2)
+        )  # fmt: skip
+        first, second = ops.grid_scan(
+            ops.selective_scan, (forward, backward), gshard, order=self.order, reverse="both"
+        )
+        return first + second
+
+
+class _Enter(nn.Module):
+    """norm(x) W, what the convolution reads."""
+
+    def __init__(self, dim: int, inner: int) -> None:
+        super().__init__()
+        self.norm = RMSNorm(dim)
+        self.proj = matrix(inner, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.norm(x.to(self.proj.dtype)), self.proj)
+
+
+class _Select(nn.Module):
+    """Of the convolution's output what both directions scan: u, two dt, two B, two C."""
+
+    def __init__(self, config: MambaNDConfig) -> None:
+        super().__init__()
+        inner, states, rank = config.inner, config.state_dim, config.step_rank
+        self.small = (2 * rank, 4 * states)
+        self.widths = (inner, inner, inner, *[states] * 4)
+        self.select = matrix(sum(self.small), inner)
+        self.step = nn.Parameter(matrix(2 * inner, rank).unflatten(0, (2, inner)))
+        self.dt_bias = nn.Parameter(step_bias(2, inner, low=0.01, high=0.5))
+
+    def forward(self, u: Tensor) -> Tensor:
+        u = F.silu(u)
+        raw, states = F.linear(u, self.select).split(self.small, -1)
+        dt = torch.einsum("...dr,der->...de", raw.unflatten(-1, (2, -1)), self.step)
+        dt = F.softplus(dt + self.dt_bias).flatten(-2)
+        return torch.cat([u, dt, states], -1)
+
+
+class _Leave(nn.Module):
+    """x + ((y + D u) * silu(z)) W, with z of norm(x); y, of the scan, may be missing."""
+
+    def __init__(self, dim: int, inner: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dim, self.inner, self.dtype = dim, inner, dtype
+        self.norm = RMSNorm(dim)
+        self.gate, self.out = matrix(inner, dim), matrix(dim, inner)
+        self.D = nn.Parameter(torch.ones(inner))
+
+    def forward(self, together: Tensor) -> Tensor:
+        others = (together.shape[-1] - self.dim) // self.inner
+        x, u, *y = together.split((self.dim, *[self.inner] * others), -1)
+        gate = F.silu(F.linear(self.norm(x), self.gate))
+        found = F.silu(u) * self.D
+        for scanned in y:
+            found = found + scanned
+        return (x + F.linear(found * gate, self.out)).to(self.dtype)
 
 
 class MambaND(Segmenter):
@@ -119,13 +179,11 @@ class MambaND(Segmenter):
     def __init__(self, config: MambaNDConfig) -> None:
         layers = []
         for i in range(config.depth):
-            layers.append(Residual(DirectionalScan(config, i), _needs(config, i),
-                                   recompute=config.recompute))  # fmt: skip
-            layers.append(
-                Residual(SiLUMLP(config.dim, config.hidden),
-                         Block(f"mlp {i}", config.dim, itemsize=config.stream_dtype.itemsize),
-                         tokenwise=True, recompute=config.recompute)
-            )  # fmt: skip
+            scan = DirectionalScan(config, i)
+            layers.append(Layer(scan, _needs(config, i), recompute=config.recompute))
+            mlp = Normed(SiLUMLP(config.dim, config.hidden), config.dim)
+            needs = Block(f"mlp {i}", config.dim, itemsize=config.stream_dtype.itemsize)
+            layers.append(Layer(mlp, needs, tokenwise=True, recompute=config.recompute))
         super().__init__(config, layers)
 
 

@@ -90,29 +90,15 @@ class SiLUMLP(nn.Module):
         return F.linear(F.silu(F.linear(x, self.up)), self.down)
 
 
-class Residual(nn.Module):
-    """x + f(norm(x)), [B, t1..tk, C]; what is inside computes in the dtype of its parameters.
-
-    block: what the layer needs of the grid, for `place_switches`. tokenwise: f takes tokens alone,
-    and works on tiles of them.
-    """
-
-    def __init__(
-        self, inner: nn.Module, block: Block, *, tokenwise: bool = False, recompute: bool = True
-    ) -> None:
-        super().__init__()
-        self.body = Normed(inner, block.channels)
-        self.block, self.tokenwise, self.recompute = block, tokenwise, recompute
-
-    def forward(self, x: Tensor, gshard: GridShard) -> Tensor:
-        if self.tokenwise:
-            return _tokenwise(self.body, x, self.recompute)
-        again = self.recompute and torch.is_grad_enabled()
-        return checkpoint(self.body, x, gshard) if again else self.body(x, gshard)
+def by_token(layer: nn.Module, x: Tensor, recompute: bool) -> Tensor:
+    """layer of x `[B, t1..tk, C]`, which takes tokens alone: tile by tile, which keeps x alone."""
+    flat = x.flatten(1, -2)
+    y = tiled(layer, flat, tile_tokens=TILE_TOKENS) if recompute else layer(flat)
+    return y.view(*x.shape[:-1], y.shape[-1])
 
 
 class Normed(nn.Module):
-    """x + f(norm(x)), back in x's own dtype."""
+    """x + f(norm(x)), [B, t1..tk, C], back in x's own dtype."""
 
     def __init__(self, inner: nn.Module, dim: int) -> None:
         super().__init__()
@@ -122,6 +108,27 @@ class Normed(nn.Module):
     def forward(self, x: Tensor, *gshard: GridShard) -> Tensor:
         wide = x.to(self.norm.weight.dtype)
         return (wide + self.inner(self.norm(wide), *gshard)).to(x.dtype)
+
+
+class Layer(nn.Module):
+    """y = body(x, gshard), [B, t1..tk, C], in the dtype of the stream; x is what is kept.
+
+    block: what the layer needs of the grid, for `place_switches`. tokenwise: body takes tokens
+    alone, `body(x)`, and works on tiles of them.
+    """
+
+    def __init__(
+        self, body: nn.Module, block: Block, *, tokenwise: bool = False, recompute: bool = True
+    ) -> None:
+        super().__init__()
+        self.body, self.block = body, block
+        self.tokenwise, self.recompute = tokenwise, recompute
+
+    def forward(self, x: Tensor, gshard: GridShard) -> Tensor:
+        if self.tokenwise:
+            return by_token(self.body, x, self.recompute)
+        again = self.recompute and torch.is_grad_enabled()
+        return checkpoint(self.body, x, gshard) if again else self.body(x, gshard)
 
 
 class Segmenter(nn.Module):
@@ -134,7 +141,7 @@ class Segmenter(nn.Module):
     layers: bottom to top.
     """
 
-    def __init__(self, config: SegmenterConfig, layers: Sequence[Residual]) -> None:
+    def __init__(self, config: SegmenterConfig, layers: Sequence[Layer]) -> None:
         super().__init__()
         self.config = config
         self.embedding = matrix(config.dim, config.raw)
@@ -144,7 +151,7 @@ class Segmenter(nn.Module):
         self.to(DTYPES[config.dtype])
 
     @property
-    def blocks(self) -> list[Residual]:
+    def blocks(self) -> list[Layer]:
         """The layers, bottom to top: what an engine may gather one by one."""
         return list(self.layers)  # type: ignore[arg-type]
 
@@ -235,7 +242,7 @@ class Segmenter(nn.Module):
             h = layer(h, at)
         h, _ = at.switch(h, tokens.dim)
         together = torch.cat([h.to(raw.dtype), raw], -1)
-        return _tokenwise(self.head, together, self.config.recompute), tokens
+        return by_token(self.head, together, self.config.recompute), tokens
 
 
 class _Head(nn.Module):
@@ -253,13 +260,6 @@ class _Head(nn.Module):
     def forward(self, together: Tensor) -> Tensor:
         x, raw = together.split((self.dim, together.shape[-1] - self.dim), -1)
         return self.radial(self.norm(x), raw)
-
-
-def _tokenwise(layer: nn.Module, x: Tensor, recompute: bool) -> Tensor:
-    """layer of x `[B, t1..tk, C]`, which takes tokens alone: tile by tile, which keeps x alone."""
-    flat = x.flatten(1, -2)
-    y = tiled(layer, flat, tile_tokens=TILE_TOKENS) if recompute else layer(flat)
-    return y.view(*x.shape[:-1], y.shape[-1])
 
 
 @lru_cache(maxsize=64)
