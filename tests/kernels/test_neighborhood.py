@@ -47,10 +47,12 @@ def test_tiles_hold_each_query_once_with_exactly_its_keys(rule: Rule) -> None:
         found: dict[int, list[int]] = {}
         for run in runs_of(rule, start, stop, low, most):
             assert run.rows <= most
-            for tile, row in itertools.product(range(run.tiles), range(run.rows)):
-                query = start + run.queries + tile * run.hop + row * run.step
+            alike = itertools.product(range(run.classes), range(run.tiles), range(run.rows))
+            for kind, tile, row in alike:
+                ahead = kind + tile * run.hop
+                query = start + run.queries + ahead + row * run.step
                 first, last = (0, run.columns) if run.seen is None else run.seen[row]
-                keys = [low + run.keys + tile * run.hop + c * run.step for c in range(first, last)]
+                keys = [low + run.keys + ahead + c * run.step for c in range(first, last)]
                 assert query not in found
                 assert keys[0] - query == (run.offset + first - row) * run.step
                 found[query] = keys

@@ -75,7 +75,7 @@ class Near:
 
     @property
     def most_rows(self) -> int:
-        return self.size
+        return -(-self.size // self.dilation)
 
     @property
     def reach(self) -> int:
@@ -88,7 +88,7 @@ class Near:
         return residue + first * self.dilation, self.window
 
     def columns(self, rows: int) -> int:
-        return min(self.window + rows - 1, -(-self.size // self.dilation))
+        return min(self.window + rows - 1, self.most_rows)
 
 
 @dataclass(frozen=True)
