@@ -78,12 +78,13 @@ def _graph(form: str, x: Any, weight: Any, bias: Any, dout: Any) -> tuple[Call, 
 
     import xdist
 
+    conv = xdist.conv_nd  # loaded before memory is counted
     leaves = [t.requires_grad_() for t in (x, weight, bias)]
     kept: list[Any] = []
 
     def forward() -> Any:
         if form == "xdist":
-            out = xdist.conv_nd(x, weight, bias, groups=x.shape[-1])
+            out = conv(x, weight, bias, groups=x.shape[-1])
         else:
             image = x.movedim(-1, 1)
             out = torch.conv3d(image, weight, bias, padding=1, groups=x.shape[-1])
