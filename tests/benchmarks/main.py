@@ -17,6 +17,7 @@ import conv_nd
 import conv_overlap
 import delta
 import dsp
+import grid_scan
 import learning
 import memory
 import mixers
@@ -124,6 +125,7 @@ BENCHMARKS = {
     "attention_kept": (attention_kept, attention_kept.TITLE, attention_kept.NOTE),
     "conv_nd": (conv_nd, conv_nd.TITLE, conv_nd.NOTE),
     "conv_overlap": (conv_overlap, conv_overlap.TITLE, conv_overlap.NOTE),
+    "grid_scan": (grid_scan, grid_scan.TITLE, grid_scan.NOTE),
     "packing": (packing, packing.TITLE, packing.NOTE),
     "peers": (peers, peers.TITLE, peers.NOTE),
     "vanilla": (vanilla, vanilla.TITLE, vanilla.NOTE),

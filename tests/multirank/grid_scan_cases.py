@@ -217,7 +217,7 @@ def on_a_rank(cases: Sequence[Case]) -> list[dict[str, Any]]:
 
         with (
             pytest.MonkeyPatch.context() as patch,
-            few_rows_at_a_time(*((8, 3), (64, 99))[number % 2]),
+            few_rows_at_a_time(*((16, 7), (64, 99))[number % 2]),
         ):
             patch.setattr(cost, "choose_route", noted)
             with ledger() as moved, count_c10d_bytes() as counted:

@@ -35,10 +35,6 @@ class RowCall:
     inputs: tuple[int | None, ...]
     out: tuple[int, int, torch.dtype]  # heads, value dim, dtype
 
-    def pick(self, tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-        """This call's inputs."""
-        return tuple(None if i is None else tensors[i] for i in self.inputs)
-
 
 @dataclass(frozen=True)
 class RowPlan:
@@ -61,17 +57,20 @@ class RowPlan:
     def share(self, call: RowCall) -> Share:
         return Share(self.layout, Documents.of(None, self.layout.length), self.rank, call.reverse)
 
-    def works(self, tensors: Sequence[Tensor], group: Group) -> list[Work]:
-        """Each call on the rows of a group."""
-        own = [x if i in self.whole else self.rows.take(x, group) for i, x in enumerate(tensors)]
-        found = []
-        for call in self.calls:
-            share, given = self.share(call), call.pick(own)
-            work = Work(call.op, share, given, None, want_final=False)
-            tile = call.op.row_tile_tokens(given)
-            work.segments = share.segments(tile, at_documents=False)
-            found.append(work)
-        return found
+    def work(self, call: RowCall, tensors: Sequence[Tensor], group: Group) -> Work:
+        """A call on the rows of a group."""
+        given = tuple(
+            None
+            if i is None
+            else tensors[i]
+            if i in self.whole
+            else self.rows.take(tensors[i], group)
+            for i in call.inputs
+        )
+        share = self.share(call)
+        work = Work(call.op, share, given, None, want_final=False)
+        work.segments = share.segments(call.op.row_tile_tokens(given), at_documents=False)
+        return work
 
     def scans(self, works: Sequence[Work]) -> list[Scan]:
         """The exchange of states of each work; works are the calls, group after group."""
@@ -113,6 +112,10 @@ def _share_room(works: Sequence[Work]) -> None:
         work.kept.bytes = KEPT_BYTES - KEPT_BYTES // len(works)
 
 
+def _same_memory(x: Tensor, y: Tensor) -> bool:
+    return x.numel() > 0 and x.untyped_storage().data_ptr() == y.untyped_storage().data_ptr()
+
+
 class RowScan(torch.autograd.Function):
     """(plan, distinct inputs [B, n, heads, D] in the grid's order) -> outputs [B, n, H, V]."""
 
@@ -127,10 +130,15 @@ class RowScan(torch.autograd.Function):
         if plan.group is None:
             ctx.scans = []
             for group in plan.groups():
-                for work, out in zip(plan.works(tensors, group), outs, strict=True):
+                for call, out in zip(plan.calls, outs, strict=True):
+                    work = plan.work(call, tensors, group)
                     work.start_forward()
+                    lent = plan.rows.take(out, group)
+                    if _same_memory(lent, out):
+                        work.out = lent
                     work.forward_alone()
-                    plan.rows.put(out, group, work.out)
+                    if work.out is not lent:
+                        plan.rows.put(out, group, work.out)
                     states += _later_states(work)
         else:
             ctx.scans = _forward_sharded(plan, tensors, outs, states)
@@ -144,21 +152,26 @@ class RowScan(torch.autograd.Function):
         plan: RowPlan = ctx.plan
         tensors, states = ctx.saved_tensors[: ctx.inputs], list(ctx.saved_tensors[ctx.inputs :])
         totals = _Gradients(plan, tensors)
-        groups = plan.groups()
-        if plan.group is None:
-            for group in groups:
-                works = _restored(plan, tensors, group, states, douts)
-                for work in works:
+        waiting: list[tuple[Group, RowCall, Work]] = []
+        for group in plan.groups():
+            for call, dout in zip(plan.calls, douts, strict=True):
+                work = _restored(plan, call, tensors, group, states, dout)
+                totals.lend(group, call, work)
+                if plan.group is None:
                     work.backward_alone()
-                totals.add(group, works)
-            return None, *totals.found()
-        waiting = [_restored(plan, tensors, group, states, douts) for group in groups]
-        together = [work for works in waiting for work in works]
-        if together:
-            _share_room(together)
-            backward_together(together, ctx.scans)
-        for group, works in zip(groups, waiting, strict=True):
-            totals.add(group, works)
+                    totals.add(group, call, work)
+                else:
+                    waiting.append((group, call, work))
+            if plan.group is None:
+                totals.close(group)
+        if waiting:
+            works = [work for *_, work in waiting]
+            _share_room(works)
+            backward_together(works, ctx.scans)
+            for group, call, work in waiting:
+                totals.add(group, call, work)
+            for group in plan.groups():
+                totals.close(group)
         return None, *totals.found()
 
 
@@ -166,71 +179,93 @@ def _forward_sharded(
     plan: RowPlan, tensors: Sequence[Tensor], outs: Sequence[Tensor], states: list[Tensor]
 ) -> list[Scan]:
     """Every group's states in one exchange."""
-    groups = plan.groups()
-    works = [work for group in groups for work in plan.works(tensors, group)]
+    places = [(group, number) for group in plan.groups() for number in range(len(plan.calls))]
+    works = [plan.work(plan.calls[number], tensors, group) for group, number in places]
     if not works:
         return []
     scans = plan.scans(works)
     _share_room(works)
     forward_together(works, scans)
-    for number, work in enumerate(works):
-        place, call = divmod(number, len(plan.calls))
-        plan.rows.put(outs[call], groups[place], work.out)
+    for (group, number), work in zip(places, works, strict=True):
+        plan.rows.put(outs[number], group, work.out)
         states += _later_states(work)
     return scans
 
 
 def _restored(
     plan: RowPlan,
+    call: RowCall,
     tensors: Sequence[Tensor],
     group: Group,
     states: list[Tensor],
-    douts: Sequence[Tensor],
-) -> list[Work]:
-    """The works of a group as forward left them, ready for backward; takes their states."""
-    works = plan.works(tensors, group)
-    for call, work, dout in zip(plan.calls, works, douts, strict=True):
-        del states[: _with_states(work, states)]
-        # The gradients of an input of both directions are added before they are rounded.
-        added = [place for place, i in enumerate(call.inputs) if i in plan.shared]
-        work.start_backward(plan.rows.take(dout, group), {}, added)
-    return works
+    dout: Tensor,
+) -> Work:
+    """The work as forward left it, ready for backward; takes its states from the first ones."""
+    work = plan.work(call, tensors, group)
+    del states[: _with_states(work, states)]
+    # The gradients of an input of both directions are added before they are rounded.
+    added = [place for place, i in enumerate(call.inputs) if i in plan.shared]
+    work.start_backward(plan.rows.take(dout, group), {}, added)
+    return work
 
 
 class _Gradients:
-    """The inputs' gradients [B, n, heads, D], filled group by group."""
+    """The inputs' gradients [B, n, heads, D], filled group by group.
+
+    Where a group's rows are a view of them, the first work writes there itself.
+    """
 
     def __init__(self, plan: RowPlan, tensors: Sequence[Tensor]) -> None:
         self._plan, self._tensors = plan, tensors
         make = torch.empty_like if plan.groups() else torch.zeros_like
-        self._totals = [
-            None if i in plan.whole else make(x, memory_format=torch.contiguous_format)
+        self._totals = {
+            i: make(x, memory_format=torch.contiguous_format)
             for i, x in enumerate(tensors)
-        ]
+            if i not in plan.whole
+        }
         self._whole: dict[int, Tensor] = {}
+        self._parts: dict[str, dict[int, Tensor]] = {}
 
-    def add(self, group: Group, works: Sequence[Work]) -> None:
-        """Those of a group's rows; the works' own are let go."""
-        parts: dict[int, Tensor] = {}
-        for call, work in zip(self._plan.calls, works, strict=True):
-            for i, grad in zip(call.inputs, work.grads, strict=True):
-                if i is None or grad is None:
-                    continue
-                into = self._whole if i in self._plan.whole else parts
-                into[i] = into[i].add_(grad) if i in into else grad
-            work.grads = []
-        for i, part in parts.items():
+    def lend(self, group: Group, call: RowCall, work: Work) -> None:
+        """Let a work write where the gradients of the group's rows go."""
+        parts = self._parts.setdefault(str(group), {})
+        for place, i in enumerate(call.inputs):
+            grad = work.grads[place]
+            if i is None or grad is None or i in self._plan.whole or i in parts:
+                continue
             total = self._totals[i]
-            assert total is not None
-            self._plan.rows.put(total, group, part)
+            rows = self._plan.rows.take(total, group)
+            if grad.dtype == total.dtype and _same_memory(rows, total):
+                work.grads[place] = parts[i] = rows
+
+    def add(self, group: Group, call: RowCall, work: Work) -> None:
+        """Take over what a work has found."""
+        parts = self._parts[str(group)]
+        for i, grad in zip(call.inputs, work.grads, strict=True):
+            if i is None or grad is None:
+                continue
+            into = self._whole if i in self._plan.whole else parts
+            if i not in into:
+                into[i] = grad
+            elif into[i] is not grad:
+                into[i].add_(grad)
+        work.grads = []
+
+    def close(self, group: Group) -> None:
+        """Write what lies elsewhere, once both directions are in it."""
+        parts = self._parts.pop(str(group))
+        for i in list(parts):
+            part, total = parts.pop(i), self._totals[i]
+            if not _same_memory(part, total):
+                self._plan.rows.put(total, group, part)
 
     def found(self) -> list[Tensor]:
         """The gradient of every tensor, in its dtype."""
         return [
-            self._whole[i].to(x.dtype)
+            self._totals[i]
+            if i in self._totals
+            else self._whole[i].to(x.dtype)
             if i in self._whole
             else torch.zeros_like(x)
-            if total is None
-            else total
-            for i, (x, total) in enumerate(zip(self._tensors, self._totals, strict=True))
+            for i, x in enumerate(self._tensors)
         ]

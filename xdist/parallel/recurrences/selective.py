@@ -46,7 +46,7 @@ class SelectiveScan(Recurrence):
     def row_tile_tokens(self, inputs: Inputs) -> int:
         # A step works on one token of every chunk at once: few channels need many chunks.
         batch, channels, states, _ = self.state_shape(inputs)
-        chunks = STEP_NUMBERS // max(1, batch * channels * states)
+        chunks = STEP_NUMBERS // 2 // max(1, batch * channels * states)
         return max(self.tile_tokens(inputs), chunks * LONGEST_CHUNK)
 
     def prepare(self, inputs: Inputs, starts: Tensor | None) -> Prepared:
