@@ -40,7 +40,7 @@ NOTE = (
 CONFIG = VDTConfig(
     sizes=(16, 48, 48), patch=(1, 2, 2), channels=3, dim=128, depth=2, head_dim=16, recompute=False
 )
-ROUNDS = 7
+ROUNDS = 5
 REPLAYS = 3  # in a round
 RANKS = (2, 4)
 Messages = list[tuple[dict[int, int], dict[int, int]]]

@@ -83,11 +83,12 @@ def test_every_way_to_shard_it_gives_one_rank(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 3, 4])
-def test_every_way_along_every_dim_gives_one_rank(
+def test_every_embedded_way_along_every_dim_gives_one_rank(
     ranks: int, alone: Result, request: pytest.FixtureRequest
 ) -> None:
+    """The embedded ways; dsp runs along every dim in the fast test."""
     pool: RankPool = request.getfixturevalue(f"pool{ranks}")
-    for wrong in pool.run(compared, everywhere(alone)):
+    for wrong in pool.run(compared, everywhere(alone)[3:]):
         assert wrong == []
 
 
