@@ -9,11 +9,12 @@ export PYTHONUNBUFFERED := 1
 # mkdocs-material advertises another tool at each build.
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: help store brain quickstart test test-slow slurm-deps check docs bench gpu clean
+.PHONY: help store brain volume quickstart test test-slow slurm-deps check docs bench gpu clean
 
 help:
 	@echo "make quickstart  prepare text, certify, then train one sequence of 1,048,576 bytes on 2 ranks"
 	@echo "make brain       the ICBM152 brain with its tissues as a store of grids (11.5 MB by pip)"
+	@echo "make volume      segment that brain as one sequence of 1.1 million tokens on 2 ranks"
 	@echo "make store       only the token store that quickstart and bench read"
 	@echo "make test        the tests (within 15 minutes on 2 cores)"
 	@echo "make test-slow   the long tests (within 35 minutes)"
@@ -66,6 +67,13 @@ $(BRAIN)/white.nii.gz: | $(VENV)/.installed-run
 brain: $(VENV)/.installed-volumes $(BRAIN)/white.nii.gz
 	$(BIN)/xdist prepare volume $(BRAIN)/t1.nii.gz data-cache/icbm152.zarr \
 	  --map grey=$(BRAIN)/grey.nii.gz --map white=$(BRAIN)/white.nii.gz --map-scale 255
+
+# With its scans, without them, then both beside the best two thresholds on the held-out slab.
+volume: brain
+	$(BIN)/xdist certify configs/volume.toml
+	$(BIN)/xdist launch local configs/volume.toml
+	$(BIN)/xdist launch local configs/volume.toml run.name=volume-without-scans model.options.scan=none
+	$(BIN)/python -m xdist.volume runs/volume-judged runs/volume runs/volume-without-scans
 
 quickstart: store
 	$(BIN)/xdist certify $(CONFIG)
