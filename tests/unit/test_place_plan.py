@@ -24,7 +24,7 @@ curriculum = [{ crop = [4, 6, 4], batch = 2, steps = 1 }, { batch = 1, steps = 1
 
 
 def test_the_plan_prints_the_placement_and_why() -> None:
-    """One table for each size of sample: blocks, sharded dims, bytes, and what others would cost."""
+    """One table for each size of sample: blocks, sharded dims, bytes, what others would cost."""
     config = parse(TEXT)
     model = build(sizes_of(config.model, config.parallel))
     table = plan(config).table()
