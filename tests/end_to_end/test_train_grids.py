@@ -23,6 +23,7 @@ CASES = [
     ("mamba_nd", "data", ("parallel.data=2", "train.accumulation=1")),
     ("vdt", "ring", ("parallel.ring=2",)),
     ("vdt", "dim 2", ("parallel.ulysses=2", "parallel.dim=2")),
+    ("vdt", "tensor", ("parallel.ring=2", "parallel.grid=megatron_sp")),
 ]
 
 

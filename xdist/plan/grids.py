@@ -38,7 +38,7 @@ STEP_NUMBERS = 5
 LABEL_BYTES = 8
 # Tokens of a rank and row that are rehearsed at most: a layer's tiles are gone through one by one,
 # at a few seconds for this many. Larger samples are rehearsed smaller, and counted by formulas.
-MOST_TOKENS = 8192
+MOST_TOKENS = 4096
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
@@ -145,7 +145,8 @@ def smaller(sizes: tuple[int, ...], model: Any, ranks: int) -> tuple[int, ...]:
     """The sizes that are rehearsed: these, or as much smaller along each dim as `MOST_TOKENS` asks
     for, in whole patches."""
     tokens = model.tokens_of(sizes)
-    if prod(tokens) <= MOST_TOKENS * ranks:
+    # Only where the model follows its placement are there formulas for what it moves.
+    if prod(tokens) <= MOST_TOKENS * ranks or getattr(model, "sharding", "dsp") != "dsp":
         return sizes
     factor = (MOST_TOKENS * ranks / prod(tokens)) ** (1 / len(sizes))
     patch = model.patch or (1,) * len(sizes)
