@@ -272,6 +272,6 @@ def _placed(
 def _role(name: str, parameter: Tensor) -> str:
     if name.startswith("embedding") or name.rpartition(".")[2] in ("A_log", "centres"):
         return "table"
-    matrices = ("proj", "out", "up", "down", "qkv", "from_token", "from_raw")
+    matrices = ("proj", "gate", "out", "up", "down", "qkv", "from_token", "from_raw")
     hidden = parameter.ndim == 2 and name.rpartition(".")[2] in matrices
     return "hidden" if hidden and not name.startswith("head.radial.out") else "other"
