@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ CONFIGS: dict[str, SegmenterConfig] = {
 
 def model_of(config: SegmenterConfig) -> Segmenter:
     file = axial if isinstance(config, axial.AxialConfig) else mamba_nd
-    return file.build(config, seed=1)  # type: ignore[arg-type]
+    return file.build(config, seed=1)
 
 
 def volume(
@@ -129,12 +130,9 @@ def kept_bytes(name: str, sizes: tuple[int, ...], stream: str) -> tuple[int, int
         recording(self, *args)
         tapes.append(self)
 
-    keep.Tape.__init__ = noted  # type: ignore[method-assign]
-    try:
-        with ledger() as moved, torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            loss = model.loss(own, labels, gshard)
-    finally:
-        keep.Tape.__init__ = recording  # type: ignore[method-assign]
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t)
+    with ledger() as moved, hooks, mock.patch.object(keep.Tape, "__init__", noted):
+        loss = model.loss(own, labels, gshard)
     for tape in tapes:
         for _, place in tape.received:
             for tensor in place.values():
