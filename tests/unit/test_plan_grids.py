@@ -39,7 +39,7 @@ def test_what_a_rehearsal_counts_is_what_the_formulas_say(
     (stage,) = config.train.curriculum
     for rank in range(3):
         counted = rehearsed(config, stage, rank).moves
-        formulas = grids._by_formula(config, stage, rank)
+        formulas = grids.by_formula(config, stage, rank)
         assert sum(counted.values(), Moved()) == sum(formulas.values(), Moved())
     assert rank_bytes(config, stage, 0) > 0
     assert step_memory(config, stage, 0).kept > 0

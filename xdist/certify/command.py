@@ -10,11 +10,13 @@ from torch import nn
 from xdist.certify.grids import certify_grids
 from xdist.certify.judge import Report
 from xdist.certify.run import certify
-from xdist.config import Config, Model, Parallel
+from xdist.config import Config, Model, Parallel, Stage
+from xdist.cost.model import SUM_BYTES
 from xdist.cost.moves import reduce_bytes
 from xdist.mesh import Mesh
 from xdist.models import build, sizes_of
 from xdist.plan import pass_bytes, rehearse
+from xdist.plan.grids import by_formula, follows_placement
 from xdist.plan.step import parameter_count
 from xdist.testing import RankPool
 
@@ -72,15 +74,15 @@ def _certify_grids(config: Config, pools: Mapping[int, RankPool] | None) -> Repo
 
     def planned(ranks: int, precision: str, dim: int) -> list[int]:
         ring, ulysses = degrees.get(ranks, (ranks, 1))
-        kind = sizes_of(model.model_copy(update={"dtype": precision}), parallel)
-        found = []
-        for rank in range(ranks):
-            mesh = Mesh.imagined(rank, ring=ring, ulysses=ulysses)
-            moves = rehearse(kind, sizes, BATCH, mesh, dim, counted=True).moves
-            sent = sum(moved.sent_bytes for moved in moves.values())
-            count, each = parameter_count(config), 8 if precision == "float64" else 4
-            found.append(sent + reduce_bytes(count, ranks, rank, each).sent_bytes)
-        return found
+        changed = {"data": 1, "ring": ring, "ulysses": ulysses, "dim": dim}
+        here = config.model_copy(
+            update={
+                "model": model.model_copy(update={"dtype": precision}),
+                "parallel": parallel.model_copy(update=changed),
+                "launch": config.launch.model_copy(update={"ranks": ranks}),
+            }
+        )
+        return [_grid_bytes(here, sizes, rank) for rank in range(ranks)]
 
     return certify_grids(
         functools.partial(_model, model, parallel, 1),
@@ -94,6 +96,24 @@ def _certify_grids(config: Config, pools: Mapping[int, RankPool] | None) -> Repo
         planned=planned,
         pools=pools,
     )
+
+
+def _grid_bytes(config: Config, sizes: tuple[int, ...], rank: int) -> int:
+    """What a rank sends in forward, backward and gradient sum, where the loss counts its own
+    positions."""
+    kind, parallel = sizes_of(config.model, config.parallel), config.parallel
+    count = parameter_count(config)
+    each = 8 if config.model.dtype == "float64" else 4
+    sent = reduce_bytes(count, config.ranks, rank, each).sent_bytes
+    if not follows_placement(kind):
+        mesh = Mesh.imagined(rank, ring=parallel.ring, ulysses=parallel.ulysses)
+        moves = rehearse(kind, sizes, BATCH, mesh, parallel.dim, counted=True).moves
+        return sent + sum(moved.sent_bytes for moved in moves.values())
+    moves = by_formula(config, Stage(crop=sizes, batch=BATCH), rank)
+    # The count travels on its own, or with the sum as one number more.
+    numbers = [1, 1] if config.data.kind == "volume" else [2]
+    sums = [reduce_bytes(n, config.ranks, rank, SUM_BYTES).sent_bytes for n in numbers]
+    return sent + moves["blocks"].sent_bytes + sum(sums)
 
 
 def _model(section: Model, parallel: Parallel, tile_tokens: int, precision: str) -> nn.Module:

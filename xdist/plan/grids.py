@@ -133,7 +133,7 @@ def rehearsed(config: Config, stage: Stage, rank: int) -> Rehearsed:
     factor = prod(whole) / prod(sizes)
     fixed = 2 * found.parameter_bytes
     return Rehearsed(
-        _by_formula(config, stage, rank),
+        by_formula(config, stage, rank),
         round(found.flops * factor),
         round(found.kept_bytes * factor),
         round((found.peak_bytes - fixed) * factor) + fixed,
@@ -145,15 +145,19 @@ def smaller(sizes: tuple[int, ...], model: Any, ranks: int) -> tuple[int, ...]:
     """The sizes that are rehearsed: these, or as much smaller along each dim as `MOST_TOKENS` asks
     for, in whole patches."""
     tokens = model.tokens_of(sizes)
-    # Only where the model follows its placement are there formulas for what it moves.
-    if prod(tokens) <= MOST_TOKENS * ranks or getattr(model, "sharding", "dsp") != "dsp":
+    if prod(tokens) <= MOST_TOKENS * ranks or not follows_placement(model):
         return sizes
     factor = (MOST_TOKENS * ranks / prod(tokens)) ** (1 / len(sizes))
     patch = model.patch or (1,) * len(sizes)
     return tuple(max(int(n * factor), 1) * p for n, p in zip(tokens, patch, strict=True))
 
 
-def _by_formula(config: Config, stage: Stage, rank: int) -> Moves:
+def follows_placement(model: Any) -> bool:
+    """Whether the model goes as `place_switches` says: only then formulas say what it moves."""
+    return getattr(model, "sharding", "dsp") == "dsp"
+
+
+def by_formula(config: Config, stage: Stage, rank: int) -> Moves:
     """What a micro-step moves where the model's blocks are placed, without a rehearsal: exactly
     that, where the model follows its placement (a test holds it)."""
     placement, parallel = placement_of(config, stage), config.parallel
