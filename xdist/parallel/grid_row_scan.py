@@ -239,9 +239,12 @@ class _Gradients:
                 work.grads[place] = parts[i] = rows
 
     def add(self, group: Group, call: RowCall, work: Work) -> None:
-        """Take over what a work has found."""
+        """Take over what a work has found; the work is of no use then."""
         parts = self._parts[str(group)]
-        for i, grad in zip(call.inputs, work.grads, strict=True):
+        grads, work.grads, work.inputs = list(work.grads), [], ()
+        work.dout = work.dout[:0]
+        for place, i in enumerate(call.inputs):
+            grad, grads[place] = grads[place], None
             if i is None or grad is None:
                 continue
             into = self._whole if i in self._plan.whole else parts
@@ -249,15 +252,18 @@ class _Gradients:
                 into[i] = grad
             elif into[i] is not grad:
                 into[i].add_(grad)
-        work.grads = []
+            if into is parts and i not in self._plan.shared:
+                self._write(group, i, parts.pop(i))
 
     def close(self, group: Group) -> None:
         """Write what lies elsewhere, once both directions are in it."""
         parts = self._parts.pop(str(group))
         for i in list(parts):
-            part, total = parts.pop(i), self._totals[i]
-            if not _same_memory(part, total):
-                self._plan.rows.put(total, group, part)
+            self._write(group, i, parts.pop(i))
+
+    def _write(self, group: Group, i: int, part: Tensor) -> None:
+        if not _same_memory(part, self._totals[i]):
+            self._plan.rows.put(self._totals[i], group, part)
 
     def found(self) -> list[Tensor]:
         """The gradient of every tensor, in its dtype."""
