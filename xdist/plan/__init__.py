@@ -5,7 +5,8 @@ from __future__ import annotations
 from xdist.cost.dsp import Video, comparison
 from xdist.cost.dsp_time import Cluster, predict
 from xdist.cost.place import Block, Placement, place_switches
-from xdist.plan.grids import grid_step, rehearse
+from xdist.plan.grids import grid_step
+from xdist.plan.rehearsal import rehearse
 from xdist.plan.result import Memory, Plan, StagePlan
 from xdist.plan.step import (
     pass_bytes,

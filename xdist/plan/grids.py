@@ -9,17 +9,12 @@ what the formulas of `xdist.cost` say is held by the tests of each op.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from functools import lru_cache
 from math import prod
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
-from xdist.comm.ledger import Ledger, ledger
 from xdist.config import Config, Stage
 from xdist.cost.conv_nd import patch_windows
 from xdist.cost.engine import engine_moves, held_bytes
@@ -31,7 +26,7 @@ from xdist.layout import Layout
 from xdist.mesh import Mesh
 from xdist.models import build, sizes_of
 from xdist.plan.memory import Work, initial_heap, memory_of
-from xdist.plan.meta import MetaRun
+from xdist.plan.rehearsal import DTYPES, Rehearsed, rehearse
 from xdist.plan.result import Memory, Moves, StagePlan
 
 STEP_NUMBERS = 5
@@ -39,85 +34,6 @@ LABEL_BYTES = 8
 # Tokens of a rank and row that are rehearsed at most: a layer's tiles are gone through one by one,
 # at a few seconds for this many. Larger samples are rehearsed smaller, and counted by formulas.
 MOST_TOKENS = 4096
-DTYPES = {"float32": torch.float32, "float64": torch.float64}
-
-
-@dataclass(frozen=True)
-class Rehearsed:
-    """One micro-step of one rank: what moves by move, FLOPs, and what tensors hold.
-
-    kept_bytes: from forward to backward; peak_bytes: at most, parameters and gradients included.
-    """
-
-    moves: dict[str, Moved] = field(hash=False)
-    flops: int
-    kept_bytes: int
-    peak_bytes: int
-    parameter_bytes: int
-
-
-def rehearse(
-    model: Any,
-    sizes: tuple[int, ...],
-    rows: int,
-    mesh: Mesh,
-    dim: int = 0,
-    *,
-    counted: bool = False,
-) -> Rehearsed:
-    """Forward and backward of `rows` samples of these sizes on a rank that is imagined.
-
-    model: the sizes of a model of grids; mesh: of the meta device; dim: sharded where the samples
-    come in; counted: whether the loss counts its positions itself.
-    """
-    gshard = GridShard(mesh, sizes, dim)
-    with ledger() as moved, MetaRun() as held:
-        with torch.device("meta"):
-            module = build(model)
-        parameters = held.live_bytes
-        x, labels = inputs_of(model, gshard, rows)
-        before = held.live_bytes
-        with _Flops() as flops:
-            valid = None if counted else 1
-            loss: Tensor = module.loss(x, labels, gshard, valid_tokens=valid)
-            kept = held.live_bytes - before
-            loss.backward()
-        del loss
-    return Rehearsed(_by_move(moved), flops.count, kept, held.peak_bytes, parameters)
-
-
-def inputs_of(model: Any, gshard: GridShard, rows: int) -> tuple[Tensor, Tensor]:
-    """x and labels of a rank's part, without values, on the mesh's device."""
-    dtype, shape = DTYPES[model.dtype], (rows, *gshard.local_sizes)
-    device = gshard.mesh.device
-    if hasattr(model, "classes"):
-        x = torch.empty(*shape, model.channels, dtype=dtype, device=device)
-        return x, torch.empty(shape, dtype=torch.int64, device=device)
-    # Of video: two channels beside its own, for what is known and for the time.
-    x = torch.empty(*shape, model.channels + 2, dtype=dtype, device=device)
-    return x, torch.empty(*shape, model.channels, dtype=dtype, device=device)
-
-
-class _Flops(TorchDispatchMode):
-    """Adds up the operations of matrix products, attention and convolutions, by torch's own
-    formulas. (torch's counter follows modules, and takes no module inside an autograd Function.)"""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        formula = flop_registry.get(func._overloadpacket)
-        if formula is not None:
-            self.count += formula(*args, **(kwargs or {}), out_val=out)
-        return out
-
-
-def _by_move(moved: Ledger) -> dict[str, Moved]:
-    return {name: Moved(one.sent_bytes, one.received_bytes) for name, one in moved.by_move.items()}
 
 
 def rehearsed(config: Config, stage: Stage, rank: int) -> Rehearsed:
