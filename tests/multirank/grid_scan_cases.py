@@ -123,7 +123,7 @@ def loop(op: str, inputs: Inputs) -> Tensor:
         skip = inputs["D"] * inputs["u"]
         rest = {name: x for name, x in inputs.items() if name != "D"}
         return selective_scan_reference(**rest)[0] + skip
-    references = {
+    references: dict[str, Any] = {
         "linear_attention": linear_attention_reference,
         "delta_rule": delta_rule_reference,
         "ssd": ssd_reference,

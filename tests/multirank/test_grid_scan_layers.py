@@ -21,7 +21,7 @@ from xdist.parallel.grid_scales import spread
 from xdist.testing import RankPool, count_c10d_bytes, relative_error
 
 SIZES, C = (5, 4, 3), 4
-SMALL = {"state_dim": 2}
+SMALL: dict[str, Any] = {"state_dim": 2}
 LAYERS: dict[str, Any] = {
     "mamba_nd": lambda: [GridScan(C, [turning_order(3, i)], **SMALL) for i in range(3)],
     "six": lambda: [GridScan(C, cross_orders(3), conv=0, recompute=True, **SMALL)],
@@ -141,7 +141,7 @@ def test_a_cross_scan_is_the_sum_of_its_directions() -> None:
         u, z = F.linear(x, layer.proj).chunk(2, -1)
         u = F.silu(u)
         total = torch.zeros_like(u)
-        for one in layer.orders:
+        for one in list[Any](layer.orders):
             case = Case("selective_scan", sizes, 0, one.order)
             for core, reverse in ((one.ahead, False), (one.behind, True)):
                 given = core.arguments(u)
