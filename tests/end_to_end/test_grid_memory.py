@@ -81,6 +81,7 @@ def _limited(folder: str, *settings: str) -> str:
     return f"exit code {code}, {count[0]} steps under the limit"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not pathlib.Path("/proc/self/statm").exists(), reason="reads /proc")
 def test_a_volume_beyond_a_rank_s_limit_trains_on_two(
     tmp_path: pathlib.Path, pool2: RankPool
