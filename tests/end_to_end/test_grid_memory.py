@@ -82,7 +82,6 @@ def _limited(folder: str, *settings: str) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not pathlib.Path("/proc/self/statm").exists(), reason="reads /proc")
 def test_a_volume_beyond_a_rank_s_limit_trains_on_two(
     tmp_path: pathlib.Path, pool2: RankPool
 ) -> None:
