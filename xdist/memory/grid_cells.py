@@ -64,7 +64,7 @@ class Room:
 
     Made one by one they would come to lie between the buffers of the cells, and the heap could
     neither use nor give back what is free between them: 4 layers of Mamba-2 over 8 Mi tokens held
-    0.4 GiB of states and 7 GiB of such holes.
+    0.4 GiB of states and 8 GiB of such holes.
     """
 
     def __init__(self, chunks: int) -> None:
