@@ -26,6 +26,12 @@ def test_segmenters_equal_one_device(ranks: int, request: pytest.FixtureRequest)
         assert {case: wrong for case, wrong in found.items() if wrong} == {}
 
 
+def test_segmenters_send_what_their_placement_counts(pool2: RankPool, pool3: RankPool) -> None:
+    """Switches, halos and states, forward and backward, also of a stream in bfloat16."""
+    for pool in (pool2, pool3):
+        assert pool.run(cases.bytes_as_placed) == [[]] * pool.world_size
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["raster", "axial"])
 def test_twenty_steps_on_four_ranks_are_those_of_one(name: str, pool4: RankPool) -> None:

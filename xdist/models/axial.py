@@ -50,16 +50,17 @@ class AxialLine(nn.Module):
 
 
 class Position(nn.Module):
-    """y = conv(x), depthwise over every dim. Moves: its halo."""
+    """y = conv(x), depthwise over every dim. Moves: its halo, in the dtype of the stream."""
 
     def __init__(self, config: AxialConfig) -> None:
         super().__init__()
         kernel = (config.kernel,) * len(config.sizes)
         self.conv = nn.Parameter(torch.randn(config.dim, 1, *kernel) * 0.1)
         self.conv_bias = nn.Parameter(torch.zeros(config.dim))
+        self.dtype = config.stream_dtype
 
     def forward(self, x: Tensor, gshard: GridShard) -> Tensor:
-        return ops.conv_nd(x, self.conv, self.conv_bias, gshard, groups=x.shape[-1])
+        return ops.conv_nd(x.to(self.dtype), self.conv, self.conv_bias, gshard, groups=x.shape[-1])
 
 
 class Axial(Segmenter):

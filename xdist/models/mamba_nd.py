@@ -85,7 +85,7 @@ class DirectionalScan(nn.Module):
         super().__init__()
         inner = config.inner
         self.order, self.recompute = config.order(layer), config.recompute
-        self.enter = _Enter(config.dim, inner)
+        self.enter = _Enter(config.dim, inner, config.stream_dtype)
         kernel = (config.kernel,) * len(config.sizes)
         self.conv = nn.Parameter(torch.randn(inner, 1, *kernel) * 0.1)
         self.conv_bias = nn.Parameter(torch.zeros(inner))
@@ -98,8 +98,7 @@ class DirectionalScan(nn.Module):
     def forward(self, x: Tensor, gshard: GridShard) -> Tensor:
         u = by_token(self.enter, x, self.recompute)
         u = ops.conv_nd(u, self.conv, self.conv_bias, gshard, groups=u.shape[-1])
-        wide = x.to(u.dtype)
-        together = [wide, u] if self.select is None else [wide, u, self._scanned(u, gshard)]
+        together = [x, u] if self.select is None else [x, u, self._scanned(u, gshard)]
         return by_token(self.leave, torch.cat(together, -1), self.recompute)
 
     def _scanned(self, u: Tensor, gshard: GridShard) -> Tensor:
@@ -118,15 +117,16 @@ class DirectionalScan(nn.Module):
 
 
 class _Enter(nn.Module):
-    """norm(x) W, what the convolution reads."""
+    """norm(x) W, what the convolution reads, in the dtype of the stream."""
 
-    def __init__(self, dim: int, inner: int) -> None:
+    def __init__(self, dim: int, inner: int, dtype: torch.dtype) -> None:
         super().__init__()
+        self.dtype = dtype
         self.norm = RMSNorm(dim)
         self.proj = matrix(inner, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(self.norm(x.to(self.proj.dtype)), self.proj)
+        return F.linear(self.norm(x.to(self.proj.dtype)), self.proj).to(self.dtype)
 
 
 class _Select(nn.Module):
@@ -142,7 +142,7 @@ class _Select(nn.Module):
         self.dt_bias = nn.Parameter(step_bias(2, inner, low=0.01, high=0.5))
 
     def forward(self, u: Tensor) -> Tensor:
-        u = F.silu(u)
+        u = F.silu(u.to(self.select.dtype))
         raw, states = F.linear(u, self.select).split(self.small, -1)
         dt = torch.einsum("...dr,der->...de", raw.unflatten(-1, (2, -1)), self.step)
         dt = F.softplus(dt + self.dt_bias).flatten(-2)
@@ -160,6 +160,7 @@ class _Leave(nn.Module):
         self.D = nn.Parameter(torch.ones(inner))
 
     def forward(self, together: Tensor) -> Tensor:
+        together = together.to(self.gate.dtype)
         others = (together.shape[-1] - self.dim) // self.inner
         x, u, *y = together.split((self.dim, *[self.inner] * others), -1)
         gate = F.silu(F.linear(self.norm(x), self.gate))
