@@ -105,7 +105,9 @@ def _grid_bytes(config: Config, sizes: tuple[int, ...], rank: int) -> int:
     count = parameter_count(config)
     each = 8 if config.model.dtype == "float64" else 4
     sent = reduce_bytes(count, config.ranks, rank, each).sent_bytes
-    if not follows_placement(kind):
+    # A rank that holds nothing may have to be told what the others know: no block's formula.
+    holds_nothing = sizes[parallel.dim] < config.ranks
+    if holds_nothing or not follows_placement(kind):
         mesh = Mesh.imagined(rank, ring=parallel.ring, ulysses=parallel.ulysses)
         moves = rehearse(kind, sizes, BATCH, mesh, parallel.dim, counted=True).moves
         return sent + sum(moved.sent_bytes for moved in moves.values())
