@@ -26,7 +26,7 @@ from xdist.testing import RankPool
 
 TITLE = "One video diffusion transformer, sharded in five ways"
 NOTE = (
-    "A video of 16 x 48 x 48 positions of 3 channels in patches of 1 x 2 x 2, 9,216 tokens, width "
+    "A video of 16 x 64 x 64 positions of 3 channels in patches of 1 x 2 x 2, 16,384 tokens, width "
     "128, 8 heads, 2 layers of a temporal and a spatial attention and an MLP, float32, one row, "
     "one thread a rank; sharded by frames. sent: bytes of the busiest rank, forward and backward. "
     "moves: the recorded messages of a step sent once more without any work between them, the "
@@ -38,9 +38,9 @@ NOTE = (
     "held whole."
 )
 CONFIG = VDTConfig(
-    sizes=(16, 48, 48), patch=(1, 2, 2), channels=3, dim=128, depth=2, head_dim=16, recompute=False
+    sizes=(16, 64, 64), patch=(1, 2, 2), channels=3, dim=128, depth=2, head_dim=16, recompute=False
 )
-ROUNDS = 5
+ROUNDS = 3
 REPLAYS = 21
 RANKS = (2, 4)
 Messages = list[tuple[dict[int, int], dict[int, int]]]
