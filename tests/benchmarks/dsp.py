@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from math import prod
@@ -26,7 +26,7 @@ from xdist.testing import RankPool
 
 TITLE = "One video diffusion transformer, sharded in five ways"
 NOTE = (
-    "A video of 16 x 64 x 64 positions of 3 channels in patches of 1 x 2 x 2, 16,384 tokens, width "
+    "Videos of 16 x 48 x 48 and 16 x 64 x 64 positions, 3 channels, in patches of 1 x 2 x 2, width "
     "128, 8 heads, 2 layers of a temporal and a spatial attention and an MLP, float32, one row, "
     "one thread a rank; sharded by frames. sent: bytes of the busiest rank, forward and backward. "
     "moves: the recorded messages of a step sent once more without any work between them, the "
@@ -37,10 +37,13 @@ NOTE = (
     "cores. Megatron-SP here is its pattern of moves, with the MLP split as well; parameters are "
     "held whole."
 )
-CONFIG = VDTConfig(
-    sizes=(16, 64, 64), patch=(1, 2, 2), channels=3, dim=128, depth=2, head_dim=16, recompute=False
+CONFIGS = tuple(
+    VDTConfig(
+        sizes=sizes, patch=(1, 2, 2), channels=3, depth=2, head_dim=16, recompute=False, dim=128
+    )
+    for sizes in ((16, 48, 48), (16, 64, 64))
 )
-ROUNDS = 3
+ROUNDS = 5
 REPLAYS = 21
 RANKS = (2, 4)
 Messages = list[tuple[dict[int, int], dict[int, int]]]
@@ -121,32 +124,42 @@ def _by_turns(rounds: int) -> Iterator[str]:
 
 
 def run(
-    root: Path, config: VDTConfig = CONFIG, rounds: int = ROUNDS, ranks: tuple[int, ...] = RANKS
+    root: Path,
+    configs: Sequence[VDTConfig] = CONFIGS,
+    rounds: int = ROUNDS,
+    ranks: tuple[int, ...] = RANKS,
 ) -> list[dict[str, Any]]:
-    """One row a number of ranks and a way to shard."""
+    """One row a number of ranks, a size and a way to shard."""
     rows = []
     for count in ranks:
         with RankPool(count) as pool:
-            found = pool.run(measured, config, rounds)
-
-        sent = {name: max(rank[name]["sent"] for rank in found) for name in SHARDINGS}
-        moves = {name: _slowest(found, name, "moves") for name in SHARDINGS}
-        usual = {name: statistics.median(times) for name, times in moves.items()}
-        steps = {name: statistics.median(_slowest(found, name, "steps")) for name in SHARDINGS}
-        rows += [
-            {
-                "ranks, way": f"{count}, {name}",
-                "sent (MB)": sent[name] / 1e6,
-                "moves (ms)": 1e3 * usual[name],
-                "least (ms)": 1e3 * min(moves[name]),
-                "dsp / row, bytes": sent["dsp"] / sent[name],
-                "dsp / row, moves": usual["dsp"] / usual[name],
-                "step (s)": steps[name],
-                "tokens / s": prod(config.grid) / steps[name],
-            }
-            for name in SHARDINGS
-        ]
+            for config in configs:
+                rows += rows_of(config, count, pool.run(measured, config, rounds))
     return rows
+
+
+def rows_of(
+    config: VDTConfig, count: int, found: list[dict[str, dict[str, Any]]]
+) -> list[dict[str, Any]]:
+    """The rows of one size on `count` ranks, of what each measured."""
+    sent = {name: max(rank[name]["sent"] for rank in found) for name in SHARDINGS}
+    moves = {name: _slowest(found, name, "moves") for name in SHARDINGS}
+    usual = {name: statistics.median(times) for name, times in moves.items()}
+    steps = {name: statistics.median(_slowest(found, name, "steps")) for name in SHARDINGS}
+    tokens = prod(config.grid)
+    return [
+        {
+            "ranks, tokens, way": f"{count}, {tokens:,}, {name}",
+            "sent (MB)": sent[name] / 1e6,
+            "moves (ms)": 1e3 * usual[name],
+            "least (ms)": 1e3 * min(moves[name]),
+            "dsp / row, bytes": sent["dsp"] / sent[name],
+            "dsp / row, moves": usual["dsp"] / usual[name],
+            "step (s)": steps[name],
+            "tokens / s": tokens / steps[name],
+        }
+        for name in SHARDINGS
+    ]
 
 
 def _slowest(found: list[dict[str, Any]], name: str, what: str) -> list[float]:

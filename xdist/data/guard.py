@@ -28,7 +28,10 @@ MAX_CHUNK_BYTES = 512 << 20
 MAX_ELEMENTS = 1 << 48
 _MAX_METADATA_BYTES = 16 << 20
 _CHUNK_KEY = re.compile(r"(?P<array>.+?)/c(?:/\d+)+")
-_REMEDY = "prepare the store again with `xdist prepare`"
+_REMEDY = (
+    "prepare the store again with the command that made it: `xdist prepare text`, `task`, "
+    "`volume`, `video` or `flow`"
+)
 
 
 class ArrayFacts(NamedTuple):
