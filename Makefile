@@ -1,5 +1,7 @@
 # Every target does all of its own set-up: a virtual environment in .venv with the versions of
-# constraints.txt. Nothing is downloaded after that. PYTHON picks the interpreter (3.11 or newer).
+# constraints.txt. Nothing is downloaded after that, but by `brain` and `volume` (one wheel, whose
+# images are checked by hash) and `slurm-deps` (Debian's packages). PYTHON picks the interpreter
+# (3.11 or newer).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

@@ -13,7 +13,16 @@ import pytest
 import torch
 
 from xdist.errors import ShapeError
-from xdist.volume import Thresholds, best_thresholds, confusion, dice, montage, write_png
+from xdist.volume import (
+    Thresholds,
+    Tissues,
+    best_thresholds,
+    confusion,
+    dice,
+    montage,
+    tissues_of,
+    write_png,
+)
 from xdist.volume.montage import grey_picture, label_picture
 
 
@@ -55,13 +64,31 @@ def test_the_best_thresholds_are_those_of_exhaustion() -> None:
     def score(pair: Thresholds) -> float:
         return sum(dice(confusion(pair.predict(image), labels, 3))[1:])
 
-    pairs = [Thresholds(a, b) for a, b in itertools.combinations(range(13), 2)]
-    found = best_thresholds(image, labels)
+    tissues = Tissues(0, 1, 2)
+    pairs = [Thresholds(a, b, tissues) for a, b in itertools.combinations(range(13), 2)]
+    found = best_thresholds(image, labels, tissues)
     assert score(found) == pytest.approx(max(map(score, pairs)))
     # Held-out voxels have no say, however they are labelled.
     other = image.clone()
     other[:30] = 5.0
-    assert best_thresholds(other, labels) == found
+    assert best_thresholds(other, labels, tissues) == found
+
+
+def test_thresholds_tell_the_classes_that_the_store_names() -> None:
+    """Whatever their numbers: the same thresholds, and predictions renumbered alike."""
+    plain, mixed = ["background", "grey", "white", "other"], ["white", "other", "csf", "grey"]
+    assert tissues_of(plain) == (0, 1, 2)
+    renumbered = tissues_of(mixed)
+    assert renumbered == (1, 3, 0)
+    generator = torch.Generator().manual_seed(2)
+    image = torch.rand(200, generator=generator)
+    labels = (3 * image + 0.3 * torch.randn(200, generator=generator)).long().clamp(0, 2)
+    one = best_thresholds(image, labels, Tissues(0, 1, 2))
+    two = best_thresholds(image, torch.tensor(renumbered)[labels], renumbered)
+    assert one[:2] == two[:2]
+    assert torch.equal(torch.tensor(renumbered)[one.predict(image)], two.predict(image))
+    for names in (["a", "b", "c"], ["grey", "white"], ["background", "grey", "other"], []):
+        assert tissues_of(names) is None
 
 
 def test_a_montage_is_a_png_of_its_pictures(tmp_path: Path) -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from xdist.volume.dice import confusion, dice
 from xdist.volume.montage import montage, write_png
-from xdist.volume.thresholds import Thresholds, best_thresholds
+from xdist.volume.thresholds import Thresholds, Tissues, best_thresholds, tissues_of
 
-__all__ = ["Thresholds", "best_thresholds", "confusion", "dice", "montage", "write_png"]
+__all__ = [
+    "Thresholds", "Tissues", "best_thresholds", "confusion", "dice", "montage", "tissues_of",
+    "write_png",
+]  # fmt: skip

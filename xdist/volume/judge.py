@@ -2,7 +2,8 @@
 
     degraded image, clean image  ->  label maps of every run  ->  Dice of the slab, files, a table
 
-One process predicts whole volumes, without gradients.
+One process predicts whole volumes, without gradients. What runs are judged at all says
+`volume.judged`.
 """
 
 from __future__ import annotations
@@ -18,15 +19,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from xdist.checkpoint.read import open_latest
+from xdist.checkpoint.read import Checkpoint
 from xdist.config import Config, load
-from xdist.data import Degradation, GridStore
 from xdist.data.nifti import write_nifti
-from xdist.errors import CheckpointError, ConfigError
 from xdist.models import build
 from xdist.volume.dice import confusion, dice
+from xdist.volume.judged import check_together, final_checkpoint, recipe_of, store_of
 from xdist.volume.montage import grey_picture, label_picture, montage, write_png
-from xdist.volume.thresholds import best_thresholds
+from xdist.volume.thresholds import best_thresholds, tissues_of
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -64,27 +64,27 @@ def judge(runs: Sequence[Path], out: Path) -> list[Score]:
 
     runs: folders of finished runs, all of one store, slab and degradation; the first is predicted
     on the clean image too, and shown in montage.png. Written: PREDICTED.nii.gz of each run and
-    image, truth.nii.gz, montage.png, metrics.jsonl, dice.txt.
+    image, truth.nii.gz, montage.png, metrics.jsonl, dice.txt. The thresholds' lines are there
+    where the store names its classes grey and white.
 
     Raises:
-        ConfigError: runs of different data, or without a slab.
-        CheckpointError: a run without a whole checkpoint.
+        ConfigError: runs of different data or of equal names, or without a slab.
+        CheckpointError: a run that has not finished, or without its last checkpoint.
+        DataError: the store is not the one that a run was trained on.
     """
+    runs = [run.resolve() for run in runs]
     configs = [load(str(run / "config.toml")) for run in runs]
-    if any(one.data != configs[0].data for one in configs) or not configs[0].data.slab:
-        raise ConfigError(
-            "runs can be judged beside each other on one volume and slab",
-            f"{', '.join(map(str, runs))} differ in [data], or hold out no slab",
-            "train them with the same [data], and data.slab set",
-        )
+    check_together(runs, configs)
+    found = [final_checkpoint(*pair) for pair in zip(runs, configs, strict=True)]
     sample = read_sample(configs[0])
-    scores, predicted = [], {}
+    scores: list[Score] = []
+    predicted = {}
     for image in sample.images:
-        scores.append(_by_thresholds(sample, image))
-        for run, config in zip(runs, configs, strict=True):
-            if image == "clean" and run != runs[0]:
+        scores += _by_thresholds(sample, image)
+        for number, (run, config) in enumerate(zip(runs, configs, strict=True)):
+            if image == "clean" and number:
                 continue
-            labels = predict(config, run, sample.images[image])
+            labels = predict(config, found[number], sample.images[image])
             predicted[f"{run.name}_{image}"] = labels
             scores.append(_score(sample, image, run.name, labels))
     _write(out, sample, predicted, scores)
@@ -94,11 +94,10 @@ def judge(runs: Sequence[Path], out: Path) -> list[Score]:
 def read_sample(config: Config) -> Sample:
     """The first sample of the run's store, whole."""
     data = config.data
-    split = GridStore(data.store).split("train")
+    split = store_of(config).split("train")
     slab = (data.slab[0], data.slab[1], data.slab[2])
     box = [(0, size) for size in split.sizes(0)]
-    recipe = Degradation(bias=data.bias, noise=data.noise, seed=data.degrade_seed)
-    images = {"degraded": split.image(0, box, recipe), "clean": split.image(0, box)}
+    images = {"degraded": split.image(0, box, recipe_of(config)), "clean": split.image(0, box)}
     truth, train, test = (
         torch.from_numpy(one.labels(0, box))
         for one in (split, split.without(slab), split.only(slab))
@@ -109,12 +108,9 @@ def read_sample(config: Config) -> Sample:
     )  # fmt: skip
 
 
-def predict(config: Config, run: Path, image: Tensor) -> Tensor:
-    """The likeliest class of each voxel of `image` `[s1..sk, C]`, by the newest checkpoint."""
+def predict(config: Config, found: Checkpoint, image: Tensor) -> Tensor:
+    """The likeliest class of each voxel of `image` `[s1..sk, C]`, by a checkpoint."""
     model = build(config.model, parallel=config.parallel, seed=config.run.seed)
-    found = open_latest(run / "checkpoints")
-    if found is None:
-        raise CheckpointError(f"no checkpoint in {run}", "", "let the run finish first")
     model.load_state_dict({name: found.read(f"model/{name}") for name in model.state_dict()})
     with torch.no_grad():
         logits = model(image.to(DTYPES[config.model.dtype]).unsqueeze(0))
@@ -129,16 +125,21 @@ def table(scores: Sequence[Score], classes: Sequence[str]) -> str:
     for one in scores:
         cells = "".join(f"{value:12.3f}" for value in one.dice)
         lines.append(f"{one.image:10}  {one.who:{max(width, 13)}}{cells}")
+    if tissues_of(classes) is None:
+        named = ", ".join(classes)
+        lines.append(f"no thresholds beside them: grey, white and a third class are not in {named}")
     return "\n".join(lines)
 
 
-def _by_thresholds(sample: Sample, image: str) -> Score:
-    """Two thresholds on the first channel, fitted outside the slab."""
+def _by_thresholds(sample: Sample, image: str) -> list[Score]:
+    """Two thresholds on the first channel, fitted outside the slab; none without such classes."""
+    tissues = tissues_of(sample.classes)
+    if tissues is None:
+        return []
     values = sample.images[image][..., 0]
-    fitted = best_thresholds(values, sample.train)
-    return _score(
-        sample, image, f"thresholds {fitted.low:.3f}, {fitted.high:.3f}", fitted.predict(values)
-    )
+    fitted = best_thresholds(values, sample.train, tissues)
+    who = f"thresholds {fitted.low:.3f}, {fitted.high:.3f}"
+    return [_score(sample, image, who, fitted.predict(values))]
 
 
 def _score(sample: Sample, image: str, who: str, predicted: Tensor) -> Score:
