@@ -235,12 +235,12 @@ def test_rows_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_part_and_planes_beside_it() -> None:
+def test_a_part_lies_in_its_sample() -> None:
     alone = GridShard(Mesh.one_rank(), (4, 5), dim=1)
     assert part_box(alone) == [(0, 4), (0, 5)]
-    assert part_box(alone, (2, 3), halo=2, whole=(9, 9)) == [(2, 6), (1, 9)]
+    assert part_box(alone, (2, 3), (9, 9)) == [(2, 6), (3, 8)]
     with pytest.raises(DataError, match=r"\(4, 5\) positions from \(6, 0\) on, of \(9, 9\)"):
-        part_box(alone, (6, 0), whole=(9, 9))
+        part_box(alone, (6, 0), (9, 9))
     require_share(alone, 5)
     with pytest.raises(
         DataError, match=r"its 5 positions give shares of \(5,\), each rank needs 6"

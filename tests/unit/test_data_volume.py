@@ -17,6 +17,7 @@ from xdist.data import volume_icbm
 from xdist.data.grid_store import GridStore
 from xdist.data.nifti import read_nifti, write_nifti
 from xdist.data.volume import Volume, prepare_volume
+from xdist.data.volume_labels import named_classes
 from xdist.errors import ConfigError, DataError
 from xdist_launchers.cli import app
 
@@ -133,6 +134,64 @@ def test_orientation_is_checked_and_turned_only_when_asked(tmp_path: Path, t1: P
     for bad in ("RA", "RLS", "XYZ", "RASA"):
         with pytest.raises(ConfigError, match="is no orientation"):
             read_nifti(t1, orientation=bad)
+
+
+@pytest.mark.parametrize("bad", ["zero axis", "one line", "nan", "inf"])
+def test_an_affine_without_three_axes_is_refused(tmp_path: Path, bad: str) -> None:
+    affine = AFFINE.copy()
+    if bad == "zero axis":
+        affine[:3, 1] = 0
+    elif bad == "one line":
+        affine[:3, 1] = 2 * affine[:3, 0]
+    else:
+        affine[0, 0] = float(bad)
+    image = nibabel.Nifti1Image(_values(), AFFINE)
+    # The header as other writers leave it: the sform alone.
+    for row, name in enumerate(("srow_x", "srow_y", "srow_z")):
+        image.header[name] = affine[row]
+    image.header["sform_code"], image.header["qform_code"] = 1, 0
+    image.header.set_data_shape(SIZES)
+    data = bytes(image.header.binaryblock) + b"\0" * 4 + _values().tobytes("F")
+    (tmp_path / "x.nii").write_bytes(
+        data[:108] + np.float32(352).tobytes() + data[112:344] + b"n+1\0" + data[348:]
+    )
+    with pytest.raises(DataError, match="has an affine without three axes") as caught:
+        read_nifti(tmp_path / "x.nii", reorient=True)
+    assert str(affine[:3].tolist()) in caught.value.why
+    assert "sform" in caught.value.do
+
+
+def test_more_classes_than_a_byte_holds_are_refused(tmp_path: Path, t1: Path) -> None:
+    write_nifti(tmp_path / "seg.nii", np.minimum(_values(2, np.int16, 300), 254), AFFINE)
+    volume = Volume((t1,), labels=tmp_path / "seg.nii")
+    names = [f"c{at}" for at in range(255)]
+    store = _prepared(tmp_path, volume, classes=names)
+    assert store.split("train").labels(0, BOX).max() == 254
+    with pytest.raises(ConfigError, match=r"256 are named; .* so 255 at most"):
+        _prepared(tmp_path, volume, classes=[*names, "more"])
+    maps = dict.fromkeys(names[:254], t1)
+    with pytest.raises(ConfigError, match="256 are named"):
+        named_classes([], list(maps), [])
+
+
+def test_integers_that_float32_would_round_are_refused(tmp_path: Path) -> None:
+    values = _values(dtype=np.int32)
+    values[1, 2, 3] = 2**24
+    write_nifti(tmp_path / "x.nii", values, AFFINE)
+    volume = Volume((tmp_path / "x.nii",))
+    found = _prepared(tmp_path, volume, normalise="none").split("train").image(0, BOX)
+    np.testing.assert_array_equal(found[..., 0], values)
+    for high in (2**24 + 1, -(2**24) - 1):
+        values[1, 2, 3] = high
+        write_nifti(tmp_path / "x.nii", values, AFFINE)
+        with pytest.raises(DataError, match="a store would round") as caught:
+            _prepared(tmp_path, volume)
+        assert f"{high:,}" in caught.value.why
+        assert "16,777,216" in caught.value.why
+    # Beside a channel of fractions, too.
+    write_nifti(tmp_path / "y.nii", values / np.float32(7), AFFINE)
+    with pytest.raises(DataError, match="a store would round"):
+        _prepared(tmp_path, Volume((tmp_path / "y.nii", tmp_path / "x.nii")))
 
 
 @pytest.mark.parametrize("name", ["x.nii", "x.nii.gz"])

@@ -1,4 +1,4 @@
-"""Which box of a sample a rank reads: its slab, and planes beside it."""
+"""Which box of a sample a rank reads: its slab."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from xdist.grid_shard import GridShard
 def part_box(
     gshard: GridShard,
     origin: Sequence[int] | None = None,
-    *,
-    halo: int = 0,
     whole: Sequence[int] | None = None,
 ) -> Box:
     """The box of this rank's part of `gshard`'s grid, in positions of the sample.
@@ -21,9 +19,7 @@ def part_box(
     Args:
         gshard: of the crop, or of the whole sample.
         origin: where the crop lies in the sample; None is at 0.
-        halo: planes before and after the part along the sharded dim; at the ends of the sample
-            there are fewer.
-        whole: the sample's sizes; None are the grid's, so that a halo ends where it does.
+        whole: the sample's sizes; None are the grid's.
 
     Raises:
         DataError: a crop that does not lie in the sample.
@@ -41,11 +37,8 @@ def part_box(
             "take a smaller crop",
         )
     box = [(start, start + crop) for start, crop in zip(at, gshard.sizes, strict=True)]
-    dim, base = gshard.dim, at[gshard.dim]
-    start, stop = base + gshard.start, base + gshard.stop
-    if stop > start:
-        start, stop = max(0, start - halo), min(sizes[dim], stop + halo)
-    box[dim] = (start, stop)
+    base = at[gshard.dim]
+    box[gshard.dim] = (base + gshard.start, base + gshard.stop)
     return box
 
 

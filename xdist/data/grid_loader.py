@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from xdist.data.degrade import Degradation
-from xdist.data.grid_box import part_box
+from xdist.data.grid_box import part_box, require_share
 from xdist.data.grid_order import crop_origin, grid_sample
 from xdist.data.grid_store import GridSplit
 from xdist.data.loader import IGNORED, rows_of
@@ -98,13 +98,18 @@ def read_grids(
 ) -> GridBatch:
     """Read this rank's part of `request`; only the chunks that it lies in are read.
 
+    Planes beside the part are not read: a layer that reaches over the border gets them from the
+    ranks that hold them. Chunks of several planes are read whole (`GridSplit.box_bytes`).
+
     gshard: of a grid of `request.sizes`; its mesh says which rows and which part are this rank's;
     labelled: with the class of each position; otherwise labels are empty and nothing counts yet.
 
     Raises:
         GeometryError: the batch does not divide by the data degree.
-        DataError: a part cannot be read and `on_bad` is "stop"; names chunk and sample.
+        DataError: the sharded dim has fewer positions than ranks; a part cannot be read and
+            `on_bad` is "stop" (names chunk and sample).
     """
+    require_share(gshard, 1)
     mesh, local = gshard.mesh, gshard.local_sizes
     rows = rows_of(len(request.samples), mesh.data_rank, mesh.data_size)
     images = torch.zeros(len(rows), *local, len(split.channels))
@@ -113,7 +118,7 @@ def read_grids(
     bad: list[tuple[int, str]] = []
     for index, row in enumerate(rows):
         sample = request.samples[row]
-        box = part_box(gshard, request.origins[row], whole=split.sizes(sample))
+        box = part_box(gshard, request.origins[row], split.sizes(sample))
         try:
             images[index] = torch.from_numpy(split.image(sample, box, degrade))
             if labelled:

@@ -48,8 +48,8 @@ def read_nifti(path: str | Path, *, orientation: str = "RAS", reorient: bool = F
 
     Raises:
         ConfigError: nibabel is not installed; an orientation that is none.
-        DataError: no such file, not NIfTI, truncated, of other dims, another orientation, values
-            that are not finite.
+        DataError: no such file, not NIfTI, truncated, of other dims, an affine that has no place
+            for each voxel, another orientation, values that are not finite.
     """
     nib = _nibabel()
     orientation = _checked(orientation)
@@ -74,8 +74,8 @@ def read_nifti(path: str | Path, *, orientation: str = "RAS", reorient: bool = F
         values = np.asanyarray(image.dataobj)
     except _BROKEN as error:
         raise _damaged(path, error, image) from error
-    found = "".join(nib.aff2axcodes(image.affine, labels=tuple(tuple(pair) for pair in _AXES)))
-    affine = np.asarray(image.affine, dtype=np.float64)
+    affine = _invertible(path, image.affine)
+    found = "".join(nib.aff2axcodes(affine, labels=tuple(tuple(pair) for pair in _AXES)))
     if found != orientation:
         if not reorient:
             raise DataError(
@@ -138,6 +138,23 @@ def _damaged(path: Path, error: Exception, image: Any = None) -> DataError:
         f"{size:,} bytes on the disk{want}; {type(error).__name__}: {error}",
         "fetch the file again",
     )
+
+
+def _invertible(path: Path, affine: Any) -> NDArray[np.float64]:
+    """The affine, held to three axes that each lead elsewhere: without them there is no
+    orientation, and no way back from millimetres to voxels."""
+    found = np.asarray(affine, dtype=np.float64)
+    steps = found[:3, :3]
+    length = np.linalg.norm(steps, axis=0)
+    whole = np.isfinite(found).all() and bool(length.all())
+    if not whole or np.linalg.matrix_rank(steps / length) < 3:
+        raise DataError(
+            f"{path} has an affine without three axes",
+            f"its rows are {found[:3].tolist()}, its voxels "
+            f"{' x '.join(f'{one:.4g}' for one in length)} mm",
+            "write its sform or qform again: three finite columns, none zero, none along another",
+        )
+    return found
 
 
 def _reoriented(nib: Any, values: Any, affine: Any, orientation: str) -> tuple[Any, Any]:

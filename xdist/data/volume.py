@@ -26,6 +26,8 @@ from xdist.errors import ConfigError, DataError
 Normalise = Literal["range", "zscore", "none"]
 # Millimetres by which the corners of two files' grids may lie apart.
 _SAME_PLACE_MM = 1e-2
+# Beyond it float32 has no place for every integer.
+_FLOAT32_INTEGERS = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,8 @@ def prepare_volume(
 ) -> PreparedGrids:
     """Write volumes as one store of grids: split `train`, and `held_out` where some are.
 
-    Values are stored as measured (uint8, uint16, int16, else float32); what a reader gives is
-    normalised by the numbers that are stored beside them.
+    Values are stored as measured (uint8, uint16, int16, else float32, which holds integers up to
+    2^24); what a reader gives is normalised by the numbers that are stored beside them.
 
     Args:
         volumes, held_out: each a `Volume`; all with the same number of channels. Sizes may differ.
@@ -78,7 +80,7 @@ def prepare_volume(
     Raises:
         ConfigError: settings outside their range; labels and maps at once; nibabel is missing.
         DataError: a file that is damaged or wrongly oriented, grids that differ in shape or place,
-            NaN voxels, labels that are no classes, a store in the way.
+            NaN voxels, integers beyond float32, labels that are no classes, a store in the way.
     """
     every = [*volumes, *held_out]
     _check(every, classes, map_scale, normalise)
@@ -225,7 +227,11 @@ def _grid(truth: Truth, names: list[str], map_scale: float, normalise: str) -> G
     """One volume as it is written."""
     parts = [one.values if one.values.ndim == 4 else one.values[..., None] for one in truth.images]
     image = np.concatenate(parts, axis=-1)
-    image = image.astype(_dtype(image))
+    dtype = _dtype(image)
+    if dtype == "float32":
+        for one in truth.images:
+            _held_exactly(one)
+    image = image.astype(dtype)
     labels = classes_of(truth, len(names), map_scale) if names else None
     low, high = (np.asarray(f(image, axis=(0, 1, 2)), dtype=np.float64) for f in (np.min, np.max))
     offset, scale = _scale(image, low, high, normalise)
@@ -249,6 +255,20 @@ def _dtype(values: NDArray[Any]) -> str:
             if np.iinfo(name).min <= low and high <= np.iinfo(name).max:
                 return name
     return "float32"
+
+
+def _held_exactly(one: Nifti) -> None:
+    """Raise where float32 would round integers silently."""
+    if one.values.dtype.kind not in "iu":
+        return
+    low, high = int(one.values.min()), int(one.values.max())
+    if max(-low, high) > _FLOAT32_INTEGERS:
+        raise DataError(
+            f"{one.path} holds integers that a store would round",
+            f"{one.values.dtype}, from {low:,} to {high:,}; float32 holds them exactly up to "
+            f"{_FLOAT32_INTEGERS:,}",
+            "scale them down, or save the file as float32 if rounding is meant",
+        )
 
 
 def _scale(

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from xdist.data.grid_store import NO_CLASS
 from xdist.data.nifti import Nifti
-from xdist.errors import DataError
+from xdist.errors import ConfigError, DataError
 
 BACKGROUND, OTHER = "background", "other"
 
@@ -27,10 +27,19 @@ def named_classes(read: Sequence[Truth], maps: list[str], given: Sequence[str]) 
     """The names of the classes of a store, [] without labels.
 
     Raises:
+        ConfigError: more names than a byte tells apart.
         DataError: a label map with a value that is no class.
     """
+    named = [BACKGROUND, *maps, OTHER] if maps else list(given)
+    if len(named) > NO_CLASS:
+        raise ConfigError(
+            "too many classes",
+            f"{len(named)} are named; a store keeps one byte a voxel, so {NO_CLASS} at most "
+            f"({NO_CLASS} itself is no class)",
+            "join some of them",
+        )
     if maps:
-        return [BACKGROUND, *maps, OTHER]
+        return named
     labels = [truth.labels for truth in read if truth.labels is not None]
     if not labels:
         return []
