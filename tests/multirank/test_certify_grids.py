@@ -12,6 +12,7 @@ from xdist.certify import Report, certify_config, certify_grids
 from xdist.config import override, parse
 from xdist.errors import NumericsError
 from xdist.memory.loss import count_valid, sum_of_ranks
+from xdist.models.vdt import SHARDINGS
 
 SIZES, CLASSES, DIM = (3, 4, 5), 3, 6
 
@@ -106,9 +107,9 @@ def test_a_broken_module_is_caught(factory: type[Toy], said: str, pool2) -> None
         report.raise_if_failed()
 
 
-def _certified(kind: str, pools: dict[int, xdist.testing.RankPool]) -> Report:
+def _certified(kind: str, pools: dict[int, xdist.testing.RankPool], *settings: str) -> Report:
     text = TEXT["vdt" if kind == "vdt" else "mamba_nd"].replace('"mamba_nd"', f'"{kind}"')
-    config = override(parse(text), ["model.head_dim=4", f"certify.ranks={[*pools]}"])
+    config = override(parse(text), ["model.head_dim=4", f"certify.ranks={[*pools]}", *settings])
     return certify_config(config, pools=pools)
 
 
@@ -130,4 +131,13 @@ def test_every_model_of_grids_is_certified_on_2_3_and_4_ranks(
     report = _certified(kind, {2: pool2, 3: pool3, 4: pool4})
     assert report.passed, report.table()
     assert len(report.rows) == 3 * 3 * 2
+    assert all(row.planned_bytes == row.sent_bytes > 0 for row in report.rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("grid", SHARDINGS[1:])
+def test_every_strategy_of_a_video_is_certified_with_its_bytes(grid: str, pool2, pool3) -> None:
+    report = _certified("vdt", {2: pool2, 3: pool3}, f"parallel.grid={grid}")
+    assert report.passed, report.table()
+    assert len(report.rows) == 2 * 3 * 2
     assert all(row.planned_bytes == row.sent_bytes > 0 for row in report.rows)

@@ -13,6 +13,7 @@ from xdist.errors import ConfigError
 from xdist.grid_shard import GridShard
 from xdist.mesh import Mesh
 from xdist.models import build
+from xdist.models.vdt import SHARDINGS
 from xdist.plan import grid_step, grids, plan, rank_bytes, step_memory
 from xdist.plan.grids import placement_of, rehearsed, smaller
 
@@ -27,7 +28,9 @@ CASES = [
     ("axial", ("model.head_dim=4",)),
     ("vdt", ()),
     ("vdt", ("parallel.dim=2",)),
-]
+    *[("vdt", (f"parallel.grid={name}", f"parallel.dim={dim}"))
+      for name in SHARDINGS[1:] for dim in (0, 2)],
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -35,7 +38,7 @@ def test_what_a_rehearsal_counts_is_what_the_formulas_say(
     case: tuple[str, tuple[str, ...]],
 ) -> None:
     """Every rank, uneven shares, patches that straddle a border."""
-    config = _config(case[0], *case[1], "parallel.ring=3", "train.curriculum=[{}]")
+    config = _config(case[0], *case[1], "parallel.ring=3", "train.curriculum=[{batch=2}]")
     (stage,) = config.train.curriculum
     for rank in range(3):
         counted = rehearsed(config, stage, rank).moves
@@ -63,6 +66,42 @@ def test_a_large_sample_is_rehearsed_smaller(monkeypatch: pytest.MonkeyPatch) ->
     assert formulas == {"blocks": sum(exact.values(), Moved())}
     assert scaled.kept == pytest.approx(memory.kept, rel=0.35)
     assert scaled.parameters == memory.parameters
+
+
+@pytest.mark.parametrize("strategy", SHARDINGS)
+def test_a_large_video_has_the_bytes_of_its_own_strategy(
+    strategy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rehearsed smaller: bytes to the last one, FLOPs nearly, of a rank with an uneven share."""
+    config = _config(
+        "vdt",
+        f"parallel.grid={strategy}",
+        "parallel.ring=2",
+        "model.sizes=[5,16,12]",
+        "model.patch=[1,2,2]",
+        "train.curriculum=[{}]",
+    )
+    (stage,) = config.train.curriculum
+    exact = rehearsed(config, stage, 1)
+    monkeypatch.setattr(grids, "MOST_TOKENS", 48)
+    found = rehearsed(config, stage, 1)
+    assert sum(found.moves.values(), Moved()) == sum(exact.moves.values(), Moved())
+    assert found.moves.keys() == {"blocks", "reduce"}
+    assert found.flops == pytest.approx(exact.flops, rel=0.25)
+
+
+def test_a_smaller_sample_leaves_every_rank_some_tokens() -> None:
+    model = grids.sizes_of(_config("vdt", "model.sizes=[4,256,256]", "model.patch=[1,2,2]").model)
+    assert smaller((4, 256, 256), model, 4) == (4, 128, 128)
+    assert smaller((5, 8, 8), model, 4) == (5, 8, 8)
+    assert smaller((4, 4096, 6), model, 4) == (4, 2 * 1365, 6)
+
+
+def test_the_plan_names_the_strategy_that_places_nothing() -> None:
+    text = plan(_config("vdt", "parallel.ring=2", "parallel.grid=ring")).table()
+    assert "ring (parallel.grid = ring): dim 0 stays sharded in every block" in text
+    assert "why" not in text
+    assert "samples of" not in text
 
 
 def test_the_plan_prints_the_placement_and_why() -> None:

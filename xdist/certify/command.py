@@ -16,7 +16,7 @@ from xdist.cost.moves import reduce_bytes
 from xdist.mesh import Mesh
 from xdist.models import build, sizes_of
 from xdist.plan import pass_bytes, rehearse
-from xdist.plan.grids import by_formula, follows_placement
+from xdist.plan.grid_moves import by_formula
 from xdist.plan.step import parameter_count
 from xdist.testing import RankPool
 
@@ -101,13 +101,13 @@ def _certify_grids(config: Config, pools: Mapping[int, RankPool] | None) -> Repo
 def _grid_bytes(config: Config, sizes: tuple[int, ...], rank: int) -> int:
     """What a rank sends in forward, backward and gradient sum, where the loss counts its own
     positions."""
-    kind, parallel = sizes_of(config.model, config.parallel), config.parallel
+    parallel = config.parallel
     count = parameter_count(config)
     each = 8 if config.model.dtype == "float64" else 4
     sent = reduce_bytes(count, config.ranks, rank, each).sent_bytes
     # A rank that holds nothing may have to be told what the others know: no block's formula.
-    holds_nothing = sizes[parallel.dim] < config.ranks
-    if holds_nothing or not follows_placement(kind):
+    if sizes[parallel.dim] < config.ranks:
+        kind = sizes_of(config.model, parallel)
         mesh = Mesh.imagined(rank, ring=parallel.ring, ulysses=parallel.ulysses)
         moves = rehearse(kind, sizes, BATCH, mesh, parallel.dim, counted=True).moves
         return sent + sum(moved.sent_bytes for moved in moves.values())

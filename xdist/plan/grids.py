@@ -13,36 +13,32 @@ from functools import lru_cache
 from math import prod
 from typing import Any
 
-import torch
-
 from xdist.config import Config, Stage
-from xdist.cost.conv_nd import patch_windows
+from xdist.cost.dsp import METHODS
 from xdist.cost.engine import engine_moves, held_bytes
 from xdist.cost.model import SUM_BYTES
-from xdist.cost.moves import Moved, reduce_bytes, window_bytes
-from xdist.cost.place import Placement
+from xdist.cost.moves import Moved, reduce_bytes
 from xdist.grid_shard import GridShard
-from xdist.layout import Layout
+from xdist.layout import even_sizes
 from xdist.mesh import Mesh
-from xdist.models import build, sizes_of
+from xdist.models import sizes_of
+from xdist.plan.grid_moves import by_formula, follows_placement, placement_of
 from xdist.plan.memory import Work, initial_heap, memory_of
-from xdist.plan.rehearsal import DTYPES, Rehearsed, rehearse
+from xdist.plan.rehearsal import Rehearsed, rehearse
 from xdist.plan.result import Memory, Moves, StagePlan
 
 STEP_NUMBERS = 5
-LABEL_BYTES = 8
 # Tokens of a rank and row that are rehearsed at most: a layer's tiles are gone through one by one,
-# at a few seconds for this many. Larger samples are rehearsed smaller, and counted by formulas.
+# at a few seconds for this many. Larger samples are rehearsed smaller, and counted by formulas
+# (xdist/plan/grid_moves.py).
 MOST_TOKENS = 4096
 
 
 def rehearsed(config: Config, stage: Stage, rank: int) -> Rehearsed:
     """One micro-step of a stage on world rank `rank`."""
-    model, parallel = sizes_of(config.model, config.parallel), config.parallel
-    degrees = (config.data_degree, parallel.ring, parallel.ulysses)
-    rows, whole = stage.batch // config.data_degree, stage.crop or config.model.sizes
-    sizes = smaller(whole, model, parallel.sequence_ranks)
-    found = _rehearsed(model, sizes, rows, rank, degrees, parallel.dim)
+    model, whole = sizes_of(config.model, config.parallel), stage.crop or config.model.sizes
+    sizes = smaller(whole, model, config.parallel.sequence_ranks)
+    found = _rehearsed_of(config, stage, rank, sizes)
     if sizes == whole:
         return found
     # Of the smaller sample: activations grow with positions, and moves are not those of this one.
@@ -50,79 +46,80 @@ def rehearsed(config: Config, stage: Stage, rank: int) -> Rehearsed:
     fixed = 2 * found.parameter_bytes
     return Rehearsed(
         by_formula(config, stage, rank),
-        round(found.flops * factor),
+        _flops(config, stage, rank, sizes),
         round(found.kept_bytes * factor),
         round((found.peak_bytes - fixed) * factor) + fixed,
         found.parameter_bytes,
     )
 
 
-def smaller(sizes: tuple[int, ...], model: Any, ranks: int) -> tuple[int, ...]:
+def smaller(sizes: tuple[int, ...], model: Any, ranks: int, part: int = 1) -> tuple[int, ...]:
     """The sizes that are rehearsed: these, or as much smaller along each dim as `MOST_TOKENS` asks
-    for, in whole patches."""
+    for, in whole patches; part: by this much less.
+
+    No dim becomes smaller than the ranks, so that each holds some wherever the model switches.
+    """
     tokens = model.tokens_of(sizes)
-    if prod(tokens) <= MOST_TOKENS * ranks or not follows_placement(model):
+    most = MOST_TOKENS * ranks // part
+    if prod(tokens) <= most:
         return sizes
-    factor = (MOST_TOKENS * ranks / prod(tokens)) ** (1 / len(sizes))
-    patch = model.patch or (1,) * len(sizes)
-    return tuple(max(int(n * factor), 1) * p for n, p in zip(tokens, patch, strict=True))
+    least = [min(n, ranks) for n in tokens]
+    free, factor = set(range(len(tokens))), 1.0
+    while free:
+        held = prod(n for d, n in enumerate(least) if d not in free)
+        factor = (most / held / prod(tokens[d] for d in free)) ** (1 / len(free))
+        short = {d for d in free if int(tokens[d] * factor) < least[d]}
+        if not short:
+            break
+        free -= short
+    chosen = [int(n * factor) if d in free else least[d] for d, n in enumerate(tokens)]
+    return tuple(min(n * p, size) for n, p, size in zip(chosen, model.patch, sizes, strict=True))
 
 
-def follows_placement(model: Any) -> bool:
-    """Whether the model goes as `place_switches` says: only then formulas say what it moves."""
-    return getattr(model, "sharding", "dsp") == "dsp"
+def _flops(config: Config, stage: Stage, rank: int, sizes: tuple[int, ...]) -> int:
+    """Of the whole sample, from rehearsals of smaller ones.
+
+    What attends over dims grows with the tokens and with those of the dims, all else with the
+    tokens; two rehearsals tell how much is which.
+    """
+    model, ranks = sizes_of(config.model, config.parallel), config.parallel.sequence_ranks
+    whole = stage.crop or config.model.sizes
+    least = smaller(whole, model, ranks, 8)
+    tokens, attended = _grown(config, stage, rank, sizes)
+    all_tokens, all_attended = _grown(config, stage, rank, whole)
+    flops = _rehearsed_of(config, stage, rank, sizes).flops
+    few, few_attended = _grown(config, stage, rank, least)
+    bend = attended / tokens - few_attended / few
+    each = 0.0
+    if bend:
+        rise = flops / tokens - _rehearsed_of(config, stage, rank, least).flops / few
+        each = min(max(rise / bend, 0.0), flops / attended)
+    return round((flops - each * attended) / tokens * all_tokens + each * all_attended)
 
 
-def by_formula(config: Config, stage: Stage, rank: int) -> Moves:
-    """What a micro-step moves where the model's blocks are placed, without a rehearsal: exactly
-    that, where the model follows its placement (a test holds it)."""
-    placement, parallel = placement_of(config, stage), config.parallel
-    place, ranks = rank % parallel.sequence_ranks, config.ranks
-    moved = placement.moved[place]
-    sent, received = moved.sent_bytes, moved.received_bytes
-    if config.data.kind == "volume":
-        straddling = _straddling(config, stage, place)
-        sent, received = sent + straddling.sent_bytes, received + straddling.received_bytes
-    else:
-        # Its first block makes patches of the samples themselves, which have no gradient.
-        first = placement.blocks[0]
-        for passes in (first.switch[place], first.inside[place]):
-            sent -= passes.backward.sent_bytes
-            received -= passes.backward.received_bytes
-    blocks = Moved(sent, received)
-    return {"blocks": blocks, "reduce": reduce_bytes(1, ranks, rank, SUM_BYTES)}
+def _grown(config: Config, stage: Stage, rank: int, sizes: tuple[int, ...]) -> tuple[float, float]:
+    """This rank's tokens of a sample of these sizes, and the pairs times channels of its
+    attention."""
+    model, parallel = sizes_of(config.model, config.parallel), config.parallel
+    tokens = model.tokens_of(sizes)
+    ranks, along = parallel.sequence_ranks, tokens[parallel.dim]
+    share = even_sizes(along, ranks)[rank % ranks] / along
+    if getattr(model, "strategy", "") == "megatron_sp":
+        share = 1 / ranks  # of heads and hidden channels, at all tokens
+    pairs = 0
+    for placed in placement_of(config, stage.model_copy(update={"crop": sizes})).blocks:
+        if placed.block.whole:
+            each = placed.block.channels * prod(placed.sizes[d] for d in placed.block.whole)
+            pairs += prod(placed.sizes) * each
+    return share * prod(tokens), share * pairs
 
 
-def _straddling(config: Config, stage: Stage, rank: int) -> Moved:
-    """Values and labels of patches that two ranks hold parts of; a segmenter's placement begins
-    behind them."""
-    model, dim = sizes_of(config.model, config.parallel), config.parallel.dim
-    sizes = stage.crop or config.model.sizes
-    ranks, size = config.parallel.sequence_ranks, sizes[dim]
-    layout = Layout.contiguous(size, ranks)
-    windows = patch_windows(size, model.patch[dim], ranks)
-    other = stage.batch // config.data_degree * prod(sizes) // size
-    each = DTYPES[model.dtype].itemsize
-    values = window_bytes(layout, windows, rank, other * model.channels, each)
-    return values + window_bytes(layout, windows, rank, other, LABEL_BYTES)
-
-
-def placement_of(config: Config, stage: Stage) -> Placement:
-    """Where the model switches samples of a stage."""
-    found: Placement = _model(sizes_of(config.model, config.parallel)).placement(
-        config.parallel.sequence_ranks,
-        sizes=stage.crop or config.model.sizes,
-        dim=config.parallel.dim,
-        batch=stage.batch // config.data_degree,
-    )
-    return found
-
-
-@lru_cache(maxsize=8)
-def _model(model: Any) -> Any:
-    """The model without values."""
-    with torch.device("meta"):
-        return build(model)
+def _rehearsed_of(config: Config, stage: Stage, rank: int, sizes: tuple[int, ...]) -> Rehearsed:
+    """The stage's rows of samples of these sizes."""
+    model, parallel = sizes_of(config.model, config.parallel), config.parallel
+    degrees = (config.data_degree, parallel.ring, parallel.ulysses)
+    rows = stage.batch // config.data_degree
+    return _rehearsed(model, sizes, rows, rank, degrees, parallel.dim)
 
 
 @lru_cache(maxsize=64)
@@ -205,7 +202,15 @@ def grid_stage(config: Config, stage: Stage) -> StagePlan:
 
 
 def placements(config: Config) -> list[str]:
-    """Where the model switches at each stage, and why: the tables of its placements."""
+    """Where the model switches at each stage, and why: the tables of its placements; one line for
+    a model that does not switch."""
+    model = sizes_of(config.model, config.parallel)
+    if not follows_placement(model):
+        way = METHODS[model.strategy]
+        return [
+            f"{way} (parallel.grid = {model.strategy}): dim {config.parallel.dim} stays sharded in "
+            "every block, none is placed"
+        ]
     lines, told = [], set()
     for stage in config.train.curriculum:
         sizes, rows = stage.crop or config.model.sizes, stage.batch // config.data_degree
