@@ -51,19 +51,21 @@ def table_of(sizes: tuple[int, ...]) -> dict[tuple[str, str], tuple[int, int]]:
 
 
 def test_kept_activations_fall_as_one_over_the_ranks(
-    pool2: RankPool, pool4: RankPool, capsys: pytest.CaptureFixture[str]
+    pool2: RankPool, pool3: RankPool, pool4: RankPool, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Within 10 % at 2 and 4 ranks, what exchanges received included."""
-    sizes = (64, 64, 2)
-    whole = table_of(sizes)
-    lines = ["model, stream: bytes kept on one rank; share of it on each of 2 and of 4 ranks"]
+    """Of a volume, within 10 % on 2, 3 and 4 ranks, what exchanges received included."""
+    sizes = (48, 24, 24)
+    whole, lines = table_of(sizes), {}
     for key, (alone, received) in whole.items():
         assert received == 0
-        row = [f"{key[0]}, {key[1]}: {alone}"]
-        for pool, ranks in ((pool2, 2), (pool4, 4)):
-            for own, _ in (found[key] for found in pool.run(table_of, sizes)):
-                assert own * ranks == pytest.approx(alone, rel=0.1), (key, ranks, own, alone)
-                row.append(f"{own / alone:.3f}")
-        lines.append(" ".join(row))
+        lines[key] = f"{key[0]}, {key[1]}: {alone:,}"
+    for pool in (pool2, pool3, pool4):
+        ranks = pool.world_size
+        found = pool.run(table_of, sizes)
+        for key, (alone, _) in whole.items():
+            own = [one[key][0] for one in found]
+            assert [n * ranks for n in own] == pytest.approx([alone] * ranks, rel=0.1), (key, own)
+            lines[key] += f" | {min(own) / alone:.3f} to {max(own) / alone:.3f}"
     with capsys.disabled():
-        print("\n" + "\n".join(lines))
+        print("\nmodel, stream: bytes kept on one rank | share of it on each of 2 | 3 | 4 ranks")
+        print("\n".join(lines.values()))
