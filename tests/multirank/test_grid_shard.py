@@ -80,6 +80,28 @@ def test_the_flattened_shard_lists_the_tokens_in_local_order(pool3: RankPool) ->
     assert pool3.run(flat_order, SIZES) == [True] * 3
 
 
+def positions_of(sizes: tuple[int, ...]) -> list[str]:
+    """On one rank: the global position along each dim of every element of the part, whatever dim
+    is sharded, by scattering those of the whole."""
+    wrong = []
+    for first, dim in itertools.product(range(len(sizes)), repeat=2):
+        shard = _shard(sizes, first)
+        shape = [-1 if d == dim else 1 for d in range(len(sizes))]
+        want = shard.scatter(torch.arange(sizes[dim]).view(1, *shape).expand(1, *sizes))
+        got = torch.as_tensor(shard.positions(dim))
+        if got.shape != (shard.local_sizes[dim],):
+            wrong.append(f"sharded {first}, dim {dim}: {tuple(got.shape)}")
+        elif not torch.equal(got.view(shape).expand(shard.local_sizes), want[0]):
+            wrong.append(f"sharded {first}, dim {dim}: {got.tolist()}")
+    return wrong
+
+
+def test_positions_are_those_of_the_part(pool3: RankPool) -> None:
+    """Every dim, sharded along every dim; a dim of two positions leaves the third rank none."""
+    for wrong in pool3.run(positions_of, SIZES):
+        assert wrong == []
+
+
 def windows_of(sizes: tuple[int, ...], dim: int, windows: list[tuple[int, int]]) -> list[str]:
     shard, wrong = _shard(sizes, dim), []
     x = whole(sizes)

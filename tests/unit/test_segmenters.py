@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.multirank.segmenter_cases import CONFIGS, SIZES, apart, model_of, volume
-from xdist.errors import ConfigError, ShapeError
+from xdist.errors import ConfigError, DataError, ShapeError
+from xdist.models.axial import AxialConfig
 from xdist.models.mamba_nd import DirectionalScan, MambaNDConfig
 from xdist.models.segmenter import Segmenter
 from xdist_kernels.selective_scan.reference import selective_scan_reference
@@ -178,10 +179,59 @@ def test_roles_name_what_muon_may_turn() -> None:
     assert roles["layers.0.body.A_log"] == roles["embedding"] == "table"
 
 
-def test_bad_models_and_inputs_are_refused() -> None:
-    for wrong in ({"scan": "spiral"}, {"kernel": 2}, {"stream": "int8"}, {"low": 5.0}):
-        with pytest.raises(ConfigError):
-            model_of(MambaNDConfig(sizes=SIZES, patch=(2, 2, 2), **wrong))
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"scan": "spiral"}, "scan = 'spiral'"),
+    ({"kernel": 2}, "kernel = 2"),
+    ({"kernel": -1}, "kernel = -1"),
+    ({"step_rank": 0}, "step_rank = 0"),
+    ({"state_dim": 0}, "state_dim = 0"),
+    ({"expand": 0.0}, "0.0 x dim 32 = 0"),
+    ({"expand": 1.3}, "1.3 x dim 32 = 41.6"),
+    ({"expand": float("nan")}, "expand = nan"),
+    ({"stream": "int8"}, "'int8'"),
+    ({"low": 5.0}, "from low = 5.0 to high = 4.0"),
+    ({"bases": 1}, "bases = 1"),
+    ({"head_hidden": 0}, "head_hidden = 0"),
+    ({"classes": 0}, "classes = 0"),
+    ({"depth": 0}, "depth = 0"),
+    ({"channels": 0}, "channels = 0"),
+    ({"dim": -32}, "dim = -32"),
+    ({"mlp_ratio": 0.0}, "mlp_ratio = 0.0"),
+    ({"patch": (2, 0, 2)}, r"patch = \(2, 0, 2\)"),
+    ({"sizes": (9, -6, 7)}, r"sizes = \(9, -6, 7\)"),
+    ({"dtype": "int8"}, "dtype = 'int8'"),
+]
+
+
+def test_options_that_cannot_be_built_are_refused_by_the_config() -> None:
+    """With the number, and where a config sets it; nothing reaches torch."""
+    for wrong, words in WRONG:
+        with pytest.raises(ConfigError, match=words):
+            MambaNDConfig(**{"sizes": SIZES, "patch": (2, 2, 2)} | wrong)
+    with pytest.raises(ConfigError, match="kernel = 0") as caught:
+        AxialConfig(sizes=SIZES, kernel=0)
+    assert caught.value.do == "set model.options.kernel"
+    with pytest.raises(ConfigError, match="kernel = 4 has no middle tap"):
+        AxialConfig(sizes=SIZES, kernel=4)
+
+
+def test_labels_that_are_no_classes_are_refused() -> None:
+    model = model_of(CONFIGS["none"])
+    x, labels = volume(SIZES)
+    classes = model.config.classes
+    for label, remedy in ((classes, f"with classes = {classes + 1}"), (-1, "renumber them")):
+        wrong = labels.clone()
+        wrong[0, 2, 1, 3] = label
+        with pytest.raises(DataError, match=rf"from {label} to {label}.*\(0, 2, 1, 3\)") as caught:
+            model.loss(x, wrong)
+        assert caught.value.what.endswith(f"1 of {labels.numel():,} on this rank")
+        assert f"from 0 to {classes - 1}" in caught.value.why
+        assert remedy in caught.value.do
+    labels[labels == -100] = 255
+    assert model.loss(x, labels, ignore_index=255).isfinite()
+
+
+def test_bad_inputs_are_refused() -> None:
     model = model_of(CONFIGS["none"])
     x, labels = volume(SIZES)
     with pytest.raises(ShapeError, match="2 channels"):

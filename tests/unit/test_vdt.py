@@ -154,6 +154,14 @@ def test_bad_sizes_and_inputs_are_refused() -> None:
         VDTConfig(sizes=(8,))
     with pytest.raises(ConfigError, match="dsp, ulysses_both"):
         VDTConfig(sizes=(8, 8), strategy="usp")
+    for wrong, words in (
+        ({"patch": (0, 1)}, r"patch = \(0, 1\)"),
+        ({"depth": 0}, "depth = 0"),
+        ({"head_dim": 0}, "head_dim = 0"),
+        ({"dtype": "bfloat16"}, "it has float32, float64"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            VDTConfig(**{"sizes": (8, 8)} | wrong)
     with pytest.raises(ShapeError, match="2 of the video, known, time"):
         build(SIZES)(torch.zeros(1, 4, 4, 6, 3))
     with pytest.raises(StrategyError, match="no way 'usp'"):

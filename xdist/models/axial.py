@@ -32,8 +32,13 @@ class AxialConfig(SegmenterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._at_least_one("kernel")
         if self.kernel % 2 == 0:
-            raise ConfigError(f"kernel = {self.kernel} has no middle tap", "", "take an odd one")
+            raise ConfigError(
+                "axial cannot be built of these options",
+                f"kernel = {self.kernel} has no middle tap",
+                "take an odd one",
+            )
 
 
 class AxialLine(nn.Module):

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
-from typing import Any, Self, get_type_hints
+from math import isfinite
+from typing import Any, ClassVar, Self, get_type_hints
 
 from xdist.errors import ConfigError
 
@@ -24,8 +25,11 @@ class GridConfig:
     that is called as one of `KEYS` is read from there; strategy is `parallel.grid`.
 
     Raises:
-        ConfigError: sizes and patch of different numbers of dims, or none at all.
+        ConfigError: sizes and patch of different numbers of dims, or none at all; counts below 1;
+            MLPs without a hidden channel; a dtype that is none of `dtypes`.
     """
+
+    dtypes: ClassVar[tuple[str, ...]] = ("float32", "float64", "bfloat16")
 
     sizes: tuple[int, ...] = ()
     patch: tuple[int, ...] = ()
@@ -45,6 +49,37 @@ class GridConfig:
                 "a model of grids needs sizes, and as many of a patch",
                 f"sizes {self.sizes}, patch {self.patch}",
                 "set model.sizes and model.patch",
+            )
+        self._at_least_one("sizes", "patch", "channels", "depth", "dim", "head_dim")
+        self._whole("mlp_ratio", self.mlp_ratio, "hidden channels of the MLPs", exact=False)
+        if self.dtype not in self.dtypes:
+            raise ConfigError(
+                f"{type(self).__name__}: dtype = {self.dtype!r} is no dtype of its parameters",
+                f"it has {', '.join(self.dtypes)}",
+                "set model.dtype to one of these",
+            )
+
+    def _at_least_one(self, *names: str) -> None:
+        """Raise where a field of these is not a whole number of at least 1, or several of them."""
+        for name in names:
+            value = getattr(self, name)
+            counts = value if isinstance(value, tuple) else (value,)
+            if any(type(one) is not int or one < 1 for one in counts):
+                raise ConfigError(
+                    f"{type(self).__name__}: {name} = {value!r} cannot be built",
+                    "it takes whole numbers of at least 1",
+                    f"set {_key(name)}",
+                )
+
+    def _whole(self, name: str, factor: float, what: str, *, exact: bool = True) -> None:
+        """Raise where `factor` times dim is not a number of channels."""
+        width = factor * self.dim
+        fits = isfinite(width) and round(width) >= 1
+        if not fits or (exact and abs(width - round(width)) > 1e-6):
+            raise ConfigError(
+                f"{type(self).__name__}: {name} = {factor} gives no number of channels",
+                f"{factor} x dim {self.dim} = {width:g} {what}",
+                f"set {_key(name)} so that this is {'whole, and ' if exact else ''}at least 1",
             )
 
     @classmethod
@@ -70,6 +105,11 @@ class GridConfig:
     def hidden(self) -> int:
         """Hidden width of the MLPs."""
         return round(self.mlp_ratio * self.dim)
+
+
+def _key(name: str) -> str:
+    """Where a config sets a field."""
+    return f"model.{name}" if name in KEYS else f"model.options.{name}"
 
 
 def _options(cls: type, given: Mapping[str, Any], allowed: list[str]) -> dict[str, Any]:

@@ -55,6 +55,8 @@ class MambaNDConfig(SegmenterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._at_least_one("state_dim", "step_rank", "kernel")
+        self._whole("expand", self.expand, "scanned channels")
         if self.scan not in SCANS or self.kernel % 2 == 0:
             raise ConfigError(
                 "mamba_nd cannot be built of these options",

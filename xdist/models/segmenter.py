@@ -17,14 +17,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from math import prod
+from math import inf, prod
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xdist.cost.place import Block, Placement, place_switches
-from xdist.errors import ConfigError, ShapeError
+from xdist.errors import ConfigError, DataError, ShapeError
 from xdist.grid_shard import GridShard, resolve_grid
 from xdist.memory.answers import count_answers
 from xdist.memory.checkpoint import checkpoint
@@ -66,6 +66,13 @@ class SegmenterConfig(GridConfig):
             raise ConfigError(
                 f"stream = {self.stream!r} is no dtype of the residual stream",
                 'it is "same" as the parameters, or "bfloat16"',
+            )
+        self._at_least_one("classes", "head_hidden")
+        if self.bases < 2 or not -inf < self.low < self.high < inf:
+            raise ConfigError(
+                f"{type(self).__name__}: radial bases cannot be laid over these values",
+                f"bases = {self.bases} from low = {self.low} to high = {self.high}",
+                "take 2 bases or more, and low below high",
             )
 
     @property
@@ -193,6 +200,7 @@ class Segmenter(nn.Module):
 
         Raises:
             ShapeError: labels of other voxels than x, or not int64.
+            DataError: a label that is no class, on the rank that holds it, before anything moves.
         """
         gshard = self._resolved(x, gshard)
         if labels.shape != x.shape[:-1] or labels.dtype != torch.int64:
@@ -201,6 +209,7 @@ class Segmenter(nn.Module):
                 f"x {tuple(x.shape)}, labels {tuple(labels.shape)} {labels.dtype}",
                 "pass one int64 class a voxel, ignore_index where there is none",
             )
+        _check_classes(labels, self.config.classes, ignore_index)
         valid = count_valid(labels, gshard, ignore_index) if valid_tokens is None else valid_tokens
         logits, _ = self._logits(x, gshard)
         truth, _ = patches(labels, gshard, self.config.patch, fill=ignore_index)
@@ -260,6 +269,22 @@ class _Head(nn.Module):
     def forward(self, together: Tensor) -> Tensor:
         x, raw = together.split((self.dim, together.shape[-1] - self.dim), -1)
         return self.radial(self.norm(x), raw)
+
+
+def _check_classes(labels: Tensor, classes: int, ignore_index: int) -> None:
+    wrong = ((labels < 0) | (labels >= classes)) & (labels != ignore_index)
+    if not wrong.any():
+        return
+    bad = labels[wrong]
+    raise DataError(
+        f"labels are no classes of the model: {len(bad):,} of {labels.numel():,} on this rank",
+        f"from {int(bad.min())} to {int(bad.max())}, the first at "
+        f"{tuple(wrong.nonzero()[0].tolist())} of its part; classes go from 0 to {classes - 1}, "
+        f"{ignore_index} counts nowhere",
+        f"renumber them, or build the model with classes = {int(bad.max()) + 1}"
+        if int(bad.max()) >= classes
+        else "renumber them",
+    )
 
 
 @lru_cache(maxsize=64)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 
@@ -28,6 +28,8 @@ class VDTConfig(GridConfig):
     """
 
     dim: int = 64
+    dtypes: ClassVar[tuple[str, ...]] = tuple(DTYPES)
+
     strategy: str = "dsp"
 
     def __post_init__(self) -> None:
