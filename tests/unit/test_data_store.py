@@ -218,7 +218,7 @@ def test_a_read_that_goes_around_the_checks_is_an_error(
         ({"codecs": [{"name": "bytes"}, {"name": "zstd"}]}, "with a checksum"),
         ({"shape": [-1]}, "shape"),
         ({"shape": [1 << 60]}, "shape"),
-        ({"shape": [9, 9]}, "not as expected"),
+        ({"shape": [9, 9]}, "of 1 dims"),
         ({"storage_transformers": [{"name": "x"}]}, "storage transformers"),
         (
             {"chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [1 << 40]}}},
