@@ -21,6 +21,7 @@ import grid_scan
 import learning
 import memory
 import mixers
+import neighborhood
 import overhead
 import overlap
 import packing
@@ -126,6 +127,7 @@ BENCHMARKS = {
     "conv_nd": (conv_nd, conv_nd.TITLE, conv_nd.NOTE),
     "conv_overlap": (conv_overlap, conv_overlap.TITLE, conv_overlap.NOTE),
     "grid_scan": (grid_scan, grid_scan.TITLE, grid_scan.NOTE),
+    "neighborhood": (neighborhood, neighborhood.TITLE, neighborhood.NOTE),
     "packing": (packing, packing.TITLE, packing.NOTE),
     "peers": (peers, peers.TITLE, peers.NOTE),
     "vanilla": (vanilla, vanilla.TITLE, vanilla.NOTE),

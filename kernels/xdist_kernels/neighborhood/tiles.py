@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from xdist_kernels.neighborhood.rules import Rule
 
-# What copying a key into a tile costs, in scores; measured (README).
+# What copying a key into a tile costs, in scores; `make bench BENCH=neighborhood` tries it.
 COPY_SCORES = 32
 # Scores of one tile and head beyond which queries are cut further.
 MOST_SCORES = 2**20
