@@ -59,7 +59,7 @@ curriculum = [{ crop = [4, 8, 6], batch = 2, steps = 1 }, { batch = 2, steps = 2
 [optimizer]
 warmup_steps = 2
 [evaluate]
-samples = 2
+samples = 3
 [certify]
 sizes = [3, 5, 4]
 [log]
@@ -69,7 +69,7 @@ every_steps = 1000
 
 
 def make_stores(folder: pathlib.Path) -> None:
-    """A volume with three classes, and six short videos with two held out."""
+    """A volume with three classes, and seven short videos with three held out."""
     from xdist.data.nifti import write_nifti
     from xdist.data.video import Bouncing, prepare_video
     from xdist.data.volume import Volume, prepare_volume
@@ -82,7 +82,7 @@ def make_stores(folder: pathlib.Path) -> None:
     volume = Volume((folder / "t1.nii",), labels=folder / "classes.nii")
     prepare_volume([volume], folder / "mamba_nd.zarr")
     bouncing = Bouncing(frames=5, height=8, width=8, shapes=1)
-    prepare_video(bouncing, folder / "vdt.zarr", samples=4, held_out=2)
+    prepare_video(bouncing, folder / "vdt.zarr", samples=4, held_out=3)
 
 
 def config_of(folder: pathlib.Path, kind: str, name: str, *settings: str) -> Config:

@@ -7,13 +7,19 @@ import pathlib
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from tests.end_to_end.grid_training import config_of, evaluations, make_stores, run_each
 from tests.end_to_end.training import CutShortError, cut_short, lines_of, losses, status_of
 from xdist.checkpoint import Cut
+from xdist.data import GridRequest
 from xdist.errors import DataError
+from xdist.mesh import Mesh
+from xdist.models import build
 from xdist.testing import RankPool
 from xdist.train import run
+from xdist.train.grid_work import GridWork
 
 KINDS = ("mamba_nd", "vdt")
 CASES = [
@@ -23,6 +29,7 @@ CASES = [
     ("mamba_nd", "data", ("parallel.data=2", "train.accumulation=1")),
     ("vdt", "ring", ("parallel.ring=2",)),
     ("vdt", "dim 2", ("parallel.ulysses=2", "parallel.dim=2")),
+    ("vdt", "data", ("parallel.data=2", "train.accumulation=1")),
     ("vdt", "tensor", ("parallel.ring=2", "parallel.grid=megatron_sp")),
 ]
 
@@ -131,6 +138,49 @@ def test_samples_that_are_not_those_of_the_config_are_refused(
 ) -> None:
     with pytest.raises(DataError, match=said):
         run(config_of(folder, "mamba_nd", "refused", *settings))
+
+
+@pytest.mark.parametrize(
+    ("kind", "other", "said"),
+    [
+        ("vdt", "mamba_nd", r"kind 'volume'(.|\n)*data.kind = 'video'(.|\n)*xdist prepare video"),
+        ("mamba_nd", "vdt", r"kind 'video'(.|\n)*data.kind = 'volume'(.|\n)*xdist prepare volume"),
+    ],
+)
+def test_a_store_of_another_kind_is_refused(
+    folder: pathlib.Path, kind: str, other: str, said: str
+) -> None:
+    with pytest.raises(DataError, match=said):
+        run(config_of(folder, kind, "refused", f"data.store={folder / f'{other}.zarr'}"))
+
+
+def test_a_store_with_nothing_held_out_says_what_to_do(folder: pathlib.Path) -> None:
+    with pytest.raises(DataError, match=r"no split 'held_out'(.|\n)*or data.slab to a part"):
+        run(config_of(folder, "mamba_nd", "refused", "data.slab=[]"))
+
+
+def test_a_video_that_is_left_out_teaches_nothing(folder: pathlib.Path) -> None:
+    """All of it is known: no gradient, and the loss of the other row alone."""
+    config = config_of(folder, "vdt", "left-out")
+    work = GridWork(config, Mesh.one_rank())
+    request = GridRequest.draw(0, 0, 2, config.model.sizes, work.trained)
+    batch = work.read(work.trained, request, range(2))
+    left = batch.without([1])
+    assert batch.counts[1] > 0
+    assert left.counts == (batch.counts[0], 0)
+    assert batch.without([]) is batch
+    model = build(config.model, seed=0)
+    gshard = work.shard
+
+    def gradients(x: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+        loss = model.loss(x.double(), labels.double(), gshard)
+        return loss, *torch.autograd.grad(loss, [*model.parameters()])
+
+    alone = gradients(left.x[:1], left.labels[:1])
+    for one, both in zip(alone, gradients(left.x, left.labels), strict=True):
+        torch.testing.assert_close(both, one, rtol=1e-10, atol=1e-14)
+    none = batch.without([0, 1])
+    assert all(not one.any() for one in gradients(none.x, none.labels))
 
 
 def test_a_rank_hears_of_what_another_cannot_read(folder: pathlib.Path, pool2: RankPool) -> None:

@@ -16,6 +16,10 @@ from xdist.data.grid_store import GridSplit
 from xdist.data.loader import IGNORED, rows_of
 from xdist.errors import DataError
 from xdist.grid_shard import GridShard
+from xdist.models.vdt_inputs import EXTRA
+
+# The channel of a video's x that says what is known (xdist/models/vdt_inputs.py).
+KNOWN = -EXTRA
 
 
 @dataclass(frozen=True)
@@ -56,8 +60,10 @@ class GridBatch:
     Attributes:
         request: what was asked for.
         rows: which rows of the request these are.
-        x: float32 `[B, s1..sk, C]`, what the model takes.
-        labels: `[B, s1..sk]` int64 with -100 where none counts, or float32 `[B, s1..sk, C]`.
+        x: float32 `[B, s1..sk, C]`, what the model takes; of video with two channels behind its
+            own, `known` (1 where a position does not count) and the diffusion time.
+        labels: `[B, s1..sk]` int64 with -100 where none counts, or float32 `[B, s1..sk, C]`, the
+            noise of video.
         counts: positions that the loss counts, on this rank, of each row.
         bad: `(row of this batch, why)` for rows that could not be read here. Every sequence rank
             must drop the same rows: agree on them, then call `without`.
@@ -76,13 +82,18 @@ class GridBatch:
         return sum(self.counts)
 
     def without(self, rows: Iterable[int]) -> GridBatch:
-        """The same batch with nothing of `rows` (indices into this batch) counted."""
+        """The same batch with nothing of `rows` (indices into this batch) counted, and zeros in
+        place of their values; of video all of them is known, as its loss asks x what counts."""
         dropped = list(rows)
         if not dropped:
             return self
         x, labels = self.x.clone(), self.labels.clone()
         x[dropped] = 0
-        labels[dropped] = IGNORED
+        if labels.is_floating_point():
+            x[dropped, ..., KNOWN] = 1
+            labels[dropped] = 0
+        else:
+            labels[dropped] = IGNORED
         counts = tuple(0 if row in dropped else n for row, n in enumerate(self.counts))
         return replace(self, x=x, labels=labels, counts=counts)
 

@@ -106,7 +106,10 @@ class GridStore:
         """
         if name not in self.split_names:
             raise DataError(
-                f"{self.path} has no split {name!r}", f"it has {', '.join(self.split_names)}"
+                f"{self.path} has no split {name!r}",
+                f"it has {', '.join(self.split_names)}",
+                "set data.held_out to one of them, or data.slab to a part of the training samples, "
+                "or prepare the store with --held-out N (video, flow)",
             )
         return GridSplit(self, name)
 

@@ -71,7 +71,7 @@ def evaluate_grids(
             batch = together(mesh, lambda request=request: _read(work, split, request))  # type: ignore[misc]
             # A data rank without a sample of its own takes part in every move, counting nothing.
             if mesh.data_rank >= filled:
-                batch = _uncounted(batch)
+                batch = batch.without(range(len(batch.rows)))
             valid, stopping = _sum(mesh, torch.tensor([batch.valid_tokens, int(stop)])).tolist()
             if stopping:
                 module.train(was_training)
@@ -90,8 +90,8 @@ def evaluate_grids(
 
 
 def _read(work: GridWork, split: GridSplit, request: GridRequest) -> GridBatch:
-    # Held-out noise is that of no sample of training.
-    return work.read(split, request, -1 - request.cursor - len(request.samples))
+    # Held-out noise is that of no sample of training, and of the sample alone.
+    return work.read(split, request, [-1 - sample for sample in request.samples])
 
 
 def _requests(config: Config, mesh: Mesh, split: GridSplit) -> Iterator[tuple[GridRequest, int]]:
@@ -101,16 +101,6 @@ def _requests(config: Config, mesh: Mesh, split: GridSplit) -> Iterator[tuple[Gr
         row = numbers[at : at + mesh.data_size]
         padded = row + [row[0]] * (mesh.data_size - len(row))
         yield GridRequest.whole(at, padded, config.model.sizes), len(row)
-
-
-def _uncounted(batch: GridBatch) -> GridBatch:
-    """The same batch with no position that counts."""
-    if not batch.labels.is_floating_point():
-        return batch.without(range(len(batch.rows)))
-    x = batch.x.clone()
-    # The channel of what is known: all of it.
-    x[..., -2] = 1.0
-    return dataclasses.replace(batch, x=x, counts=(0,) * len(batch.counts))
 
 
 def _sum(mesh: Mesh, values: Tensor) -> Tensor:

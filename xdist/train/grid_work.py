@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from xdist.config import Config
 from xdist.data import Degradation, GridBatch, GridRequest, GridSplit, GridStore
-from xdist.data.grid_loader import read_grids
+from xdist.data.grid_loader import KNOWN, read_grids
 from xdist.data.read_ahead import ReadAhead
 from xdist.errors import DataError
 from xdist.grid_shard import GridShard
@@ -33,7 +33,8 @@ class GridWork:
     Every rank of a sequence group makes it at the same time: its shard is compared.
 
     Raises:
-        DataError: no store there, or samples that are not those of the config.
+        DataError: no store there, or one of another kind, or samples that are not those of the
+            config.
     """
 
     def __init__(self, config: Config, mesh: Mesh) -> None:
@@ -44,6 +45,7 @@ class GridWork:
         recipe = Degradation(bias=data.bias, noise=data.noise, seed=data.degrade_seed)
         self.degrade = recipe if data.bias or data.noise else None
         self.store = GridStore(data.store)
+        _check_kind(config, self.store)
         for split in (self.trained, self.held_out):
             _check_split(config, split)
 
@@ -90,10 +92,10 @@ class GridWork:
             sizes = stage.crop or config.model.sizes
             seed = config.run.seed
             request = GridRequest.draw(seed, cursor, stage.batch, sizes, split, first=first)
-            yield self.read(split, request, cursor)
+            yield self.read(split, request, range(cursor, cursor + stage.batch))
 
-    def read(self, split: GridSplit, request: GridRequest, number: int) -> GridBatch:
-        """This rank's part of a request; number: of its first sample, which decides its noise."""
+    def read(self, split: GridSplit, request: GridRequest, numbers: Sequence[int]) -> GridBatch:
+        """This rank's part of a request; numbers: of its samples, which decide their noise."""
         gshard = self.shard.resized(request.sizes)
         batch = read_grids(
             split,
@@ -105,7 +107,7 @@ class GridWork:
         )
         if self.labelled:
             return batch
-        return noisy(batch, gshard, self._config.run.seed, number)
+        return noisy(batch, gshard, self._config.run.seed, numbers)
 
     def loss(self, engine: Engine, micro: GridBatch, step: int, valid_tokens: int) -> Tensor:
         """Mean cross entropy, or mean squared error."""
@@ -152,13 +154,29 @@ class GridWork:
         return final.line(), [f"held out: {final.told}"]
 
 
-def noisy(batch: GridBatch, gshard: GridShard, seed: int, number: int) -> GridBatch:
+def noisy(batch: GridBatch, gshard: GridShard, seed: int, numbers: Sequence[int]) -> GridBatch:
     """A batch of video as `xdist.models.vdt` takes it: partly known, partly under noise; labels
-    are the noise, and unknown positions count."""
-    samples = [number + row for row in batch.rows]
+    are the noise, and unknown positions count. numbers: of all samples of the request."""
+    samples = [numbers[row] for row in batch.rows]
     x, noise = diffusion_inputs(batch.x, gshard, seed=seed, samples=samples)
-    counts = tuple(int((1 - row).sum()) for row in x[..., -2])
+    counts = tuple(int((1 - row).sum()) for row in x[..., KNOWN])
     return dataclasses.replace(batch, x=x, labels=noise, counts=counts)
+
+
+def _check_kind(config: Config, store: GridStore) -> None:
+    """A flow is trained on as a video is.
+
+    Raises:
+        DataError: a store of volumes where the config says video, or the other way round.
+    """
+    kind = config.data.kind
+    if (store.kind == "volume") != (kind == "volume"):
+        fits = "`xdist prepare volume`" if kind == "volume" else "`xdist prepare video` or `flow`"
+        raise DataError(
+            f"{store.path} is a store of kind {store.kind!r}",
+            f"data.kind = {kind!r}, model.kind = {config.model.kind!r}",
+            f"set data.store to one made by {fits}",
+        )
 
 
 def _check_split(config: Config, split: GridSplit) -> None:
