@@ -247,7 +247,7 @@ BAD = (
     (
         "kernel dims",
         lambda: place_switches([Block("c", 4, reach=(Convolution((3, 3)),))], (4, 4, 4), 2),
-        ShapeError, "kernel has 2 entries",
+        ShapeError, "kernel is an integer, or one for each of 3 dims",
     ),
     ("even window", lambda: Neighborhood(4), ShapeError, "odd"),
     (

@@ -17,6 +17,7 @@ from torch import Tensor
 from xdist.comm.collectives import ProcessGroup, check_member, rank_of, size_of, start_pairs
 from xdist.comm.pending import Pending
 from xdist.comm.summing import sum_dtype
+from xdist.comm.switch import sized
 from xdist.cost.moves import halo_pieces
 from xdist.errors import ShapeError
 from xdist.layout import Layout, Piece
@@ -58,7 +59,7 @@ def start_halo(
     pieces = {r: halo_pieces(layout, r, before, after) for r in range(size_of(group))}
     sends = {r: _take(x, own, dim) for r in pieces if r != me and (own := _of(pieces[r], me))}
     runs = {r: own for r in pieces if r != me and (own := _of(pieces[me], r))}
-    specs = {r: (_sized(x, dim, _tokens(own)), x.dtype) for r, own in runs.items()}
+    specs = {r: (sized(x, dim, _tokens(own)), x.dtype) for r, own in runs.items()}
 
     def finish(got: dict[int, Tensor]) -> list[Halo]:
         return [
@@ -96,7 +97,7 @@ def start_halo_adjoint(
     wide = sum_dtype(like.dtype)
     pieces = {r: halo_pieces(layout, r, before, after) for r in range(size_of(group))}
     back = {
-        r: torch.zeros(_sized(like, dim, _tokens(own)), dtype=wide, device=like.device)
+        r: torch.zeros(sized(like, dim, _tokens(own)), dtype=wide, device=like.device)
         for r in pieces
         if r != me and (own := _of(pieces[me], r))
     }
@@ -115,7 +116,7 @@ def start_halo_adjoint(
                 )
                 into.narrow(dim, offset, piece.stop - piece.start).add_(part)
     owed = {r: own for r in pieces if r != me and (own := _of(pieces[r], me))}
-    specs = {r: (_sized(like, dim, _tokens(own)), wide) for r, own in owed.items()}
+    specs = {r: (sized(like, dim, _tokens(own)), wide) for r, own in owed.items()}
 
     def finish(got: dict[int, Tensor]) -> Tensor:
         got = {r: t for r, t in got.items() if r != me}
@@ -163,7 +164,7 @@ class _Halo(torch.autograd.Function):
         tensors = [t for one in found for t in (one.before, one.after)]
         # A rank without segments still owes its neighbours nothing and gets nothing, but an
         # output keeps it attached.
-        return tuple(tensors) or (x.new_zeros(_sized(x, dim, 0)),)
+        return tuple(tensors) or (x.new_zeros(sized(x, dim, 0)),)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
@@ -206,12 +207,6 @@ def _of(pieces: Sequence[Piece], rank: int) -> list[Piece]:
 
 def _tokens(pieces: Sequence[Piece]) -> int:
     return sum(piece.stop - piece.start for piece in pieces)
-
-
-def _sized(x: Tensor, dim: int, size: int) -> tuple[int, ...]:
-    shape = list(x.shape)
-    shape[dim] = size
-    return tuple(shape)
 
 
 def _take(x: Tensor, pieces: Sequence[Piece], dim: int) -> Tensor:
@@ -259,4 +254,4 @@ def _window(
         )
         for piece in layout.owners(start, stop)
     ]
-    return torch.cat(parts, dim) if parts else x.new_empty(_sized(x, dim, 0))
+    return torch.cat(parts, dim) if parts else x.new_empty(sized(x, dim, 0))

@@ -16,6 +16,7 @@ from torch import Tensor
 from xdist.comm.collectives import ProcessGroup, Shape, rank_of, size_of, start_pairs
 from xdist.comm.pending import Pending
 from xdist.comm.summing import add_in_rank_order, sum_dtype
+from xdist.comm.switch import sized
 
 # Entry r: the ranks whose block rank r needs (its own may be listed; it costs nothing).
 Needs = Sequence[Sequence[int]]
@@ -58,7 +59,7 @@ def start_blocks(
     me = rank_of(group)
     x = x.detach().contiguous()
     sends = {r: x for r in range(size_of(group)) if me in needs[r]}
-    receives = {r: (_shape(x, dim, sizes[r]), x.dtype) for r in needs[me]}
+    receives = {r: (sized(x, dim, sizes[r]), x.dtype) for r in needs[me]}
     return start_pairs(sends, receives, group, move="ring", device=x.device)
 
 
@@ -119,9 +120,3 @@ class _Blocks(torch.autograd.Function):
         given = dict(zip(owners, grads, strict=True))
         total = start_blocks_adjoint(given, like, ctx.group, needs=ctx.needs).wait()
         return total.to(like.dtype), None, None, None, None
-
-
-def _shape(x: Tensor, dim: int, size: int) -> Shape:
-    shape = list(x.shape)
-    shape[dim] = size
-    return tuple(shape)

@@ -200,6 +200,13 @@ def packed_spec(specs: Sequence[tuple[Shape, torch.dtype]]) -> tuple[Shape, torc
     return (sum(prod(shape) * dtype.itemsize for shape, dtype in specs),), torch.uint8
 
 
+def sized(x: Tensor, dim: int, size: int) -> Shape:
+    """The shape of x with `size` positions along `dim`."""
+    shape = list(x.shape)
+    shape[dim] = size
+    return tuple(shape)
+
+
 def unpack(buffer: Tensor, specs: Sequence[tuple[Shape, torch.dtype]]) -> list[Tensor]:
     """The tensors that `pack` put into `buffer`, as views."""
     if len(specs) == 1:

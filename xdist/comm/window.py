@@ -21,7 +21,7 @@ from torch import Tensor
 from xdist.comm.collectives import ProcessGroup, check_member, rank_of, size_of, start_pairs
 from xdist.comm.pending import Pending
 from xdist.comm.summing import sum_dtype
-from xdist.comm.switch import pack, packed_spec, unpack
+from xdist.comm.switch import pack, packed_spec, sized, unpack
 from xdist.cost.moves import window_parts
 from xdist.errors import ShapeError
 from xdist.layout import Layout
@@ -51,7 +51,7 @@ def start_windows(
     parts = [window_parts(layout, windows[r]) for r in range(size)]
     sends = {r: _narrowed(tensors, dim, *parts[r][me][1]) for r in range(size) if me in parts[r]}
     specs = {
-        r: [(_sized(x, dim, stop - start), x.dtype) for x in tensors]
+        r: [(sized(x, dim, stop - start), x.dtype) for x in tensors]
         for r, ((start, stop), _) in parts[me].items()
         if r != me
     }
@@ -101,8 +101,7 @@ def start_windows_adjoint(
     own = sends.pop(me, None)
     specs = {
         r: [
-            (_sized(like, dim, stop - start), dtype)
-            for like, dtype in zip(likes, wide, strict=True)
+            (sized(like, dim, stop - start), dtype) for like, dtype in zip(likes, wide, strict=True)
         ]
         for r in range(size)
         if r != me and me in parts[r]
@@ -187,12 +186,6 @@ class _Window(torch.autograd.Function):
 
 def _narrowed(tensors: Sequence[Tensor], dim: int, start: int, stop: int) -> list[Tensor]:
     return [x.narrow(dim, start, stop - start) for x in tensors]
-
-
-def _sized(x: Tensor, dim: int, size: int) -> tuple[int, ...]:
-    shape = list(x.shape)
-    shape[dim] = size
-    return tuple(shape)
 
 
 def _check(

@@ -23,6 +23,7 @@ from xdist.comm.collectives import (
 )
 from xdist.comm.pending import Pending
 from xdist.comm.summing import sum_dtype
+from xdist.comm.switch import sized
 from xdist.comm.window import Window
 from xdist.cost.moves import window_parts
 from xdist.layout import Layout
@@ -62,7 +63,7 @@ def start_edges(
     parts = [window_parts(layout, windows[r]) for r in range(size)]
     sends = {r: _part(x, dim, *parts[r][me][1]) for r in range(size) if r != me and me in parts[r]}
     mine = {r: part for r, (part, _) in parts[me].items() if r != me}
-    specs = {r: (_sized(x, dim, stop - start), x.dtype) for r, (start, stop) in mine.items()}
+    specs = {r: (sized(x, dim, stop - start), x.dtype) for r, (start, stop) in mine.items()}
     pending = start_pairs(sends, specs, group, move="halo", device=x.device)
     # Where the positions in front end, counted from the window's start.
     cut = edge_bounds(layout, windows[me], me)[0][1] - windows[me][0]
@@ -112,7 +113,7 @@ def start_edges_adjoint(
         for part in [window_parts(layout, windows[r])]
         if r != me and me in part
     }
-    specs = {r: (_sized(into, dim, b - a), into.dtype) for r, (a, b) in owed.items()}
+    specs = {r: (sized(into, dim, b - a), into.dtype) for r, (a, b) in owed.items()}
     pending = start_pairs(sends, specs, group, move="halo", device=into.device)
 
     def finish(got: dict[int, Tensor]) -> Tensor:
@@ -125,9 +126,3 @@ def start_edges_adjoint(
 
 def _part(x: Tensor, dim: int, start: int, stop: int) -> Tensor:
     return x.narrow(dim, start, stop - start)
-
-
-def _sized(x: Tensor, dim: int, size: int) -> tuple[int, ...]:
-    shape = list(x.shape)
-    shape[dim] = size
-    return tuple(shape)

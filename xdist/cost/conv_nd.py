@@ -20,11 +20,11 @@ from math import prod
 from typing import NamedTuple
 
 from xdist.cost.moves import Moved, sum_itemsize, window_bytes
+from xdist.cost.per_dim import PerDim, per_dim
 from xdist.errors import ShapeError
 from xdist.layout import Layout, even_sizes
 
 Window = tuple[int, int]
-PerDim = int | Sequence[int]
 Padding = str | int | Sequence[int]
 
 
@@ -50,21 +50,6 @@ class Along(NamedTuple):
         low, high = self.read(start, stop)
         low, high = max(low, 0), min(high, self.positions)
         return (low, high) if low < high else (0, 0)
-
-
-def per_dim(name: str, value: PerDim, dims: int, *, least: int = 1) -> tuple[int, ...]:
-    """One integer for each dim: the same for all, or as given.
-
-    Raises:
-        ShapeError: another number of them, no integers, or one below `least`.
-    """
-    found = tuple(value) if isinstance(value, Sequence) else (value,) * dims
-    if len(found) != dims or not all(isinstance(one, int) and one >= least for one in found):
-        raise ShapeError(
-            f"{name} is an integer of at least {least}, or one for each of {dims} dims",
-            f"got {value!r}",
-        )
-    return found
 
 
 def conv_dims(

@@ -19,7 +19,8 @@ from xdist.cost.conv_nd import (
     share_windows,
     unpatch_bytes,
 )
-from xdist.cost.place_spot import Option, Passes, Run, Sizes, Spot, at_least, each_dim, fetched
+from xdist.cost.per_dim import per_dim
+from xdist.cost.place_spot import Option, Passes, Run, Sizes, Spot, at_least, fetched
 from xdist.errors import ShapeError
 
 Each = int | tuple[int, ...]
@@ -47,15 +48,15 @@ class Halo:
 
     def grid(self, sizes: Sizes) -> Sizes:
         """The same grid."""
-        each_dim(self.before, sizes, "before")
-        each_dim(self.after, sizes, "after")
+        per_dim("before", self.before, len(sizes), least=None)
+        per_dim("after", self.after, len(sizes), least=None)
         return sizes
 
     def options(self, spot: Spot) -> tuple[Option, ...]:
         """The edges of the neighbours."""
         n = spot.sizes[spot.dim]
-        before = each_dim(self.before, spot.sizes, "before")[spot.dim]
-        after = each_dim(self.after, spot.sizes, "after")[spot.dim]
+        before = per_dim("before", self.before, len(spot.sizes), least=None)[spot.dim]
+        after = per_dim("after", self.after, len(spot.sizes), least=None)[spot.dim]
         windows = [
             (max(0, a - before), min(n, b + after)) if a < b else (a, b) for a, b in spot.runs
         ]
@@ -86,7 +87,7 @@ class Convolution:
     def _along(self, sizes: Sizes) -> tuple[Along, ...]:
         return conv_dims(
             sizes,
-            each_dim(self.kernel, sizes, "kernel"),
+            per_dim("kernel", self.kernel, len(sizes), least=None),
             stride=self.stride,
             padding=self.padding,
             dilation=self.dilation,
@@ -117,11 +118,11 @@ class Patches:
 
     def grid(self, sizes: Sizes) -> Sizes:
         """Patches along each dim."""
-        return patch_sizes(sizes, each_dim(self.patch, sizes, "patch"))
+        return patch_sizes(sizes, per_dim("patch", self.patch, len(sizes), least=None))
 
     def options(self, spot: Spot) -> tuple[Option, ...]:
         """The positions of each rank's patches that others hold."""
-        patch = each_dim(self.patch, spot.sizes, "patch")[spot.dim]
+        patch = per_dim("patch", self.patch, len(spot.sizes), least=None)[spot.dim]
         windows = patch_windows(spot.sizes[spot.dim], patch, spot.degree)
         return _option(spot, windows, None, None)
 
@@ -143,7 +144,7 @@ class Unpatches:
 
     def grid(self, sizes: Sizes) -> Sizes:
         """`sizes` of the finer grid."""
-        found = patch_sizes(self.sizes, each_dim(self.patch, self.sizes, "patch"))
+        found = patch_sizes(self.sizes, per_dim("patch", self.patch, len(self.sizes), least=None))
         if found != sizes:
             raise ShapeError(
                 f"patches of {self.patch} over the grid {self.sizes} are {found}",
@@ -154,7 +155,7 @@ class Unpatches:
 
     def options(self, spot: Spot) -> tuple[Option, ...]:
         """The positions of each rank's share that lie in patches of others."""
-        patch = each_dim(self.patch, self.sizes, "patch")
+        patch = per_dim("patch", self.patch, len(self.sizes), least=None)
         elements = spot.batch * spot.channels // prod(patch)
         moved = []
         for rank in range(spot.degree):

@@ -138,22 +138,6 @@ def fetched(spot: Spot, windows: Sequence[Run], channels: int) -> tuple[Passes, 
     return tuple(Passes(moved, moved.back(spot.itemsize, wide)) for moved in there)
 
 
-def each_dim(value: int | tuple[int, ...], sizes: Sizes, name: str) -> tuple[int, ...]:
-    """One number a dim: an int stands for all of them.
-
-    Raises:
-        ShapeError: another number of dims than the grid has.
-    """
-    found = value if isinstance(value, tuple) else (value,) * len(sizes)
-    if len(found) != len(sizes):
-        raise ShapeError(
-            f"{name} has {len(found)} entries",
-            f"{found} for the grid {sizes} of {len(sizes)} dims",
-            "give one int, or one for each dim",
-        )
-    return found
-
-
 def at_least(name: str, value: int | tuple[int, ...], least: int) -> int | tuple[int, ...]:
     """`value` as int or tuple of ints.
 

@@ -6,7 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from xdist.cost.neighborhood import grid_attention_bytes, key_windows
-from xdist.cost.place_spot import Option, Passes, Sizes, Spot, at_least, each_dim, fetched
+from xdist.cost.per_dim import per_dim
+from xdist.cost.place_spot import Option, Passes, Sizes, Spot, at_least, fetched
 from xdist.errors import ShapeError
 from xdist_kernels.neighborhood.rules import Blocks, Near, Rule
 
@@ -36,8 +37,8 @@ class Neighborhood:
         return f"neighborhood of {self.window}{dilated}"
 
     def _along(self, sizes: Sizes, dim: int) -> tuple[int, int]:
-        window = each_dim(self.window, sizes, "window")[dim]
-        return window, each_dim(self.dilation, sizes, "dilation")[dim]
+        window = per_dim("window", self.window, len(sizes), least=None)[dim]
+        return window, per_dim("dilation", self.dilation, len(sizes), least=None)[dim]
 
     def grid(self, sizes: Sizes) -> Sizes:
         """The same grid."""
@@ -74,8 +75,8 @@ class Windows:
         return f"windows of {self.window}" + (f" from {self.shift}" if self.shift else "")
 
     def _rules(self, sizes: Sizes) -> list[Blocks]:
-        windows = each_dim(self.window, sizes, "window")
-        shifts = each_dim(self.shift, sizes, "shift")
+        windows = per_dim("window", self.window, len(sizes), least=None)
+        shifts = per_dim("shift", self.shift, len(sizes), least=None)
         for window, shift in zip(windows, shifts, strict=True):
             if shift >= window:
                 raise ShapeError("a shift is smaller than its window", f"{shifts} and {windows}")
@@ -106,12 +107,12 @@ class Strided:
 
     def grid(self, sizes: Sizes) -> Sizes:
         """The same grid."""
-        each_dim(self.positions, sizes, "positions")
+        per_dim("positions", self.positions, len(sizes), least=None)
         return sizes
 
     def options(self, spot: Spot) -> tuple[Option, ...]:
         """Whole sets to each rank."""
-        count = each_dim(self.positions, spot.sizes, "positions")[spot.dim]
+        count = per_dim("positions", self.positions, len(spot.sizes), least=None)[spot.dim]
         elements = spot.across * spot.channels
         there = [
             grid_attention_bytes(

@@ -7,20 +7,18 @@ on each position alone; what moves is said with each layer. Parameters are held 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from xdist import ops
 from xdist.cost.axial import Axial, axial_choice, axial_switch_dim, check_axial
+from xdist.cost.per_dim import PerDim
 from xdist.errors import ConfigError
 from xdist.grid_shard import GridShard, resolve_grid
 from xdist.mask import Mask
 from xdist.nn.heads import heads_of, shared_heads
 from xdist.parallel.grid_windows import Dealt, check_grid
-
-Sizes = int | Sequence[int]
 
 
 class _Projected(nn.Module):
@@ -48,7 +46,7 @@ class _Projected(nn.Module):
 
 
 def _bias(
-    name: str, wanted: bool, heads: int, sizes: Sizes, dims: int | None
+    name: str, wanted: bool, heads: int, sizes: PerDim, dims: int | None
 ) -> nn.Parameter | None:
     """Where wanted, a table of zeros `[H, 2 w - 1 of each dim]`."""
     if not wanted:
@@ -76,8 +74,8 @@ class NeighborhoodAttention(_Projected):
         self,
         dim: int,
         *,
-        window: Sizes,
-        dilation: Sizes = 1,
+        window: PerDim,
+        dilation: PerDim = 1,
         head_dim: int = 32,
         key_heads: int | None = None,
         position_bias: bool = False,
@@ -113,8 +111,8 @@ class WindowAttention(_Projected):
         self,
         dim: int,
         *,
-        window: Sizes,
-        shift: Sizes = 0,
+        window: PerDim,
+        shift: PerDim = 0,
         head_dim: int = 32,
         key_heads: int | None = None,
         position_bias: bool = False,
@@ -149,7 +147,7 @@ class GridAttention(_Projected):
         self,
         dim: int,
         *,
-        grid: Sizes,
+        grid: PerDim,
         head_dim: int = 32,
         key_heads: int | None = None,
         position_bias: bool = False,

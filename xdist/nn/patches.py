@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from xdist.comm.window import window
-from xdist.cost.conv_nd import PerDim, even_windows, patch_sizes, patch_windows, per_dim
+from xdist.cost.conv_nd import even_windows, patch_sizes, patch_windows
+from xdist.cost.per_dim import PerDim, per_dim
 from xdist.errors import ShapeError
 from xdist.grid_shard import GridShard, resolve_grid
 from xdist.layout import Layout

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from xdist.cost.conv_nd import Padding, PerDim
+from xdist.cost.conv_nd import Padding
+from xdist.cost.per_dim import PerDim
 from xdist.grid_shard import GridShard
 from xdist.ops.graph_break import graph_break
 from xdist.parallel import conv_nd as conv_nd_parallel

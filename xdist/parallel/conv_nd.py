@@ -22,7 +22,8 @@ from torch import Tensor
 
 from xdist.comm.summing import sum_dtype
 from xdist.comm.window_edges import edge_bounds, start_edges, start_edges_adjoint
-from xdist.cost.conv_nd import Along, Padding, PerDim, conv_dims, per_dim, share_windows
+from xdist.cost.conv_nd import Along, Padding, conv_dims, share_windows
+from xdist.cost.per_dim import PerDim, per_dim
 from xdist.errors import ShapeError
 from xdist.grid_shard import GridShard, resolve_grid
 from xdist.parallel.first_order import first_order, without_autocast

@@ -20,20 +20,19 @@ from torch import Tensor
 from xdist.comm.relayout import relayout
 from xdist.cost.axial import Axial, axial_choice, axial_switch_dim, check_axial
 from xdist.cost.neighborhood import class_layout, class_step
+from xdist.cost.per_dim import PerDim, per_dim
 from xdist.errors import ShapeError
 from xdist.grid_shard import GridShard, resolve_grid
 from xdist.layout import Layout
 from xdist.mask import Mask
 from xdist.parallel import attention as attention_parallel
 from xdist.parallel.neighborhood import (
-    Sizes,
     attend,
     attend_here,
     check_bias,
     check_tensors,
     check_values,
     make_rules,
-    per_dim,
 )
 from xdist.shard import DerivedShard, SequenceShard
 from xdist_kernels.neighborhood.rules import Blocks, Strided
@@ -45,8 +44,8 @@ def window_attention(
     v: Tensor,
     gshard: GridShard | None,
     *,
-    window: Sizes,
-    shift: Sizes,
+    window: PerDim,
+    shift: PerDim,
     scale: float | None,
     position_bias: Tensor | None,
 ) -> Tensor:
@@ -54,8 +53,8 @@ def window_attention(
     name = "window_attention"
     dims = check_tensors(name, q, k, v)
     gshard = resolve_grid(gshard, q, dims)
-    windows = per_dim(name, "window", window, dims)
-    shifts = per_dim(name, "shift", shift, dims)
+    windows = per_dim(f"{name}: window", window, dims, least=None)
+    shifts = per_dim(f"{name}: shift", shift, dims, least=None)
     rules = make_rules(name, Blocks, gshard.sizes, windows, shifts)
     check_bias(name, q, position_bias, [2 * w - 1 for w in windows])
     check_values(name, gshard, q, k, v)
@@ -68,7 +67,7 @@ def grid_attention(
     v: Tensor,
     gshard: GridShard | None,
     *,
-    grid: Sizes,
+    grid: PerDim,
     scale: float | None,
     position_bias: Tensor | None,
 ) -> Tensor:
@@ -93,9 +92,9 @@ def grid_attention(
     return dealt.back(out.flatten(-2)).unflatten(-1, out.shape[-2:])
 
 
-def check_grid(name: str, grid: Sizes, dims: int) -> tuple[int, ...]:
+def check_grid(name: str, grid: PerDim, dims: int) -> tuple[int, ...]:
     """The sizes of a set along each dim."""
-    grids = per_dim(name, "grid", grid, dims)
+    grids = per_dim(f"{name}: grid", grid, dims, least=None)
     if min(grids) < 1:
         raise ShapeError(f"{name}: a set has at least one position along each dim", f"got {grids}")
     return grids

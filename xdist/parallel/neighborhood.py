@@ -18,6 +18,7 @@ from torch.autograd import Function
 
 from xdist.comm.checks import checks_are_on, raise_together
 from xdist.cost.neighborhood import key_windows
+from xdist.cost.per_dim import PerDim, per_dim
 from xdist.errors import NumericsError, ShapeError
 from xdist.grid_shard import GridShard, resolve_grid
 from xdist.parallel.first_order import first_order, without_autocast
@@ -26,8 +27,6 @@ from xdist_kernels.errors import KernelError
 from xdist_kernels.neighborhood import torch as kernel
 from xdist_kernels.neighborhood.rules import Near, Rule
 
-Sizes = int | Sequence[int]
-
 
 def neighborhood_attention(
     q: Tensor,
@@ -35,8 +34,8 @@ def neighborhood_attention(
     v: Tensor,
     gshard: GridShard | None,
     *,
-    window: Sizes,
-    dilation: Sizes,
+    window: PerDim,
+    dilation: PerDim,
     scale: float | None,
     position_bias: Tensor | None,
 ) -> Tensor:
@@ -44,8 +43,8 @@ def neighborhood_attention(
     name = "neighborhood_attention"
     dims = check_tensors(name, q, k, v)
     gshard = resolve_grid(gshard, q, dims)
-    windows = per_dim(name, "window", window, dims)
-    dilations = per_dim(name, "dilation", dilation, dims)
+    windows = per_dim(f"{name}: window", window, dims, least=None)
+    dilations = per_dim(f"{name}: dilation", dilation, dims, least=None)
     rules = make_rules(name, Near, gshard.sizes, windows, dilations)
     check_bias(name, q, position_bias, [2 * w - 1 for w in windows])
     check_values(name, gshard, q, k, v)
@@ -224,17 +223,6 @@ def check_bias(name: str, q: Tensor, bias: Tensor | None, sizes: Sequence[int]) 
         raise ShapeError(
             f"{name}: position_bias must be where q is", f"{bias.device} and {q.device}"
         )
-
-
-def per_dim(name: str, what: str, value: Sizes, dims: int) -> tuple[int, ...]:
-    """An integer for all dims, or one a dim."""
-    found = tuple(value) if isinstance(value, Sequence) else (value,) * dims
-    integers = all(isinstance(n, int) and not isinstance(n, bool) for n in found)
-    if len(found) != dims or not integers:
-        raise ShapeError(
-            f"{name}: {what} is an integer, or one for each of the {dims} dims", f"got {value!r}"
-        )
-    return found
 
 
 def make_rules(
