@@ -6,8 +6,8 @@
 Everything follows from (seed, sample, frame) and the sizes of the whole video, so that each rank
 makes its own part of it alone, the same for every number of ranks and sharded dim, and nothing
 moves. A frame's noise is drawn whole: where another dim than time is sharded, each rank draws all
-frames and keeps its part. The masks are those of Lu et al. 2023, section 3.3; the schedule is the cosine one of Nichol
-and Dhariwal 2021 without its offset.
+frames and keeps its part. The masks are those of Lu et al. 2023, section 3.3; the schedule is the
+cosine one of Nichol and Dhariwal 2021 without its offset.
 """
 
 from __future__ import annotations
