@@ -8,8 +8,12 @@ from difflib import get_close_matches
 from math import isfinite
 from typing import Any, ClassVar, Self, get_type_hints
 
+import torch
+
 from xdist.errors import ConfigError
 
+# Of parameters, and of a residual stream.
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 # Keys of the section [model] that a model of grids reads if it has a field of that name.
 KEYS = (
     "sizes", "patch", "channels", "classes", "depth", "dim", "head_dim", "mlp_ratio", "dtype",
@@ -29,7 +33,7 @@ class GridConfig:
             MLPs without a hidden channel; a dtype that is none of `dtypes`.
     """
 
-    dtypes: ClassVar[tuple[str, ...]] = ("float32", "float64", "bfloat16")
+    dtypes: ClassVar[tuple[str, ...]] = tuple(DTYPES)
 
     sizes: tuple[int, ...] = ()
     patch: tuple[int, ...] = ()

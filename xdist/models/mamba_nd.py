@@ -22,8 +22,8 @@ from xdist import ops
 from xdist.cost.place import Block, Convolution, Scan
 from xdist.errors import ConfigError
 from xdist.grid_shard import GridShard
+from xdist.models.grid_config import DTYPES
 from xdist.models.segmenter import (
-    DTYPES,
     Layer,
     Normed,
     Segmenter,

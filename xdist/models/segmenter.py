@@ -30,13 +30,12 @@ from xdist.memory.answers import count_answers
 from xdist.memory.checkpoint import checkpoint
 from xdist.memory.loss import count_valid, sum_of_ranks
 from xdist.memory.tiled import tiled
-from xdist.models.grid_config import GridConfig
+from xdist.models.grid_config import DTYPES, GridConfig
 from xdist.nn.initial import matrix
 from xdist.nn.norm import RMSNorm
 from xdist.nn.patches import patches, unpatches
 from xdist.nn.radial_head import RadialHead
 
-DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 IGNORED = -100
 # Tokens of a tile of the MLPs and of the head: its tensors stay in the processor's cache.
 TILE_TOKENS = 4096

@@ -38,10 +38,10 @@ from xdist.grid_shard import GridShard, resolve_grid
 from xdist.memory.checkpoint import checkpoint
 from xdist.memory.loss import sum_of_ranks
 from xdist.memory.mean import mean
+from xdist.models.grid_config import DTYPES
 from xdist.models.vdt_inputs import EXTRA
 from xdist.models.vdt_plan import (
     BRANCHES,
-    DTYPES,
     SHARDINGS,
     Step,
     VDTConfig,

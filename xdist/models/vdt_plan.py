@@ -6,14 +6,11 @@ from dataclasses import dataclass
 from math import prod
 from typing import ClassVar, NamedTuple
 
-import torch
-
 from xdist.cost.place import Block, Heads, Patches, Placement, Unpatches, place_switches
 from xdist.errors import ConfigError
-from xdist.models.grid_config import GridConfig
+from xdist.models.grid_config import DTYPES, GridConfig
 from xdist.models.vdt_inputs import EXTRA
 
-DTYPES = {"float32": torch.float32, "float64": torch.float64}
 SHARDINGS = ("dsp", "ulysses_both", "ulysses_one", "ring", "megatron_sp")
 # Branches of a layer, in order.
 BRANCHES = ("temporal", "spatial", "mlp")
@@ -28,7 +25,7 @@ class VDTConfig(GridConfig):
     """
 
     dim: int = 64
-    dtypes: ClassVar[tuple[str, ...]] = tuple(DTYPES)
+    dtypes: ClassVar[tuple[str, ...]] = ("float32", "float64")
 
     strategy: str = "dsp"
 

@@ -17,8 +17,8 @@ from xdist.cost.place import Block, Passes, Placement
 from xdist.cost.place_spot import Spot
 from xdist.layout import Layout
 from xdist.models import build, sizes_of
+from xdist.models.grid_config import DTYPES
 from xdist.models.vdt_plan import VDTConfig, blocks_of
-from xdist.plan.rehearsal import DTYPES
 from xdist.plan.result import Moves
 
 LABEL_BYTES = 8

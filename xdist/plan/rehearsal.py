@@ -19,9 +19,8 @@ from xdist.cost.moves import Moved
 from xdist.grid_shard import GridShard
 from xdist.mesh import Mesh
 from xdist.models import build
+from xdist.models.grid_config import DTYPES
 from xdist.plan.meta import MetaRun
-
-DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
 @dataclass(frozen=True)

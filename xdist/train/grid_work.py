@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from xdist.config import Config
@@ -16,6 +15,7 @@ from xdist.data.read_ahead import ReadAhead
 from xdist.errors import DataError
 from xdist.grid_shard import GridShard
 from xdist.mesh import Mesh
+from xdist.models.grid_config import DTYPES
 from xdist.models.vdt_inputs import diffusion_inputs
 from xdist.train import setup
 from xdist.train.agree import share_json_rows
@@ -23,8 +23,6 @@ from xdist.train.engines.protocol import Engine
 from xdist.train.evaluate_grids import GridEvaluation, evaluate_grids
 from xdist.train.feed import Feed, draws_of
 from xdist.train.resume import Position
-
-DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
 class GridWork:

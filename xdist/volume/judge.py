@@ -23,12 +23,11 @@ from xdist.checkpoint.read import Checkpoint
 from xdist.config import Config, load
 from xdist.data.nifti import write_nifti
 from xdist.models import build
+from xdist.models.grid_config import DTYPES
 from xdist.volume.dice import confusion, dice
 from xdist.volume.judged import check_together, final_checkpoint, recipe_of, store_of
 from xdist.volume.montage import grey_picture, label_picture, montage, write_png
 from xdist.volume.thresholds import best_thresholds, tissues_of
-
-DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
 @dataclasses.dataclass(frozen=True)
