@@ -43,11 +43,13 @@ class GridRequest(Request):
     channels: int = 1
     classes: int = 0
     dim: int = 0
+    note: str = ""
 
     @property
     def told(self) -> str:
         """For the table's title."""
-        return f"{self.batch} samples of {' x '.join(map(str, self.sizes))} positions"
+        samples = f"{self.batch} samples of {' x '.join(map(str, self.sizes))} positions"
+        return f"{samples}; {self.note}" if self.note else samples
 
     def make_layout(self, ranks: int) -> Layout:
         """Which positions each of this many ranks holds."""
@@ -69,6 +71,7 @@ def certify_grids(
     degrees: Mapping[int, tuple[int, int]] | None = None,
     planned: Planned | None = None,
     pools: Mapping[int, RankPool] | None = None,
+    note: str = "",
 ) -> Report:
     """Runs one module of grids on several rank counts, sharded first along each dim, and compares
     each with one rank in float64.
@@ -86,6 +89,7 @@ def certify_grids(
         dims: which are sharded first, in turn; None is all of them.
         ranks, batch, seed, dtypes, degrees, pools: as of `certify`.
         planned: bytes each rank sends, for (ranks, dtype, dim); compared with the ledger exactly.
+        note: what the reader of the table should know of the module.
 
     Returns:
         A Report with a row a rank count, dim and dtype.
@@ -108,6 +112,7 @@ def certify_grids(
         sizes=tuple(sizes),
         channels=channels,
         classes=classes,
+        note=note,
     )
     check_request(request, ranks)
     chosen = tuple(range(len(request.sizes)) if dims is None else dims)
