@@ -23,7 +23,6 @@ SHORT = ("train.curriculum=[{batch=2,steps=2}]", "checkpoint.every_steps=0")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """A volume, a run with scans and one without."""
-    pytest.importorskip("nibabel")
     made = tmp_path_factory.mktemp("judged")
     make_stores(made)
     named = make_named(made, made / "named.zarr", made / "t1.nii")

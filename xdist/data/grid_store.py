@@ -22,15 +22,16 @@ from numpy.typing import NDArray
 
 from xdist.data.degrade import Degradation
 from xdist.data.grid_arrays import Box, GridArrays
-from xdist.data.guard import read_metadata
-from xdist.data.identity import GRID_FORMAT, VERSION, fingerprint
+from xdist.data.head import read_head
+from xdist.data.identity import GRID_FORMAT, fingerprint
 from xdist.errors import DataError
 
 IGNORED = -100
 NO_CLASS = 255
 Slab = tuple[int, int, int]
 """A dim, and the positions `[start, stop)` along it."""
-_REMEDY = "prepare the store again with `xdist prepare volume`, `video` or `flow`"
+COMMANDS = "`xdist prepare volume`, `video` or `flow`"
+_REMEDY = f"prepare the store again with {COMMANDS}"
 
 
 class GridStore:
@@ -48,34 +49,9 @@ class GridStore:
     """
 
     def __init__(self, path: str | Path) -> None:
-        if "://" in str(path):
-            raise DataError(f"{path} is not a local path", "only local stores are read")
-        self.path = Path(path).resolve()
-        if not self.path.is_dir():
-            raise DataError(
-                f"no data store at {path}",
-                "the folder does not exist",
-                "make one with `xdist prepare volume`, `video` or `flow`, or set data.store",
-            )
-        found = read_metadata(self.path, "", "group").get("attributes", {}).get("xdist", {})
-        if (found.get("format"), found.get("version")) != (GRID_FORMAT, VERSION):
-            raise DataError(
-                f"{path} is not a store of grids that this version reads",
-                f"format {found.get('format')!r} version {found.get('version')!r}, want "
-                f"{GRID_FORMAT!r} version {VERSION}",
-                _REMEDY,
-            )
-        facts = found.get("facts", {})
-        self.identity: dict[str, Any] = {
-            "fingerprint": found.get("fingerprint", ""),
-            "facts": facts,
-        }
-        if fingerprint(facts) != self.identity["fingerprint"]:
-            raise DataError(
-                f"the fingerprint of {path} does not fit its facts",
-                f"want {self.identity['fingerprint'][:16]}.., got {fingerprint(facts)[:16]}..",
-                _REMEDY,
-            )
+        what = "a store of grids"
+        self.path, _, self.identity = read_head(path, (GRID_FORMAT,), what, COMMANDS)
+        facts = self.identity["facts"]
         self.kind: str = facts["kind"]
         self.channels: tuple[str, ...] = tuple(facts["channels"])
         self.classes: tuple[str, ...] = tuple(facts["classes"])

@@ -19,11 +19,13 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from xdist.data.guard import GuardedStore, read_metadata
-from xdist.data.identity import FORMAT, TASK_FORMAT, VERSION, fingerprint
+from xdist.data.guard import GuardedStore
+from xdist.data.head import read_head
+from xdist.data.identity import FORMAT, TASK_FORMAT
 from xdist.errors import DataError
 
-_REMEDY = "prepare the store again with `xdist prepare text`, or `xdist prepare task`"
+COMMANDS = "`xdist prepare text`, or `xdist prepare task`"
+_REMEDY = f"prepare the store again with {COMMANDS}"
 FORMATS = (FORMAT, TASK_FORMAT)
 
 
@@ -41,34 +43,8 @@ class TextStore:
     """
 
     def __init__(self, path: str | Path) -> None:
-        if "://" in str(path):
-            raise DataError(f"{path} is not a local path", "only local stores are read")
-        self.path = Path(path).resolve()
-        if not self.path.is_dir():
-            raise DataError(
-                f"no data store at {path}",
-                "the folder does not exist",
-                "make one with `xdist prepare text`, or set data.store",
-            )
-        attributes = read_metadata(self.path, "", "group").get("attributes", {}).get("xdist", {})
-        if attributes.get("format") not in FORMATS or attributes.get("version") != VERSION:
-            raise DataError(
-                f"{path} is not a store this version reads",
-                f"format {attributes.get('format')!r} version {attributes.get('version')!r}, "
-                f"want {' or '.join(map(repr, FORMATS))} version {VERSION}",
-                _REMEDY,
-            )
-        facts = attributes.get("facts", {})
-        self.identity: dict[str, Any] = {
-            "fingerprint": attributes.get("fingerprint", ""),
-            "facts": facts,
-        }
-        if fingerprint(facts) != self.identity["fingerprint"]:
-            raise DataError(
-                f"the fingerprint of {path} does not fit its facts",
-                f"want {self.identity['fingerprint'][:16]}.., got {fingerprint(facts)[:16]}..",
-                _REMEDY,
-            )
+        self.path, attributes, self.identity = read_head(path, FORMATS, "a store", COMMANDS)
+        facts = self.identity["facts"]
         self.vocabulary_size = int(facts["vocabulary_size"])
         self.figures: dict[str, Any] = attributes.get("figures", {})
         self._splits: dict[str, Split] = {}
