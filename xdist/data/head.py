@@ -34,7 +34,7 @@ def read_head(
     found = read_metadata(folder, "", "group").get("attributes", {}).get("xdist", {})
     if found.get("format") not in formats or found.get("version") != VERSION:
         raise DataError(
-            f"{path} is not {what} that this version reads",
+            f"{path} is not {what} this version reads",
             f"format {found.get('format')!r} version {found.get('version')!r}, "
             f"want {' or '.join(map(repr, formats))} version {VERSION}",
             f"prepare the store again with {commands}",
