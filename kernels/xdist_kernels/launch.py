@@ -121,8 +121,8 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
         return None
     if not interpreted():
         return (
-            f"Triton compiles for CUDA devices, the tensors are on {device.type}: move them, or set "
-            "TRITON_INTERPRET=1 before Python starts (slow, for tests)"
+            f"Triton compiles for CUDA devices, the tensors are on {device.type}: move them, or "
+            "set TRITON_INTERPRET=1 before Python starts (slow, for tests)"
         )
     if dtype == torch.bfloat16:
         return "Triton's interpreter multiplies bfloat16 wrongly: use float32 or float16 there"
