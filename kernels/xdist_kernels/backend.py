@@ -1,41 +1,103 @@
-"""Which implementation of the kernels runs: chosen once, and said."""
+"""Which implementation serves a call: its `backend` argument, what it may be, and what is said.
+
+    auto       what `set_default` chose for this process; else Triton where the tensors are on CUDA
+               and the family's Triton kernels can serve the call, torch everywhere else
+    triton     the Triton kernels, or an error that says why they cannot serve
+    torch      the chunked form of torch operations, on any device
+    reference  the loop over tokens in float64 that defines the op: slow, for checks
+
+The choice reads devices, dtypes and shapes alone, never values, so that every rank chooses alike.
+What serves an op is said once on the logger "xdist" for each op and choice.
+"""
 
 from __future__ import annotations
 
+import logging
 import threading
+from collections.abc import Callable
+
+import torch
 
 from xdist_kernels.errors import KernelError
 
-AVAILABLE = ("torch",)
+BACKENDS = ("auto", "triton", "torch", "reference")
+
+_log = logging.getLogger("xdist")
 _lock = threading.Lock()
-_chosen: str | None = None
+_default = "auto"
+_said: set[tuple[str, str]] = set()
 
 
-def backend() -> str:
-    """The backend in use, choosing the default on the first call."""
-    global _chosen
-    with _lock:
-        if _chosen is None:
-            _chosen = AVAILABLE[0]
-        return _chosen
+def default() -> str:
+    """What `backend="auto"` means in this process: "auto" unless `set_default` said otherwise."""
+    return _default
 
 
-def force_backend(name: str) -> None:
-    """Makes `name` the backend of this process.
+def set_default(name: str) -> str:
+    """Makes `name` what "auto" means in this process; returns what it meant before.
 
     Raises:
-        KernelError: no such backend in this build, or another one is already in use.
+        KernelError: there is no such backend.
     """
-    global _chosen
-    if name not in AVAILABLE:
-        raise KernelError(
-            f"kernel backend {name!r} was asked for and is not in this build\n"
-            f"it has: {', '.join(AVAILABLE)}\nforce one of those, or none"
-        )
+    global _default
+    check(name)
     with _lock:
-        if _chosen not in (None, name):
+        before, _default = _default, name
+    return before
+
+
+def check(name: str) -> None:
+    """Raise KernelError unless `name` is a backend."""
+    if name not in BACKENDS:
+        raise KernelError(
+            f"there is no kernel backend {name!r}\nthere are {', '.join(BACKENDS)}\nuse one of them"
+        )
+
+
+def choose(op: str, asked: str, device: torch.device, refusal: Callable[[], str | None]) -> str:
+    """ "triton", "torch" or "reference" for one call of `op`, which was asked to run on `asked`.
+
+    refusal: why the Triton kernels cannot serve the call and what to do, None where they can; it
+    is called only where the answer matters.
+
+    Raises:
+        KernelError: no such backend, or Triton is forced and cannot serve.
+    """
+    check(asked)
+    name = _default if asked == "auto" else asked
+    if name == "auto":
+        return _automatic(op, device, refusal)
+    if name == "triton":
+        why = refusal()
+        if why is not None:
+            what, _, do = why.partition(": ")
             raise KernelError(
-                f"kernel backend {name!r} was asked for after {_chosen!r} was used\n"
-                "results of one process must come from one backend\nforce it before the first call"
+                f"{op} was asked to run on Triton kernels, which cannot serve this call\n"
+                f"{what}\n{do or 'use backend=' + repr('auto') + ' or ' + repr('torch')}"
             )
-        _chosen = name
+    _say(op, name, "as asked", logging.INFO)
+    return name
+
+
+def _automatic(op: str, device: torch.device, refusal: Callable[[], str | None]) -> str:
+    if device.type != "cuda":
+        _say(op, "torch", f"the tensors are on {device.type}", logging.INFO)
+        return "torch"
+    why = refusal()
+    if why is None:
+        _say(op, "triton", "the tensors are on a GPU that the kernels serve", logging.INFO)
+        return "triton"
+    # Slower than what a GPU is there for: said even where nobody set up logging.
+    _say(op, "torch", f"Triton cannot serve: {why}", logging.WARNING)
+    return "torch"
+
+
+def _say(op: str, name: str, why: str, level: int) -> None:
+    # Looked up without the lock first: this runs at every call.
+    if (op, name) in _said:
+        return
+    with _lock:
+        if (op, name) in _said:
+            return
+        _said.add((op, name))
+    _log.log(level, "%s runs on %s: %s", op, name, why)
