@@ -12,9 +12,12 @@ What serves an op is said once on the logger "xdist" for each op and choice.
 
 from __future__ import annotations
 
+import importlib
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import cache
+from types import ModuleType
 
 import torch
 
@@ -77,6 +80,24 @@ def choose(op: str, asked: str, device: torch.device, refusal: Callable[[], str 
             )
     _say(op, name, "as asked", logging.INFO)
     return name
+
+
+def form(forms: Mapping[str, str], name: str) -> ModuleType:
+    """The module of a family that is its form `name`, imported when it is first asked for.
+
+    forms: backend -> module, of the family.
+
+    Raises:
+        KernelError: the family has no such form.
+    """
+    if name not in forms:
+        raise KernelError(f"no form {name!r}\nthere are {', '.join(forms)}\nuse one of them")
+    return _imported(forms[name])
+
+
+@cache
+def _imported(module: str) -> ModuleType:
+    return importlib.import_module(module)
 
 
 def _automatic(op: str, device: torch.device, refusal: Callable[[], str | None]) -> str:
