@@ -161,16 +161,17 @@ def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 
 def _written_down(kernel: Any, programs: int, config: Config, arguments: dict[str, Any]) -> Launch:
     signature, constants, aligned = [], [], set()
-    fixed = {p.name for p in kernel.params if p.is_constexpr}
-    for name in kernel.arg_names:
-        value = arguments[name]
-        # Triton makes a constant of an integer 1 and of None as well.
-        if name in fixed or value is None or (type(value) is int and value == 1):
+    for parameter in kernel.params:
+        name, value = parameter.name, arguments[parameter.name]
+        specialized = not parameter.do_not_specialize
+        # Triton makes a constant of None, and of an integer 1 unless told otherwise.
+        one = specialized and type(value) is int and value == 1
+        if parameter.is_constexpr or value is None or one:
             signature.append((name, "constexpr"))
             constants.append((name, value))
             continue
-        signature.append((name, _type_of(value)))
-        if _multiple_of_16(value):
+        signature.append((name, parameter.annotation_type or _type_of(value)))
+        if specialized and not parameter.do_not_specialize_on_alignment and _by_16(value):
             aligned.add(name)
     return Launch(kernel, programs, config, tuple(signature), tuple(constants), frozenset(aligned))
 
@@ -201,7 +202,8 @@ def _type_of(value: Any) -> str:
     raise KernelError(f"a kernel takes tensors and numbers, not {type(value).__name__}")
 
 
-def _multiple_of_16(value: Any) -> bool:
+def _by_16(value: Any) -> bool:
+    """Whether 16 divides the address or the integer."""
     if isinstance(value, Tensor):
         # The allocator's blocks are aligned; a view may start anywhere.
         return value.storage_offset() * value.element_size() % 16 == 0
