@@ -67,6 +67,8 @@ def choose(op: str, asked: str, device: torch.device, refusal: Callable[[], str 
         KernelError: no such backend, or Triton is forced and cannot serve.
     """
     check(asked)
+    if asked == "auto" and device.type == "meta":
+        return "torch"  # shapes without values: nothing will run
     name = _default if asked == "auto" else asked
     if name == "auto":
         return _automatic(op, device, refusal)

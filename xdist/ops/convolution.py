@@ -24,6 +24,7 @@ def causal_conv1d(
     initial_state: Tensor | None = None,
     output_final_state: Literal[False] = False,
     reverse: bool = False,
+    backend: str = "auto",
 ) -> Tensor: ...
 
 
@@ -38,6 +39,7 @@ def causal_conv1d(
     initial_state: Tensor | None = None,
     output_final_state: Literal[True],
     reverse: bool = False,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -52,6 +54,7 @@ def causal_conv1d(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     reverse: bool = False,
+    backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Causal depthwise convolution: y_t = activation(bias + sum_w weight[:, w] x_{t-W+1+w}).
 
@@ -68,6 +71,7 @@ def causal_conv1d(
             the initial state where there are fewer; valid on all ranks, in the dtype of x.
         reverse: token t reads t, ..., t + W - 1 of its document, weight[:, W - 1] being its own;
             the state's tokens then lie behind the last one, and the final state is the first W - 1.
+        backend: as in `linear_attention`.
 
     Returns:
         `[B, n, C]` in the dtype of x, or `(out, final_state)`. Each document starts afresh.
@@ -79,10 +83,13 @@ def causal_conv1d(
 
     Raises:
         ShapeError: shapes that do not fit together or with the shard, or another activation.
+        StrategyError: an unknown backend, or a forced one that cannot serve.
     """
     if isinstance(shard, Carry):
         plain = initial_state is None and not output_final_state and not reverse
-        return carried_convolution(x, weight, bias, shard, activation=activation, plain=plain)
+        return carried_convolution(
+            x, weight, bias, shard, activation=activation, plain=plain, backend=backend
+        )
     return conv_parallel.causal_conv1d(
         x,
         weight,
@@ -92,4 +99,5 @@ def causal_conv1d(
         initial_state=initial_state,
         output_final_state=output_final_state,
         reverse=reverse,
+        backend=backend,
     )

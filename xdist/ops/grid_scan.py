@@ -20,6 +20,7 @@ from xdist.parallel import linear_attention as linear_attention_parallel
 from xdist.parallel import prefix_attention as prefix_attention_parallel
 from xdist.parallel import selective_scan as selective_scan_parallel
 from xdist.parallel import ssd as ssd_parallel
+from xdist.parallel.backend import check_own
 from xdist.parallel.grid_scan import run_grid
 from xdist.parallel.recurrence import Recurrence
 from xdist.parallel.recurrent import Request
@@ -70,6 +71,7 @@ def grid_scan(
     *,
     order: Sequence[int],
     reverse: bool | str = False,
+    backend: str = "auto",
 ) -> Any:
     """A recurrence over the tokens of a grid, taken in the order of some or all of its dims.
 
@@ -86,6 +88,7 @@ def grid_scan(
             more). A dim that is left out makes rows: each of its positions starts afresh.
         reverse: False from each row's first token to its last, True the other way, "both" one scan
             in each direction.
+        backend: as in `xdist.linear_attention`; a Recurrence of your own takes "auto" alone.
 
     Returns:
         The outputs of op on the same part of the grid, `[B, S1, ..., Sk, ...]`; with "both"
@@ -102,7 +105,8 @@ def grid_scan(
     tokens of a row.
 
     Raises:
-        StrategyError: op has no directions, or an unknown strategy or algorithm.
+        StrategyError: op has no directions, an unknown strategy, algorithm or backend, or a forced
+            backend that cannot serve.
         ShapeError: inputs that op does not take or that do not lie on the grid; an order that is
             empty, names a dim twice or one that the grid does not have.
 
@@ -113,6 +117,10 @@ def grid_scan(
     known = None if isinstance(function, Recurrence) else _known(function)
     strategy = options.pop("strategy", "auto")
     algorithm = options.pop("algorithm", "auto")
+    if known is None:
+        check_own(function, backend)
+    else:
+        options.setdefault("backend", backend)
     ways = _directions(inputs, reverse)
     first = ways[0][0]
     token, behind = _first_token(function, known, first, options)

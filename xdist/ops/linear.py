@@ -25,6 +25,7 @@ def linear_attention(
     strategy: str = "auto",
     algorithm: str = "auto",
     reverse: bool = False,
+    backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Gated linear attention.
 
@@ -47,6 +48,8 @@ def linear_attention(
         algorithm: of the scan: "gather", "chain", "pipelined" or "auto" (docs/moves/scan.md).
         reverse: from each document's last token to its first; the final state is then the one
             after its first token.
+        backend: "triton", "torch" or "reference" (float64, slow); "auto" takes Triton on CUDA where
+            it can serve, else torch (docs/kernels/backends.md).
 
     Returns:
         out `[B, n, H, V]` in the dtype of v, or `(out, final_state)`. Each document starts afresh.
@@ -56,7 +59,7 @@ def linear_attention(
 
     Raises:
         ShapeError: shapes or dtypes that do not fit together or with the shard.
-        StrategyError: an unknown strategy.
+        StrategyError: an unknown strategy or backend, or a forced backend that cannot serve.
         NumericsError: inside `xdist.checks()`, inputs that are not finite or decays above 0.
 
     Source: Katharopoulos et al., "Transformers are RNNs" (2020); gated and chunked as Yang et al.,
@@ -73,6 +76,7 @@ def linear_attention(
         initial_state=initial_state,
         output_final_state=output_final_state,
         reverse=reverse,
+        backend=backend,
     )
     return recurrent.run(request, shard, strategy=strategy, algorithm=algorithm)
 
@@ -92,6 +96,7 @@ def delta_rule(
     strategy: str = "auto",
     algorithm: str = "auto",
     reverse: bool = False,
+    backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The delta rule: DeltaNet, Gated DeltaNet (a decay a head), KDA (a decay a key dim).
 
@@ -109,7 +114,7 @@ def delta_rule(
         scale: None is `K ** -0.5`.
         initial_state: `[B, H, K, V]`, or `[B, documents, H, K, V]` where the shard has documents;
             equal on all ranks. Its gradient is this rank's part, as is that of a `[H]` decay.
-        output_final_state, strategy, reverse: as in `linear_attention`.
+        output_final_state, strategy, reverse, backend: as in `linear_attention`.
         algorithm: of the scan: "chain" and "pipelined" send `[B, H, K, V]` a hop and never a
             transition; "gather" sends `[B, H, K, K]` beside it; "auto" takes what costs least.
 
@@ -122,7 +127,7 @@ def delta_rule(
 
     Raises:
         ShapeError: shapes or dtypes that do not fit together or with the shard.
-        StrategyError: an unknown strategy.
+        StrategyError: an unknown strategy or backend, or a forced backend that cannot serve.
         NumericsError: inside `xdist.checks()`, inputs that are not finite, decays above 0, or beta
             outside [0, 2].
 
@@ -142,5 +147,6 @@ def delta_rule(
         initial_state=initial_state,
         output_final_state=output_final_state,
         reverse=reverse,
+        backend=backend,
     )
     return recurrent.run(request, shard, strategy=strategy, algorithm=algorithm)

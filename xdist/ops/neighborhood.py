@@ -170,6 +170,7 @@ def axial_attention(
     mask: Mask | None = None,
     strategy: str = "auto",
     scale: float | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """Softmax attention along one dim of the grid; every other position is a row of its own.
 
@@ -181,6 +182,7 @@ def axial_attention(
             "ulysses" and "ring" are those of `xdist.attention` with each row's positions as the
             sequence; "auto" takes the one whose busiest rank moves the fewest bytes (the first
             named of equals). Where `dim` is whole nothing moves.
+        backend: as in `xdist.attention`.
 
     Returns:
         `[B, S1..Sk, H, E]` in the dtype of q.
@@ -192,7 +194,8 @@ def axial_attention(
     Raises:
         ShapeError: shapes, dtypes or devices that do not fit together or with the shard.
         LayoutError: the grid has no such dim.
-        StrategyError: an unknown strategy, or switch in a grid of one dim.
+        StrategyError: an unknown strategy or backend, a forced backend that cannot serve, or switch
+            in a grid of one dim.
 
     Source: Ho et al., "Axial Attention in Multidimensional Transformers" (2019), section 3.
     """
@@ -205,4 +208,5 @@ def axial_attention(
         mask=Mask(causal=False) if mask is None else mask,
         strategy=strategy,
         scale=scale,
+        backend=backend,
     )

@@ -21,6 +21,7 @@ def prefix_attention(
     strategy: str = "auto",
     algorithm: str = "auto",
     reverse: bool = False,
+    backend: str = "auto",
 ) -> Tensor:
     """Softmax attention of one fixed query per head over every prefix.
 
@@ -33,6 +34,7 @@ def prefix_attention(
         shard: where this rank's tokens lie; None is one device.
         scale: None is `D ** -0.5`.
         strategy, algorithm, reverse: as in `linear_attention`; in reverse o_t reads i >= t.
+        backend: "auto", "torch" or "reference" (float64, slow); there is no Triton kernel.
 
     Returns:
         `[B, n, H, V]` in the dtype of v. Each document starts afresh. Scores and sums are float32
@@ -43,13 +45,16 @@ def prefix_attention(
 
     Raises:
         ShapeError: shapes or dtypes that do not fit together or with the shard.
-        StrategyError: an unknown strategy or algorithm.
+        StrategyError: an unknown strategy, algorithm or backend, or a forced backend that cannot
+            serve.
         NumericsError: inside `xdist.checks()`, inputs that are not finite.
 
     Source: Feng et al., "Attention as an RNN" (2024), section 3.
     """
     shard = resolve(shard, v.shape[1])
-    request = prefix_attention_parallel.request(q, k, v, shard, scale=scale, reverse=reverse)
+    request = prefix_attention_parallel.request(
+        q, k, v, shard, scale=scale, reverse=reverse, backend=backend
+    )
     out = recurrent.run(request, shard, strategy=strategy, algorithm=algorithm)
     assert isinstance(out, Tensor)
     return out

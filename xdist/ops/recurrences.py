@@ -19,6 +19,7 @@ from xdist.parallel import prefix_attention as prefix_attention_parallel
 from xdist.parallel import recurrent
 from xdist.parallel import selective_scan as selective_scan_parallel
 from xdist.parallel import ssd as ssd_parallel
+from xdist.parallel.backend import check_own
 from xdist.parallel.recurrence import Recurrence
 from xdist.shard import SequenceShard, resolve
 
@@ -33,6 +34,7 @@ def recurrence(
     strategy: str = "auto",
     algorithm: str = "auto",
     reverse: bool = False,
+    backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """A recurrence of your own over a sharded sequence: docs/add_a_recurrence.md.
 
@@ -45,14 +47,16 @@ def recurrence(
         initial_state: `[B, H, K, V]`, or `[B, documents, H, K, V]` where the shard has documents;
             equal on all ranks.
         output_final_state, strategy, algorithm, reverse: as in `xdist.linear_attention`.
+        backend: "auto": `op` is what computes, so nothing else can be asked for.
 
     Returns:
         out `[B, n, H, V]`, or `(out, final_state)`. Each document starts afresh.
 
     Raises:
         ShapeError: inputs of another length than the shard's, or a state of another shape.
-        StrategyError: an unknown strategy or algorithm.
+        StrategyError: an unknown strategy or algorithm, or a backend.
     """
+    check_own(op, backend)
     length = next(x.shape[1] for i, x in enumerate(inputs) if x is not None and i not in op.whole)
     request = recurrent.Request(
         type(op).__name__, op, inputs, initial_state, output_final_state, reverse
@@ -69,6 +73,7 @@ def bidirectional(
     *,
     strategy: str = "auto",
     algorithm: str = "auto",
+    backend: str = "auto",
 ) -> tuple[Any, Any]:
     """A recurrence from both ends of the sequence, with ONE exchange for the two directions.
 
@@ -79,7 +84,8 @@ def bidirectional(
             in order), in the order of this rank's tokens.
         backward: those of the other direction, also in the order of this rank's tokens: other
             gates, another A; None takes the same as forward.
-        shard, strategy, algorithm: as in `xdist.linear_attention`.
+        shard, strategy, algorithm, backend: as in `xdist.linear_attention`; a Recurrence of your
+            own takes backend "auto" alone.
 
     Returns:
         (out of the forward direction, out of the backward direction), each as `op` returns it, in
@@ -89,7 +95,8 @@ def bidirectional(
     exchange two.
 
     Raises:
-        StrategyError: `op` has no directions, an unknown strategy or algorithm.
+        StrategyError: `op` has no directions, an unknown strategy, algorithm or backend, or a
+            forced backend that cannot serve.
         ShapeError: as `op`; arguments that `op` does not take, or lacks.
 
     Source: scans in both directions as in Zhu et al., "Vision Mamba" (2024), section 3.3.
@@ -97,6 +104,7 @@ def bidirectional(
     given = forward if backward is None else backward
     sides = ((forward, False), (given, True))
     if isinstance(op, Recurrence):
+        check_own(op, backend)
         token = next(
             x
             for i, x in enumerate(cast("Sequence[Tensor | None]", forward))
@@ -113,7 +121,8 @@ def bidirectional(
             _check_arguments(op, own)
         shard = resolve(shard, cast("Any", forward)[tokens_of].shape[1])
         requests = [
-            build(**cast("Any", own), shard=shard, reverse=reverse) for own, reverse in sides
+            build(**cast("Any", own), shard=shard, reverse=reverse, backend=backend)
+            for own, reverse in sides
         ]
     first, second = recurrent.run_together(requests, shard, strategy=strategy, algorithm=algorithm)
     return first, second
@@ -138,7 +147,7 @@ def _directed(op: Callable[..., Any]) -> tuple[Callable[..., recurrent.Request],
 
 
 def _check_arguments(op: Callable[..., Any], given: Any) -> None:
-    name, ours = op.__name__, {"shard", "reverse", "strategy", "algorithm"}
+    name, ours = op.__name__, {"shard", "reverse", "strategy", "algorithm", "backend"}
     try:
         if ours & set(given):
             raise TypeError(f"{sorted(ours & set(given))} belong to the call of both directions")

@@ -27,6 +27,7 @@ def attention(
     key_shard: SequenceShard | str = "same",
     dropout: Dropout | None = None,
     head_chunks: int = 1,
+    backend: str = "auto",
 ) -> Tensor:
     """Softmax attention: softmax(softcap(scale * q k^T), mask) v.
 
@@ -52,6 +53,8 @@ def attention(
             ranks, strategy and layout. None drops nothing.
         head_chunks: how many runs of heads ulysses switches and computes one after another; the
             peak of memory falls, the bytes stay. Other strategies take 1.
+        backend: "triton", "torch" or "reference" (float64, slow); "auto" takes Triton on CUDA where
+            it can serve, else torch (docs/kernels/backends.md).
 
     Returns:
         `[B, n, H, E]` in the dtype of q; a query that sees nothing gets 0. Scores and sums are
@@ -63,8 +66,9 @@ def attention(
     Raises:
         ShapeError: shapes, dtypes or devices that do not fit together or with the shard.
         MaskError: a window list of another length, or a mask that keys elsewhere cannot serve.
-        StrategyError: an unknown strategy, halo with a mask of unlimited reach, or head_chunks
-            above 1 with another strategy than ulysses or auto.
+        StrategyError: an unknown strategy or backend, a forced backend that cannot serve, halo with
+            a mask of unlimited reach, or head_chunks above 1 with another strategy than ulysses or
+            auto.
         NumericsError: inside `xdist.checks()`, inputs that are not finite.
 
     Source: blockwise as Dao, "FlashAttention-2" (2023), algorithms 1 and 2; ring as Liu et al.,
@@ -85,4 +89,5 @@ def attention(
         key_shard=key_shard,
         dropout=dropout,
         head_chunks=head_chunks,
+        backend=backend,
     )

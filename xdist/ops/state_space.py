@@ -26,6 +26,7 @@ def ssd(
     strategy: str = "auto",
     algorithm: str = "auto",
     reverse: bool = False,
+    backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """State-space duality, the recurrence of Mamba-2: one decay a token and head.
 
@@ -43,8 +44,8 @@ def ssd(
             equal on all ranks.
         output_final_state: also return the state after the last token (of each document), valid
             on all ranks, float32 (float64 with float64 inputs).
-        strategy, algorithm, reverse: as in `linear_attention`. Under "switch" a group goes once to
-            every rank whose heads it serves.
+        strategy, algorithm, reverse, backend: as in `linear_attention`. Under "switch" a group goes
+            once to every rank whose heads it serves.
 
     Returns:
         y `[B, n, H, D]` in the dtype of x, or `(y, final_state)`. Each document starts afresh.
@@ -55,7 +56,8 @@ def ssd(
 
     Raises:
         ShapeError: shapes or dtypes that do not fit together or with the shard.
-        StrategyError: an unknown strategy or algorithm.
+        StrategyError: an unknown strategy, algorithm or backend, or a forced backend that cannot
+            serve.
         NumericsError: inside `xdist.checks()`, inputs that are not finite, dt not above 0 or A
             above 0.
 
@@ -73,6 +75,7 @@ def ssd(
         initial_state=initial_state,
         output_final_state=output_final_state,
         reverse=reverse,
+        backend=backend,
     )
     return recurrent.run(request, shard, strategy=strategy, algorithm=algorithm)
 
@@ -95,6 +98,7 @@ def selective_scan(
     strategy: str = "auto",
     algorithm: str = "auto",
     reverse: bool = False,
+    backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The selective scan of Mamba-1: a decay of its own for every channel and state.
 
@@ -116,8 +120,8 @@ def selective_scan(
             on all ranks.
         output_final_state: also return the state after the last token (of each document), valid
             on all ranks, float32 (float64 with float64 inputs).
-        strategy, algorithm, reverse: as in `linear_attention`. Under "switch" channels are split
-            as `torch.tensor_split`; B and C go once to every rank that has channels.
+        strategy, algorithm, reverse, backend: as in `linear_attention`. Under "switch" channels are
+            split as `torch.tensor_split`; B and C go once to every rank that has channels.
 
     Returns:
         y `[B, n, C]` in the dtype of u, or `(y, final_state)`. Each document starts afresh.
@@ -127,7 +131,8 @@ def selective_scan(
 
     Raises:
         ShapeError: shapes or dtypes that do not fit together or with the shard.
-        StrategyError: an unknown strategy or algorithm.
+        StrategyError: an unknown strategy, algorithm or backend, or a forced backend that cannot
+            serve.
         NumericsError: inside `xdist.checks()`, inputs that are not finite, delta below 0 or A above
             0.
 
@@ -146,5 +151,6 @@ def selective_scan(
         initial_state=initial_state,
         output_final_state=output_final_state,
         reverse=reverse,
+        backend=backend,
     )
     return recurrent.run(request, shard, strategy=strategy, algorithm=algorithm)

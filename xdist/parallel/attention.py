@@ -21,9 +21,11 @@ from xdist.parallel.attention_checks import check_alike, check_device, check_set
 from xdist.parallel.attention_fetch import FetchAttention
 from xdist.parallel.attention_ring import RingAttention
 from xdist.parallel.attention_ulysses import ulysses
+from xdist.parallel.backend import chosen
 from xdist.parallel.first_order import without_autocast
 from xdist.parallel.noted import Noted, notes
 from xdist.shard import SequenceShard, resolve
+from xdist_kernels import attention as kernels
 
 _log = logging.getLogger(__name__)
 KeyShard: TypeAlias = SequenceShard | str
@@ -43,6 +45,7 @@ def attention(
     key_shard: KeyShard,
     dropout: Dropout | None,
     head_chunks: int,
+    backend: str = "auto",
 ) -> Tensor:
     """`xdist.attention`, see there. Every check comes before anything is sent."""
     shared = shard is not None
@@ -50,6 +53,10 @@ def attention(
     check_settings(mask, scale, softcap, dropout)
     problem = problem_of(q, k, v, shard, mask=mask, sinks=sinks, key_shard=key_shard)
     strategy = _with_head_chunks(strategy, head_chunks)
+    drops = dropout is not None and dropout.rate > 0.0
+    backend = chosen(
+        "attention", backend, q, lambda: kernels.refusal(q, k, v, softcap=softcap, drops=drops)
+    )
     noted = notes()
     if noted is not None:
         noted.append(Noted((problem,), strategy))
@@ -62,7 +69,9 @@ def attention(
         check_alike(problem, shard, strategy, q.dtype, scale, softcap, sinks is None, dropout)
         _check_values(q, k, v, shard)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    call = Call(problem, shard.rank, shard.group, scale, softcap, q.device, dropout, shared)
+    call = Call(
+        problem, shard.rank, shard.group, scale, softcap, q.device, dropout, shared, backend
+    )
     with without_autocast(q):
         return _run(call, strategy, q, k, v, sinks, head_chunks)
 

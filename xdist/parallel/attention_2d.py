@@ -24,7 +24,7 @@ from xdist.parallel.attention_call import Call
 from xdist.parallel.attention_ring import Ring
 from xdist.parallel.attention_switch import Switch
 from xdist.parallel.first_order import first_order
-from xdist_kernels.attention.torch import attention_delta, sinks_backward
+from xdist_kernels.attention.torch import sinks_backward
 
 
 class TwoAxesAttention(Function):
@@ -53,7 +53,7 @@ class TwoAxesAttention(Function):
         call, switch = ctx.call, _switch(ctx.call)
         q_, k_, v_, out, lse, sinks = ctx.saved_tensors
         dout = switch.start_dout(0, dout).wait()
-        delta = attention_delta(out, dout)
+        delta = call.delta(out, dout)
         dq, dk, dv = _ring(call, switch).backward(q_, k_, v_, lse, delta, dout)
         dsinks = None
         if sinks is not None:

@@ -14,11 +14,12 @@ from torch import Tensor
 from xdist.comm.collectives import ProcessGroup
 from xdist.cost.attention_keys import Problem, Ranges, head_spans
 from xdist.dropout import Dropout
+from xdist_kernels import attention, merge
 from xdist_kernels.attention.blocks import Spans
 from xdist_kernels.attention.dropout import Dropped
-from xdist_kernels.attention.torch import attention_backward, attention_forward
 
 T = TypeVar("T")
+Pair = tuple[Tensor, Tensor]  # out and log-sum-exp
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,8 @@ class Seen:
 class Call:
     """A checked call: the problem all ranks know, and where this rank stands.
 
-    `shared`: other calls have this problem too, because they have its shard.
+    `shared`: other calls have this problem too, because they have its shard. `backend`: whose
+    kernels compute: triton, torch or reference.
     """
 
     problem: Problem
@@ -44,6 +46,7 @@ class Call:
     device: torch.device
     dropout: Dropout | None = None
     shared: bool = True
+    backend: str = "torch"
 
     def others(self) -> list[int]:
         """The other sequence ranks."""
@@ -109,23 +112,34 @@ class Call:
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, seen: Seen, k_positions: Tensor,
-        sinks: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """The kernel's forward with this call's scale and soft-cap."""
-        return attention_forward(
+        sinks: Tensor | None = None, into: Pair | None = None,
+    ) -> Pair:  # fmt: skip
+        """The kernel's forward with this call's scale and soft-cap; `into` is added to."""
+        found: Pair = attention.kernels(self.backend).attention_forward(
             q, k, v, scale=self.scale, spans=seen.spans, k_positions=k_positions,
-            softcap=self.softcap, sinks=sinks, dropout=seen.dropped,
+            softcap=self.softcap, sinks=sinks, dropout=seen.dropped, into=into,
         )  # fmt: skip
+        return found
 
     def backward(
         self, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor | None, dout: Tensor,
         seen: Seen, k_positions: Tensor, out: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """The kernel's backward with this call's scale and soft-cap."""
-        return attention_backward(
+        found: tuple[Tensor, Tensor, Tensor] = attention.kernels(self.backend).attention_backward(
             q, k, v, lse, delta, dout, scale=self.scale, spans=seen.spans,
             k_positions=k_positions, softcap=self.softcap, dropout=seen.dropped, out=out,
         )  # fmt: skip
+        return found
+
+    def merge_sinks_(self, out: Tensor, lse: Tensor, sinks: Tensor) -> None:
+        """Adds the sinks to (`out`, `lse`) over all keys, in place."""
+        merge.kernels(self.backend).merge_sinks_(out, lse, sinks)
+
+    def delta(self, out: Tensor, dout: Tensor) -> Tensor:
+        """`rowsum(dO * O)` `[B,n,H]`, float32 or float64."""
+        found: Tensor = attention.kernels(self.backend).attention_delta(out, dout)
+        return found
 
 
 def take(x: Tensor, ranges: Ranges) -> Tensor:

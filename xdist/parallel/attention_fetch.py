@@ -22,8 +22,7 @@ from xdist.cost.attention_keys import Needs, all_keys
 from xdist.parallel.attention_blocks import Block, Blocks
 from xdist.parallel.attention_call import Call
 from xdist.parallel.first_order import first_order
-from xdist_kernels.attention.torch import attention_delta, sinks_backward
-from xdist_kernels.merge.torch import merge_, merge_sinks_
+from xdist_kernels.attention.torch import sinks_backward
 
 
 class FetchAttention(Function):
@@ -41,9 +40,9 @@ class FetchAttention(Function):
         far = _joined(got) if got else (k[:, :0], v[:, :0])
         ctx.owners = [(owner, got[owner][0].shape[1]) for owner in sorted(got)]
         if got:
-            merge_(out, lse, *call.forward(q, *far, seen, _positions(blocks, ctx.owners)))
+            call.forward(q, *far, seen, _positions(blocks, ctx.owners), into=(out, lse))
         if sinks is not None:
-            merge_sinks_(out, lse, sinks)
+            call.merge_sinks_(out, lse, sinks)
         out = out.to(q.dtype)
         ctx.call, ctx.blocks = call, blocks
         ctx.save_for_backward(q, k, v, out, lse, sinks, *far)
@@ -55,7 +54,7 @@ class FetchAttention(Function):
         call, blocks = ctx.call, ctx.blocks
         q, k, v, out, lse, sinks, *far = ctx.saved_tensors
         seen, own = call.own_seen(), blocks.own_positions()
-        delta = attention_delta(out, dout)
+        delta = call.delta(out, dout)
         given: dict[int, Block] = {}
         far_dq = None
         if ctx.owners:

@@ -25,8 +25,7 @@ from xdist.parallel.attention_runs import Run, merge_forward
 from xdist.parallel.attention_runs import backward as runs_backward
 from xdist.parallel.attention_runs import forward as runs_forward
 from xdist.parallel.first_order import first_order
-from xdist_kernels.attention.torch import attention_delta, sinks_backward
-from xdist_kernels.merge.torch import merge_sinks_
+from xdist_kernels.attention.torch import sinks_backward
 
 
 class RingAttention(Function):
@@ -47,7 +46,7 @@ class RingAttention(Function):
     @first_order
     def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
         q, k, v, out, lse, sinks = ctx.saved_tensors
-        delta = attention_delta(out, dout)
+        delta = ctx.call.delta(out, dout)
         dq, dk, dv = _all_ranks(ctx.call).backward(q, k, v, lse, delta, dout)
         dsinks = None if sinks is None else sinks_backward(sinks, lse, delta).to(sinks.dtype)
         return None, dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsinks
@@ -79,7 +78,7 @@ class Ring:
                 merge_forward(call, runs, out, lse, q, *got[owner], blocks.positions(owner))
             del got
         if sinks is not None:
-            merge_sinks_(out, lse, sinks)
+            call.merge_sinks_(out, lse, sinks)
         return out, lse
 
     def backward(

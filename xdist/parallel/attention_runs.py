@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from xdist.parallel.attention_call import Call, Seen, joined
-from xdist_kernels.merge.torch import merge_
 
 # Heads, and a tensor that holds them along dim 2.
 Part = tuple[Sequence[int], Tensor]
@@ -64,10 +63,10 @@ def merge_forward(
 ) -> None:  # fmt: skip
     """Adds the attention over other keys to (`out`, `lse`), in place."""
     for run in runs:
-        part = call.forward(
-            of_heads(q, run.h), of_heads(k, run.g), of_heads(v, run.g), run.seen, at
-        )
-        merge_(of_heads(out, run.h), of_heads(lse, run.h), *part)
+        call.forward(
+            of_heads(q, run.h), of_heads(k, run.g), of_heads(v, run.g), run.seen, at,
+            into=(of_heads(out, run.h), of_heads(lse, run.h)),
+        )  # fmt: skip
 
 
 def backward(

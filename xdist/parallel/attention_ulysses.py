@@ -31,7 +31,7 @@ from xdist.parallel.attention_runs import backward as runs_backward
 from xdist.parallel.attention_runs import forward as runs_forward
 from xdist.parallel.attention_switch import Switch
 from xdist.parallel.first_order import first_order
-from xdist_kernels.attention.torch import attention_delta, sinks_backward
+from xdist_kernels.attention.torch import sinks_backward
 
 Pair = tuple[Tensor, Tensor]  # of keys and values
 _KEPT = 5  # tensors a chunk keeps for backward: q, k, v, out, lse
@@ -118,7 +118,7 @@ class UlyssesAttention(Function):
             dq, dk, dv = runs_backward(call, runs, q_, k_, v_, lse, None, dout_, at, out)
             if dsinks is not None:
                 heads = slice(switch.heads(chunk).start, switch.heads(chunk).stop)
-                delta = attention_delta(out, dout_)
+                delta = call.delta(out, dout_)
                 dsinks[heads] = sinks_backward(sinks[heads], lse, delta).to(sinks.dtype)
             del q_, k_, v_, out, lse, dout_
             dq = dq.to(dtype)

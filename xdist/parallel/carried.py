@@ -87,6 +87,7 @@ def carried_convolution(
     *,
     activation: str | None,
     plain: bool,
+    backend: str = "auto",
 ) -> Tensor:
     """Outputs of the chunk [B, T, C]; the state is the last W - 1 tokens of x.
 
@@ -104,7 +105,7 @@ def carried_convolution(
     inner = None if len(cuts) == 2 else [0, *(cut + reach for cut in cuts[1:])]
     length = extended.shape[1]
     shard = SequenceShard(Mesh.one_rank(x.device), Layout.contiguous(length, 1), inner)
-    out = causal_conv1d(extended, weight, bias, shard, activation=activation)
+    out = causal_conv1d(extended, weight, bias, shard, activation=activation, backend=backend)
     assert isinstance(out, Tensor)
     last = length if inner is None else cuts[-1] - cuts[-2]
     kept = min(reach, last)

@@ -26,6 +26,7 @@ from xdist.cost.conv import final_pieces, tokens_in
 from xdist.cost.recurrent import ConvProblem
 from xdist.errors import ShapeError
 from xdist.layout import Layout
+from xdist.parallel.backend import chosen
 from xdist.parallel.conv_parts import Stretch, Walk
 from xdist.parallel.first_order import first_order
 from xdist.parallel.noted import Noted, notes
@@ -45,6 +46,7 @@ def causal_conv1d(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     reverse: bool = False,
+    backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`xdist.causal_conv1d` with the shard resolved; see there."""
     try:
@@ -57,6 +59,7 @@ def causal_conv1d(
             f"x has {x.shape[1]} tokens, the shard has {shard.local_length}",
             "pass shard.scatter(x), or the shard this tensor was made for",
         )
+    backend = chosen("causal_conv1d", backend, x, lambda: conv.refusal(x, weight, bias, activation))
     noted = notes()
     if noted is not None:
         assert not output_final_state, "nobody plans states of a convolution yet"
@@ -75,6 +78,7 @@ def causal_conv1d(
         activation,
         initial is not None,
         _inside(share, shard),
+        backend,
     )
     x = _turned(x, shard.layout, shard.rank) if reverse else x
     out = _CausalConv.apply(walk, x, weight, bias, initial)
@@ -169,7 +173,7 @@ class _CausalConv(torch.autograd.Function):
         given, stretches = _Tensors(x, weight, bias, initial), walk.stretches()
 
         def run(one: Stretch, halos: Sequence[Tensor]) -> None:
-            conv.causal_conv_forward(
+            conv.kernels(walk.backend).causal_conv_forward(
                 x[:, one.at],
                 weight,
                 bias,
@@ -231,7 +235,7 @@ class _Sums:
     def add(self, one: Stretch, around: Tensor) -> None:
         """One stretch's gradients; `around` is that of the W - 1 tokens before it and its own."""
         given, walk = self.given, self.walk
-        _, dtaps, dlevel, _ = conv.causal_conv_backward(
+        _, dtaps, dlevel, _ = conv.kernels(walk.backend).causal_conv_backward(
             given.x[:, one.at],
             given.weight,
             given.bias,

@@ -48,6 +48,7 @@ class Walk:
     activation: str | None
     has_state: bool
     inside: Tensor | None  # [n] position of each local token in its document; None with one
+    backend: str = "torch"
 
     def stretches(self) -> list[Stretch]:
         """All of this rank's tokens; one that follows another stands right behind it."""

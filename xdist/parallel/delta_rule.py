@@ -6,6 +6,7 @@ from torch import Tensor
 
 from xdist.comm.checks import checks_are_on
 from xdist.errors import ShapeError
+from xdist.parallel.backend import chosen
 from xdist.parallel.recurrence import state_dtype
 from xdist.parallel.recurrences.delta import DeltaRule
 from xdist.parallel.recurrent import Request, check_values
@@ -26,6 +27,7 @@ def request(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     reverse: bool = False,
+    backend: str = "auto",
 ) -> Request:
     """`xdist.delta_rule` with the shard resolved, checked; see there."""
     try:
@@ -40,9 +42,18 @@ def request(
         log_decay = log_decay if log_decay.dim() == 4 else log_decay.unsqueeze(-1)
         log_decay = log_decay.to(wide)
     scale = q.shape[3] ** -0.5 if scale is None else scale
+    backend = chosen(
+        "delta_rule",
+        backend,
+        v,
+        lambda: delta.refusal(
+            q, k, v, beta, log_decay.expand(*beta.shape, 1) if fixed and log_decay is not None
+            else log_decay,
+        ),
+    )  # fmt: skip
     return Request(
         "delta_rule",
-        DeltaRule(scale, fixed=fixed),
+        DeltaRule(scale, fixed=fixed, backend=backend),
         (q, k, v, beta.unsqueeze(-1).to(wide), log_decay),
         initial_state,
         output_final_state,

@@ -26,6 +26,7 @@ from xdist.grid_shard import GridShard, resolve_grid
 from xdist.layout import Layout
 from xdist.mask import Mask
 from xdist.parallel import attention as attention_parallel
+from xdist.parallel.backend import chosen
 from xdist.parallel.neighborhood import (
     attend,
     attend_here,
@@ -35,6 +36,7 @@ from xdist.parallel.neighborhood import (
     make_rules,
 )
 from xdist.shard import DerivedShard, SequenceShard
+from xdist_kernels import attention as kernels
 from xdist_kernels.neighborhood.rules import Blocks, Strided
 
 
@@ -153,9 +155,16 @@ def axial_attention(
     mask: Mask,
     strategy: str,
     scale: float | None,
+    backend: str = "auto",
 ) -> Tensor:
     """`xdist.axial_attention`; see there."""
     dims = check_tensors("axial_attention", q, k, v)
+    backend = chosen(
+        "axial_attention",
+        backend,
+        q,
+        lambda: kernels.refusal(q, k, v, softcap=None, drops=False),
+    )
     gshard = resolve_grid(gshard, q, dims)
     for x in (q, k, v):
         gshard.check(x)
@@ -163,7 +172,9 @@ def axial_attention(
     dim = gshard.along(dim).dim
     check_axial(gshard.sizes, strategy)
     if dim != gshard.dim or gshard.size == 1:
-        return along(q, k, v, None, dim=dim, mask=mask, strategy="auto", scale=scale)
+        return along(
+            q, k, v, None, dim=dim, mask=mask, strategy="auto", scale=scale, backend=backend
+        )
     if strategy == "auto":
         heads = (q.shape[-2], k.shape[-2], q.shape[-1], v.shape[-1])
         inputs = heads[0] * heads[2] + heads[1] * (heads[2] + heads[3])
@@ -172,10 +183,12 @@ def axial_attention(
         strategy = axial_choice(Axial(gshard.sizes, dim, gshard.size, mask, *sizes, switched))
     if strategy != "switch":
         shard = DerivedShard(gshard.mesh, gshard.layout)
-        return along(q, k, v, shard, dim=dim, mask=mask, strategy=strategy, scale=scale)
+        return along(
+            q, k, v, shard, dim=dim, mask=mask, strategy=strategy, scale=scale, backend=backend
+        )
     to = axial_switch_dim(gshard.sizes, dim, gshard.size)
     (q, k, v), elsewhere = gshard.switch_many([q, k, v], to)
-    out = along(q, k, v, None, dim=dim, mask=mask, strategy="auto", scale=scale)
+    out = along(q, k, v, None, dim=dim, mask=mask, strategy="auto", scale=scale, backend=backend)
     return elsewhere.switch(out, dim)[0]
 
 
@@ -189,6 +202,7 @@ def along(
     mask: Mask,
     strategy: str,
     scale: float | None,
+    backend: str = "auto",
 ) -> Tensor:
     """Attention along grid dim `dim`, every other position a row of the batch."""
     rows = [x.movedim(dim + 1, -3).flatten(0, -4) for x in (q, k, v)]
@@ -205,6 +219,7 @@ def along(
         key_shard="same",
         dropout=None,
         head_chunks=1,
+        backend=backend,
     )
     others = [n for number, n in enumerate(q.shape[:-2]) if number != dim + 1]
     return out.unflatten(0, others).movedim(-3, dim + 1)

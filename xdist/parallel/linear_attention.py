@@ -6,6 +6,7 @@ from torch import Tensor
 
 from xdist.comm.checks import checks_are_on
 from xdist.errors import ShapeError
+from xdist.parallel.backend import chosen
 from xdist.parallel.recurrences.linear import LinearAttention
 from xdist.parallel.recurrent import Request, check_values
 from xdist.shard import SequenceShard
@@ -24,6 +25,7 @@ def request(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     reverse: bool = False,
+    backend: str = "auto",
 ) -> Request:
     """`xdist.linear_attention` with the shard resolved, checked; see there."""
     try:
@@ -42,9 +44,10 @@ def request(
     decay = None if log_decay is None else log_decay.to(linear.state_dtype(q))
     decay = linear.canonical_decay(decay, v, q.shape[3])
     inputs = (q, k, v, decay)
+    backend = chosen("linear_attention", backend, v, lambda: linear.refusal(*inputs))
     return Request(
         "linear_attention",
-        LinearAttention.of(inputs, scale),
+        LinearAttention.of(inputs, scale, backend),
         inputs,
         initial_state,
         output_final_state,

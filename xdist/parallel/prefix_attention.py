@@ -7,9 +7,11 @@ from torch import Tensor
 
 from xdist.comm.checks import checks_are_on
 from xdist.errors import ShapeError
+from xdist.parallel.backend import chosen
 from xdist.parallel.recurrences.prefix import PrefixAttention
 from xdist.parallel.recurrent import Request, check_values
 from xdist.shard import SequenceShard
+from xdist_kernels import prefix
 
 
 def request(
@@ -20,13 +22,16 @@ def request(
     *,
     scale: float | None = None,
     reverse: bool = False,
+    backend: str = "auto",
 ) -> Request:
     """`xdist.prefix_attention` with the shard resolved, checked; see there."""
     _check(q, k, v)
     if checks_are_on():
         check_values("prefix_attention", shard, (q, k, v), False, "whatever their size")
     scale = q.shape[1] ** -0.5 if scale is None else scale
-    return Request("prefix_attention", PrefixAttention(scale), (q, k, v), reverse=reverse)
+    backend = chosen("prefix_attention", backend, v, prefix.refusal)
+    op = PrefixAttention(scale, backend)
+    return Request("prefix_attention", op, (q, k, v), reverse=reverse)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -13,10 +13,12 @@ from torch import Tensor
 
 from xdist.comm.checks import checks_are_on
 from xdist.errors import ShapeError
+from xdist.parallel.backend import chosen
 from xdist.parallel.recurrences.selective import SelectiveScan
 from xdist.parallel.recurrent import Request, Result, check_values
 from xdist.parallel.selective_local import Local
 from xdist.shard import SequenceShard
+from xdist_kernels import selective_scan
 
 
 def request(
@@ -31,6 +33,7 @@ def request(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     reverse: bool = False,
+    backend: str = "auto",
 ) -> Request:
     """`xdist.selective_scan` with the shard resolved, checked; see there."""
     _check(u, delta, A, B, C, local)
@@ -39,10 +42,12 @@ def request(
     if checks_are_on():
         _check_values(u, delta, A, B, C, local, initial_state, shard)
     initial = None if initial_state is None else initial_state.unsqueeze(-1)
+    inputs = (u.unsqueeze(3), delta.unsqueeze(3), A, B.unsqueeze(2), C.unsqueeze(2))
+    backend = chosen("selective_scan", backend, u, lambda: selective_scan.refusal(*inputs))
     return Request(
         "selective_scan",
-        SelectiveScan(),
-        (u.unsqueeze(3), delta.unsqueeze(3), A, B.unsqueeze(2), C.unsqueeze(2)),
+        SelectiveScan(backend),
+        inputs,
         initial,
         output_final_state,
         reverse,

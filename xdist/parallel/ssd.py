@@ -12,11 +12,13 @@ from torch import Tensor
 
 from xdist.comm.checks import checks_are_on
 from xdist.errors import ShapeError
+from xdist.parallel.backend import chosen
 from xdist.parallel.recurrence import state_dtype
 from xdist.parallel.recurrences.linear import LinearAttention
 from xdist.parallel.recurrent import Request, Result, check_values
 from xdist.parallel.ssd_local import Skip, Values
 from xdist.shard import SequenceShard
+from xdist_kernels import linear
 
 
 def request(
@@ -31,6 +33,7 @@ def request(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     reverse: bool = False,
+    backend: str = "auto",
 ) -> Request:
     """`xdist.ssd` with the shard resolved, checked; see there."""
     _check(x, dt, A, B, C, D)
@@ -41,9 +44,10 @@ def request(
     # The decay of a long run is a sum of these: never in less than float32.
     steps = dt.to(wide)
     log_decay = (steps * A.to(wide))[..., None]
+    backend = chosen("ssd", backend, x, lambda: linear.refusal(C, B, x, log_decay))
     return Request(
         "ssd",
-        LinearAttention(1.0, "scalar"),
+        LinearAttention(1.0, "scalar", backend),
         (C, B, Values.apply(steps, x), log_decay),
         initial_state,
         output_final_state,

@@ -4,7 +4,6 @@ from types import ModuleType
 
 from torch import Tensor
 
-from xdist_kernels.attention.dropout import Dropped
 from xdist_kernels.backend import form
 from xdist_kernels.launch import why_not
 
@@ -23,12 +22,11 @@ def kernels(name: str) -> ModuleType:
     return form(_FORMS, name)
 
 
-def refusal(
-    q: Tensor, k: Tensor, v: Tensor, *, softcap: float | None, dropout: Dropped | None
-) -> str | None:
-    """Why the Triton kernels cannot serve tensors such as these; None: they can."""
+def refusal(q: Tensor, k: Tensor, v: Tensor, *, softcap: float | None, drops: bool) -> str | None:
+    """Why the Triton kernels cannot serve tensors such as these, with or without dropout; None:
+    they can."""
     why = why_not(q.device, q.dtype)
     if why is not None:
         return why
-    found: str | None = kernels("triton").refusal(q, k, v, softcap=softcap, dropout=dropout)
+    found: str | None = kernels("triton").refusal(q, k, v, softcap=softcap, drops=drops)
     return found

@@ -22,7 +22,7 @@ from xdist_kernels.attention.dropout import Dropped
 from xdist_kernels.attention.flash import backward_run, backward_whole, forward_run, forward_whole
 from xdist_kernels.attention.forms import Served, forms_of
 from xdist_kernels.errors import KernelError
-from xdist_kernels.merge.torch import merge_sinks_
+from xdist_kernels.merge.torch import merge_, merge_sinks_
 
 
 def attention_forward(
@@ -37,6 +37,7 @@ def attention_forward(
     sinks: Tensor | None = None,
     dropout: Dropped | None = None,
     form: str | None = None,
+    into: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`softmax(softcap(scale * q k^T)) v` over the keys each query sees, and its log-sum-exp.
 
@@ -45,12 +46,20 @@ def attention_forward(
     when heads differ: a query sees the keys whose position is in `[lo, hi)` or in
     `[prefix_lo, prefix_hi)`, which are disjoint. `sinks` `[H]` is one extra logit per head.
     `dropout` drops probabilities (dropout.py); the log-sum-exp is that without dropout.
-    `form` forces "flash", "window" or "blockwise"; None takes the fastest that serves.
+    `form` forces "flash", "window" or "blockwise"; None takes the fastest that serves. `into` is
+    (out, lse) over other keys, float32 (float64): these keys' part is added to it, in place.
 
     Returns out `[B,n,H,E]` and lse `[B,n,H]` (natural log, sink included), both float32, float64
     for float64 inputs. Raises KernelError on shapes that do not fit, or a form that cannot
     serve.
     """
+    if into is not None:
+        part = attention_forward(
+            q, k, v, scale=scale, spans=spans, k_positions=k_positions, softcap=softcap,
+            sinks=sinks, dropout=dropout, form=form,
+        )  # fmt: skip
+        merge_(*into, *part)
+        return into
     wide = _check(q, k, v, spans, k_positions, sinks, dropout)
     batch, n, heads, _ = q.shape
     drops = dropout is not None and dropout.rate > 0.0

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
 
 from torch import Tensor
 
@@ -22,10 +24,20 @@ class DeltaRule(Recurrence):
     transition: Transition = "matrix"
     marks_documents = True
 
-    def __init__(self, scale: float, *, fixed: bool = False) -> None:
-        """fixed: log_decay is [H,1]."""
+    def __init__(self, scale: float, *, fixed: bool = False, backend: str = "torch") -> None:
+        """fixed: log_decay is [H,1]; backend: triton, torch or reference."""
         self.scale = scale
+        self.backend = backend
         self.whole = frozenset({4}) if fixed else frozenset()
+
+    @property
+    def kernels(self) -> ModuleType:
+        return delta.kernels(self.backend)
+
+    def tile_tokens(self, inputs: Inputs) -> int:
+        if self.backend == "triton":
+            return int(self.kernels.TILE_TOKENS)
+        return super().tile_tokens(inputs)
 
     def state_shape(self, inputs: Inputs) -> tuple[int, int, int, int]:
         _, k, v, *_ = inputs
@@ -33,7 +45,7 @@ class DeltaRule(Recurrence):
         assert v is not None
         return v.shape[0], v.shape[2], k.shape[3], v.shape[3]
 
-    def prepare(self, inputs: Inputs, starts: Tensor | None) -> delta.Tile:
+    def prepare(self, inputs: Inputs, starts: Tensor | None) -> Any:
         q, k, v, beta, log_decay = inputs
         assert q is not None
         assert k is not None
@@ -41,30 +53,30 @@ class DeltaRule(Recurrence):
         assert beta is not None
         if log_decay is not None and self.whole:
             log_decay = log_decay.expand(*beta.shape)
-        return delta.prepare(q, k, v, beta.squeeze(-1), log_decay, self.scale, starts)
+        return self.kernels.prepare(q, k, v, beta.squeeze(-1), log_decay, self.scale, starts)
 
-    def transition_of(self, tile: delta.Tile) -> Tensor:
-        return delta.transition(tile)
+    def transition_of(self, tile: Any) -> Tensor:
+        return self.kernels.transition(tile)
 
-    def advance(self, tile: delta.Tile, state: Tensor) -> Tensor:
-        return delta.advance(tile, state)
+    def advance(self, tile: Any, state: Tensor) -> Tensor:
+        return self.kernels.advance(tile, state)
 
-    def ahead(self, tile: delta.Tile) -> delta.Ahead:
-        return delta.ahead(tile)
+    def ahead(self, tile: Any) -> Any:
+        return self.kernels.ahead(tile)
 
-    def run(self, tile: delta.Tile | delta.Ahead, state: Tensor) -> tuple[Tensor, Tensor]:
-        return delta.run(tile, state)
+    def run(self, tile: Any, state: Tensor) -> tuple[Tensor, Tensor]:
+        return self.kernels.run(tile, state)
 
-    def adjoint(self, tile: delta.Tile, state: Tensor, dout: Tensor, dstate: Tensor) -> Tensor:
-        return delta.adjoint(tile, dout, dstate)
+    def adjoint(self, tile: Any, state: Tensor, dout: Tensor, dstate: Tensor) -> Tensor:
+        return self.kernels.adjoint(tile, dout, dstate)
 
-    def backward_ahead(self, tile: delta.Tile, state: Tensor, dout: Tensor) -> delta.Ready:
-        return delta.backward_ahead(tile, state, dout)
+    def backward_ahead(self, tile: Any, state: Tensor, dout: Tensor) -> Any:
+        return self.kernels.backward_ahead(tile, state, dout)
 
     def backward(
-        self, tile: delta.Tile | delta.Ready, state: Tensor, dout: Tensor, dstate: Tensor
+        self, tile: Any, state: Tensor, dout: Tensor, dstate: Tensor
     ) -> tuple[Sequence[Tensor | None], Tensor]:
-        found, before = delta.backward(tile, state, dout, dstate)
+        found, before = self.kernels.backward(tile, state, dout, dstate)
         dlog = found.log_decay
         if dlog is not None and self.whole:
             dlog = dlog.sum((0, 1))

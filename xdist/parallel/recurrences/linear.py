@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
 
 from torch import Tensor
 
@@ -19,17 +21,28 @@ class LinearAttention(Recurrence):
 
     marks_documents = True
 
-    def __init__(self, scale: float, transition: Transition) -> None:
+    def __init__(self, scale: float, transition: Transition, backend: str = "torch") -> None:
+        """backend: triton, torch or reference."""
         self.scale = scale
         self.transition = transition
+        self.backend = backend
 
     @classmethod
-    def of(cls, inputs: Inputs, scale: float) -> LinearAttention:
+    def of(cls, inputs: Inputs, scale: float, backend: str = "torch") -> LinearAttention:
         """The recurrence whose transition is that of the inputs' log_decay."""
         log_decay = inputs[3]
         if log_decay is None:
-            return cls(scale, "none")
-        return cls(scale, "scalar" if log_decay.shape[3] == 1 else "diagonal")
+            return cls(scale, "none", backend)
+        return cls(scale, "scalar" if log_decay.shape[3] == 1 else "diagonal", backend)
+
+    @property
+    def kernels(self) -> ModuleType:
+        return linear.kernels(self.backend)
+
+    def tile_tokens(self, inputs: Inputs) -> int:
+        if self.backend == "triton":
+            return int(self.kernels.TILE_TOKENS)
+        return super().tile_tokens(inputs)
 
     def state_shape(self, inputs: Inputs) -> tuple[int, int, int, int]:
         _, k, v, _ = inputs
@@ -37,33 +50,33 @@ class LinearAttention(Recurrence):
         assert v is not None
         return v.shape[0], v.shape[2], k.shape[3], v.shape[3]
 
-    def prepare(self, inputs: Inputs, starts: Tensor | None) -> linear.Prepared:
+    def prepare(self, inputs: Inputs, starts: Tensor | None) -> Any:
         q, k, v, log_decay = inputs
         assert q is not None
         assert k is not None
         assert v is not None
-        return linear.prepare(q, k, v, log_decay, scale=self.scale, starts=starts)
+        return self.kernels.prepare(q, k, v, log_decay, scale=self.scale, starts=starts)
 
-    def transition_of(self, tile: linear.Prepared) -> Tensor | None:
-        log_m = linear.transition(tile)
+    def transition_of(self, tile: Any) -> Tensor | None:
+        log_m = self.kernels.transition(tile)
         return log_m.squeeze(-1) if log_m is not None and self.transition == "scalar" else log_m
 
-    def advance(self, tile: linear.Prepared, state: Tensor) -> Tensor:
-        return linear.advance(tile, state)
+    def advance(self, tile: Any, state: Tensor) -> Tensor:
+        return self.kernels.advance(tile, state)
 
-    def ahead(self, tile: linear.Prepared) -> linear.Prepared:
-        return linear.ahead(tile)
+    def ahead(self, tile: Any) -> Any:
+        return self.kernels.ahead(tile)
 
-    def run(self, tile: linear.Prepared, state: Tensor) -> tuple[Tensor, Tensor]:
-        return linear.run(tile, state)
+    def run(self, tile: Any, state: Tensor) -> tuple[Tensor, Tensor]:
+        return self.kernels.run(tile, state)
 
-    def adjoint(self, tile: linear.Prepared, state: Tensor, dout: Tensor, dstate: Tensor) -> Tensor:
-        return linear.adjoint(tile, dout, dstate)
+    def adjoint(self, tile: Any, state: Tensor, dout: Tensor, dstate: Tensor) -> Tensor:
+        return self.kernels.adjoint(tile, dout, dstate)
 
-    def backward_ahead(self, tile: linear.Prepared, state: Tensor, dout: Tensor) -> linear.Prepared:
-        return linear.backward_ahead(tile, state, dout)
+    def backward_ahead(self, tile: Any, state: Tensor, dout: Tensor) -> Any:
+        return self.kernels.backward_ahead(tile, state, dout)
 
     def backward(
-        self, tile: linear.Prepared, state: Tensor, dout: Tensor, dstate: Tensor
+        self, tile: Any, state: Tensor, dout: Tensor, dstate: Tensor
     ) -> tuple[Sequence[Tensor | None], Tensor]:
-        return linear.backward(tile, state, dout, dstate)
+        return self.kernels.backward(tile, state, dout, dstate)

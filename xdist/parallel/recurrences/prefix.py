@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from xdist.parallel.recurrence import Inputs, Recurrence, state_dtype
 from xdist_kernels import prefix
-from xdist_kernels.prefix import Prepared
 
 
 class _Inputs(NamedTuple):
@@ -36,8 +36,14 @@ class PrefixAttention(Recurrence):
     whole = frozenset({0})
     marks_documents = True
 
-    def __init__(self, scale: float) -> None:
+    def __init__(self, scale: float, backend: str = "torch") -> None:
+        """backend: torch or reference."""
         self.scale = scale
+        self.backend = backend
+
+    @property
+    def kernels(self) -> ModuleType:
+        return prefix.kernels(self.backend)
 
     def state_shape(self, inputs: Inputs) -> tuple[int, int, int, int]:
         v = _named(inputs).v
@@ -54,28 +60,28 @@ class PrefixAttention(Recurrence):
         nothing[..., 0] = -math.inf
         return nothing
 
-    def prepare(self, inputs: Inputs, starts: Tensor | None) -> Prepared:
-        return prefix.prepare(*_named(inputs), scale=self.scale, starts=starts)
+    def prepare(self, inputs: Inputs, starts: Tensor | None) -> Any:
+        return self.kernels.prepare(*_named(inputs), scale=self.scale, starts=starts)
 
-    def transition_of(self, tile: Prepared) -> None:
+    def transition_of(self, tile: Any) -> None:
         return None
 
-    def advance(self, tile: Prepared, state: Tensor) -> Tensor:
-        return prefix.advance(tile, state)
+    def advance(self, tile: Any, state: Tensor) -> Tensor:
+        return self.kernels.advance(tile, state)
 
-    def ahead(self, tile: Prepared) -> Prepared:
-        return prefix.ahead(tile)
+    def ahead(self, tile: Any) -> Any:
+        return self.kernels.ahead(tile)
 
-    def run(self, tile: Prepared, state: Tensor) -> tuple[Tensor, Tensor]:
-        return prefix.run(tile, state)
+    def run(self, tile: Any, state: Tensor) -> tuple[Tensor, Tensor]:
+        return self.kernels.run(tile, state)
 
-    def adjoint(self, tile: Prepared, state: Tensor, dout: Tensor, dstate: Tensor) -> Tensor:
-        return prefix.adjoint(tile, state, dout, dstate)
+    def adjoint(self, tile: Any, state: Tensor, dout: Tensor, dstate: Tensor) -> Tensor:
+        return self.kernels.adjoint(tile, state, dout, dstate)
 
-    def backward_ahead(self, tile: Prepared, state: Tensor, dout: Tensor) -> Prepared:
-        return prefix.backward_ahead(tile)
+    def backward_ahead(self, tile: Any, state: Tensor, dout: Tensor) -> Any:
+        return self.kernels.backward_ahead(tile)
 
     def backward(
-        self, tile: Prepared, state: Tensor, dout: Tensor, dstate: Tensor
+        self, tile: Any, state: Tensor, dout: Tensor, dstate: Tensor
     ) -> tuple[Sequence[Tensor | None], Tensor]:
-        return prefix.backward(tile, state, dout, dstate)
+        return self.kernels.backward(tile, state, dout, dstate)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from types import ModuleType
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from xdist.parallel.recurrence import Inputs, Recurrence, state_dtype
 from xdist_kernels import selective_scan
-from xdist_kernels.selective_scan import Prepared
 from xdist_kernels.selective_scan.blocks import LONGEST_CHUNK, STEP_NUMBERS
 
 
@@ -36,6 +36,19 @@ class SelectiveScan(Recurrence):
     whole = frozenset({2})
     marks_documents = True
 
+    def __init__(self, backend: str = "torch") -> None:
+        """backend: triton, torch or reference."""
+        self.backend = backend
+
+    @property
+    def kernels(self) -> ModuleType:
+        return selective_scan.kernels(self.backend)
+
+    def tile_tokens(self, inputs: Inputs) -> int:
+        if self.backend == "triton":
+            return int(self.kernels.TILE_TOKENS)
+        return super().tile_tokens(inputs)
+
     def state_shape(self, inputs: Inputs) -> tuple[int, int, int, int]:
         x = _named(inputs)
         return x.u.shape[0], x.A.shape[0], x.A.shape[1], 1
@@ -49,28 +62,28 @@ class SelectiveScan(Recurrence):
         chunks = STEP_NUMBERS // 2 // max(1, batch * channels * states)
         return max(self.tile_tokens(inputs), chunks * LONGEST_CHUNK)
 
-    def prepare(self, inputs: Inputs, starts: Tensor | None) -> Prepared:
-        return selective_scan.prepare(*_named(inputs), starts)
+    def prepare(self, inputs: Inputs, starts: Tensor | None) -> Any:
+        return self.kernels.prepare(*_named(inputs), starts)
 
-    def transition_of(self, tile: Prepared) -> Tensor:
-        return selective_scan.transition(tile)
+    def transition_of(self, tile: Any) -> Tensor:
+        return self.kernels.transition(tile)
 
-    def advance(self, tile: Prepared, state: Tensor) -> Tensor:
-        return selective_scan.advance(tile, state)
+    def advance(self, tile: Any, state: Tensor) -> Tensor:
+        return self.kernels.advance(tile, state)
 
-    def ahead(self, tile: Prepared) -> Prepared:
-        return selective_scan.ahead(tile)
+    def ahead(self, tile: Any) -> Any:
+        return self.kernels.ahead(tile)
 
-    def run(self, tile: Prepared, state: Tensor) -> tuple[Tensor, Tensor]:
-        return selective_scan.run(tile, state)
+    def run(self, tile: Any, state: Tensor) -> tuple[Tensor, Tensor]:
+        return self.kernels.run(tile, state)
 
-    def adjoint(self, tile: Prepared, state: Tensor, dout: Tensor, dstate: Tensor) -> Tensor:
-        return selective_scan.adjoint(tile, dout, dstate)
+    def adjoint(self, tile: Any, state: Tensor, dout: Tensor, dstate: Tensor) -> Tensor:
+        return self.kernels.adjoint(tile, dout, dstate)
 
-    def backward_ahead(self, tile: Prepared, state: Tensor, dout: Tensor) -> Prepared:
-        return selective_scan.backward_ahead(tile, dout)
+    def backward_ahead(self, tile: Any, state: Tensor, dout: Tensor) -> Any:
+        return self.kernels.backward_ahead(tile, dout)
 
     def backward(
-        self, tile: Prepared, state: Tensor, dout: Tensor, dstate: Tensor
+        self, tile: Any, state: Tensor, dout: Tensor, dstate: Tensor
     ) -> tuple[Sequence[Tensor | None], Tensor]:
-        return selective_scan.backward(tile, state, dout, dstate)
+        return self.kernels.backward(tile, state, dout, dstate)
