@@ -80,7 +80,7 @@ def choose(op: str, asked: str, device: torch.device, refusal: Callable[[], str 
                 f"{op} was asked to run on Triton kernels, which cannot serve this call\n"
                 f"{what}\n{do or 'use backend=' + repr('auto') + ' or ' + repr('torch')}"
             )
-    _say(op, name, "as asked", logging.INFO)
+    say(op, name, "as asked", logging.INFO)
     return name
 
 
@@ -104,18 +104,19 @@ def _imported(module: str) -> ModuleType:
 
 def _automatic(op: str, device: torch.device, refusal: Callable[[], str | None]) -> str:
     if device.type != "cuda":
-        _say(op, "torch", f"the tensors are on {device.type}", logging.INFO)
+        say(op, "torch", f"the tensors are on {device.type}", logging.INFO)
         return "torch"
     why = refusal()
     if why is None:
-        _say(op, "triton", "the tensors are on a GPU that the kernels serve", logging.INFO)
+        say(op, "triton", "the tensors are on a GPU that the kernels serve", logging.INFO)
         return "triton"
     # Slower than what a GPU is there for: said even where nobody set up logging.
-    _say(op, "torch", f"Triton cannot serve: {why}", logging.WARNING)
+    say(op, "torch", f"Triton cannot serve: {why}", logging.WARNING)
     return "torch"
 
 
-def _say(op: str, name: str, why: str, level: int) -> None:
+def say(op: str, name: str, why: str, level: int = logging.INFO) -> None:
+    """Logs once for each `op` and `name` that the op runs on it, and why."""
     # Looked up without the lock first: this runs at every call.
     if (op, name) in _said:
         return

@@ -21,7 +21,7 @@ from xdist.parallel.attention_checks import check_alike, check_device, check_set
 from xdist.parallel.attention_fetch import FetchAttention
 from xdist.parallel.attention_ring import RingAttention
 from xdist.parallel.attention_ulysses import ulysses
-from xdist.parallel.backend import chosen
+from xdist.parallel.backend import chosen, is_auto
 from xdist.parallel.first_order import without_autocast
 from xdist.parallel.noted import Noted, notes
 from xdist.shard import SequenceShard, resolve
@@ -54,6 +54,7 @@ def attention(
     problem = problem_of(q, k, v, shard, mask=mask, sinks=sinks, key_shard=key_shard)
     strategy = _with_head_chunks(strategy, head_chunks)
     drops = dropout is not None and dropout.rate > 0.0
+    auto = is_auto(backend) and q.device.type == "cuda"
     backend = chosen(
         "attention", backend, q, lambda: kernels.refusal(q, k, v, softcap=softcap, drops=drops)
     )
@@ -70,7 +71,7 @@ def attention(
         _check_values(q, k, v, shard)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     call = Call(
-        problem, shard.rank, shard.group, scale, softcap, q.device, dropout, shared, backend
+        problem, shard.rank, shard.group, scale, softcap, q.device, dropout, shared, backend, auto
     )
     with without_autocast(q):
         return _run(call, strategy, q, k, v, sinks, head_chunks)

@@ -15,6 +15,7 @@ from xdist.comm.collectives import ProcessGroup
 from xdist.cost.attention_keys import Problem, Ranges, head_spans
 from xdist.dropout import Dropout
 from xdist_kernels import attention, merge
+from xdist_kernels.attention import libraries
 from xdist_kernels.attention.blocks import Spans
 from xdist_kernels.attention.dropout import Dropped
 
@@ -35,7 +36,8 @@ class Call:
     """A checked call: the problem all ranks know, and where this rank stands.
 
     `shared`: other calls have this problem too, because they have its shard. `backend`: whose
-    kernels compute: triton, torch or reference.
+    kernels compute: triton, torch or reference; `auto`: none was asked for, so that on a GPU
+    cuDNN and flash attention may take what is not added up.
     """
 
     problem: Problem
@@ -47,6 +49,7 @@ class Call:
     dropout: Dropout | None = None
     shared: bool = True
     backend: str = "torch"
+    auto: bool = False
 
     def others(self) -> list[int]:
         """The other sequence ranks."""
@@ -112,9 +115,17 @@ class Call:
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, seen: Seen, k_positions: Tensor,
-        sinks: Tensor | None = None, into: Pair | None = None,
+        sinks: Tensor | None = None, into: Pair | None = None, rounded: bool = False,
     ) -> Pair:  # fmt: skip
-        """The kernel's forward with this call's scale and soft-cap; `into` is added to."""
+        """The kernel's forward with this call's scale and soft-cap; `into` is added to. Where the
+        caller adds nothing to the output it may come `rounded` to q's dtype."""
+        if rounded and self.auto:
+            served = libraries.attention_forward(
+                q, k, v, scale=self.scale, spans=seen.spans, k_positions=k_positions,
+                softcap=self.softcap, sinks=sinks, dropout=seen.dropped,
+            )  # fmt: skip
+            if served is not None:
+                return served
         found: Pair = attention.kernels(self.backend).attention_forward(
             q, k, v, scale=self.scale, spans=seen.spans, k_positions=k_positions,
             softcap=self.softcap, sinks=sinks, dropout=seen.dropped, into=into,
@@ -123,9 +134,17 @@ class Call:
 
     def backward(
         self, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor | None, dout: Tensor,
-        seen: Seen, k_positions: Tensor, out: Tensor | None = None,
+        seen: Seen, k_positions: Tensor, out: Tensor | None = None, rounded: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        """The kernel's backward with this call's scale and soft-cap."""
+        """The kernel's backward with this call's scale and soft-cap; as forward's, gradients may
+        come `rounded`."""
+        if rounded and self.auto and out is not None:
+            served = libraries.attention_backward(
+                q, k, v, lse, out, dout, scale=self.scale, spans=seen.spans,
+                k_positions=k_positions, softcap=self.softcap, dropout=seen.dropped,
+            )  # fmt: skip
+            if served is not None:
+                return served
         found: tuple[Tensor, Tensor, Tensor] = attention.kernels(self.backend).attention_backward(
             q, k, v, lse, delta, dout, scale=self.scale, spans=seen.spans,
             k_positions=k_positions, softcap=self.softcap, dropout=seen.dropped, out=out,

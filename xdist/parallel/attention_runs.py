@@ -44,13 +44,14 @@ def runs_of(call: Call, heads: range, keys: range, ranks: range) -> list[Run]:
 
 def forward(
     call: Call, runs: list[Run], q: Tensor, k: Tensor, v: Tensor, at: Tensor,
-    sinks: Tensor | None = None,
+    sinks: Tensor | None = None, rounded: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """out `[B,n,h,E]` and lse `[B,n,h]`, float32 or float64; `sinks` are those of q's heads."""
+    """out `[B,n,h,E]` and lse `[B,n,h]`, float32 or float64; `sinks` are those of q's heads. Out
+    may be in q's dtype where it may be `rounded`: nothing is added to it."""
     parts = [
         call.forward(
             of_heads(q, run.h), of_heads(k, run.g), of_heads(v, run.g), run.seen, at,
-            None if sinks is None else sinks[run.h],
+            None if sinks is None else sinks[run.h], rounded=rounded,
         )
         for run in runs
     ]  # fmt: skip
@@ -72,16 +73,17 @@ def merge_forward(
 def backward(
     call: Call, runs: list[Run], q: Tensor, k: Tensor, v: Tensor, lse: Tensor,
     delta: Tensor | None, dout: Tensor, at: Tensor, out: Tensor | None = None,
+    rounded: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dq `[B,n,h,D]`, dk `[B,m,g,D]`, dv `[B,m,g,E]`, float32 or float64; delta may be None where
-    out is given."""
+    """dq `[B,n,h,D]`, dk `[B,m,g,D]`, dv `[B,m,g,E]`, float32 or float64, or q's dtype where they
+    may be `rounded`; delta may be None where out is given."""
     dqs, dks, dvs = [], [], []
     for run in runs:
         h, g = run.h, run.g
         dq, dk, dv = call.backward(
             of_heads(q, h), of_heads(k, g), of_heads(v, g), of_heads(lse, h),
             None if delta is None else of_heads(delta, h), of_heads(dout, h), run.seen, at,
-            None if out is None else of_heads(out, h),
+            None if out is None else of_heads(out, h), rounded,
         )  # fmt: skip
         dqs.append(dq)
         dks.append((range(g.start, g.stop), dk))

@@ -70,6 +70,12 @@ class Switch:
         """Whether nothing is switched and no head waits: tensors stay what they are."""
         return len(self.members) == len(self.chunks) == 1
 
+    @property
+    def apart(self) -> bool:
+        """Whether no key head's gradient is a sum of several members' or chunks' parts."""
+        cut = any(len(c.leaving[self.me]) < len(c.keys[self.me]) for c in self.chunks)
+        return not self.shared and not cut
+
     def keys_at(self) -> Tensor:
         """Global positions of the members' keys, as they lie once switched."""
         return self.call.keys_at(self.members if self.keys_move else self.members[:1])

@@ -73,7 +73,7 @@ class UlyssesAttention(Function):
             heads = switch.heads(chunk)
             own = None if sinks is None else sinks[heads.start : heads.stop]
             runs = switch.runs(chunk)
-            out, lse = runs_forward(call, runs, q_, k_, v_, at, own)
+            out, lse = runs_forward(call, runs, q_, k_, v_, at, own, rounded=True)
             out = out.to(q.dtype)
             if keep:
                 kept += [q_, k_, v_, out, lse]
@@ -115,7 +115,9 @@ class UlyssesAttention(Function):
             if chunk + 1 < len(switch.chunks):
                 arriving = switch.start_dout(chunk + 1, dout)
             runs = switch.runs(chunk)
-            dq, dk, dv = runs_backward(call, runs, q_, k_, v_, lse, None, dout_, at, out)
+            dq, dk, dv = runs_backward(
+                call, runs, q_, k_, v_, lse, None, dout_, at, out, rounded=switch.apart
+            )
             if dsinks is not None:
                 heads = slice(switch.heads(chunk).start, switch.heads(chunk).stop)
                 delta = call.delta(out, dout_)

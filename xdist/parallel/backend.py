@@ -28,6 +28,11 @@ def chosen(op: str, asked: str, like: Tensor, refusal: Callable[[], str | None])
         raise StrategyError(what, why, do) from error
 
 
+def is_auto(asked: str) -> bool:
+    """Whether a call that was asked to run on `asked` leaves the choice to the kernels."""
+    return asked == backend.default() == "auto"
+
+
 def check_own(op: object, asked: str) -> None:
     """For a Recurrence of the user's own, whose methods are what runs.
 
