@@ -86,8 +86,10 @@ def shapes_of(q: Tensor, k: Tensor, v: Tensor) -> Shapes:
     return Shapes(q.dtype, batch, queries, keys, heads, groups, dim, width, far)
 
 
-def here(device: torch.device) -> Here:
-    """What there is for tensors on a CUDA `device`."""
+def here(device: torch.device) -> Here | None:
+    """What there is for tensors on `device`; None where it is no GPU."""
+    if device.type != "cuda":
+        return None
     cuda = torch.backends.cuda
     cudnn = torch.backends.cudnn.version() if cuda.cudnn_sdp_enabled() else None
     return Here(
@@ -216,8 +218,6 @@ def _take(
         why = f"{form!r} is forced"
     elif not rounded:
         why = "results are added up, and libraries round them"
-    elif at is None and q.device.type != "cuda":
-        why = f"tensors are on {q.device}"
     elif q.dtype not in (torch.float16, torch.bfloat16):
         why = f"libraries take float16 and bfloat16, the inputs are {q.dtype}"
     elif drops:
@@ -226,8 +226,10 @@ def _take(
         why = "a sink would be merged into rounded outputs"
     if why is not None:
         return Taken(None, None, why)
-    plan = sequences_of(spans, k_positions)
     at = here(q.device) if at is None else at
+    if at is None:
+        return Taken(None, None, f"tensors are on {q.device}")
+    plan = sequences_of(spans, k_positions)
     return choose(at, shapes_of(q, k, v), plan, softcap=softcap, form=form)
 
 

@@ -15,6 +15,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from xdist_kernels.attention import libraries
 from xdist_kernels.attention.band import backward_band, forward_band
 from xdist_kernels.attention.blocks import Spans
 from xdist_kernels.attention.blockwise import backward_rows, forward_rows
@@ -133,10 +134,22 @@ def attention_forms(
     softcap: float | None = None,
     dropout: Dropped | None = None,
     form: str | None = None,
+    rounded: bool = False,
 ) -> list[Served]:
-    """Which form serves which heads and queries of this call, forward and backward, and why."""
+    """Which form serves which heads and queries of this call, forward and backward, and why.
+
+    `rounded`: as where a caller adds nothing to the results and asked for no backend; a library on
+    a GPU then comes first (libraries.py: "cudnn", "flash_attn" or "flash_sdpa").
+    """
     _check(q, k, v, spans, k_positions, None, dropout)
     drops = dropout is not None and dropout.rate > 0.0
+    taken = libraries.take(
+        q, k, v, spans=spans, k_positions=k_positions, softcap=softcap, drops=drops,
+        rounded=rounded, form=form,
+    )  # fmt: skip
+    if taken.name is not None:
+        whole = slice(0, q.shape[2]), slice(0, k.shape[2])
+        return [Served(taken.name, *whole, spans, 0, q.shape[1], taken.why)]
     return list(forms_of(q, k, v, spans, k_positions, softcap, drops, form))
 
 
