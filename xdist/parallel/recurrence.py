@@ -39,12 +39,17 @@ class Recurrence(ABC):
     rank, have no tokens, and heads in dim 0.
 
     transition: the kind of M. marks_documents: whether `prepare` takes `starts`; else tiles are
-    cut where a document starts.
+    cut where a document starts. kernel_tile_tokens: tokens of a tile where the kernels work best
+    with a number of their own, as on a GPU; None elsewhere.
     """
 
     transition: Transition = "diagonal"
     whole: frozenset[int] = frozenset()
     marks_documents: bool = False
+
+    @property
+    def kernel_tile_tokens(self) -> int | None:
+        return None
 
     # --- shapes --------------------------------------------------------------------------------
 
@@ -84,6 +89,8 @@ class Recurrence(ABC):
 
     def tile_tokens(self, inputs: Inputs) -> int:
         """Tokens of a tile; one state is kept for each."""
+        if self.kernel_tile_tokens is not None:
+            return self.kernel_tile_tokens
         batch, heads, _, _ = self.state_shape(inputs)
         fitting = 8 * TILE_TOKENS // max(1, batch * heads)
         return min(TILE_TOKENS, max(LEAST_TILE_TOKENS, fitting))

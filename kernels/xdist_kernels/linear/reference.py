@@ -40,7 +40,7 @@ def linear_attention_reference(
     decay = decay.expand(batch, n, heads, key_dim)
 
     cuts = (0, n) if cu_seqlens is None else cu_seqlens
-    starts = torch.zeros(batch, len(cuts) - 1, heads, key_dim, width, dtype=q.dtype)
+    starts = q.new_zeros(batch, len(cuts) - 1, heads, key_dim, width)
     if initial_state is not None:
         shaped = initial_state if cu_seqlens is not None else initial_state[:, None]
         starts = starts + shaped.double()

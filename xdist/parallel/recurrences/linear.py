@@ -39,10 +39,9 @@ class LinearAttention(Recurrence):
     def kernels(self) -> ModuleType:
         return linear.kernels(self.backend)
 
-    def tile_tokens(self, inputs: Inputs) -> int:
-        if self.backend == "triton":
-            return int(self.kernels.TILE_TOKENS)
-        return super().tile_tokens(inputs)
+    @property
+    def kernel_tile_tokens(self) -> int | None:
+        return int(self.kernels.TILE_TOKENS) if self.backend == "triton" else None
 
     def state_shape(self, inputs: Inputs) -> tuple[int, int, int, int]:
         _, k, v, _ = inputs
