@@ -11,7 +11,8 @@ export PYTHONUNBUFFERED := 1
 # mkdocs-material advertises another tool at each build.
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: help store brain volume quickstart test test-slow slurm-deps check docs bench gpu clean
+.PHONY: help store brain volume quickstart test test-slow slurm-deps check docs bench gpu ahead \
+  gpu-parity gpu-linear gpu-attention gpu-memory clean
 
 help:
 	@echo "make quickstart  prepare text, certify, then train one sequence of 1,048,576 bytes on 2 ranks"
@@ -25,6 +26,10 @@ help:
 	@echo "make docs        build the site into site/"
 	@echo "make bench       measure; JSON and tables into docs/benchmarks/"
 	@echo "make gpu         the checks that need one CUDA card; says so and passes without one"
+	@echo "make gpu-parity  errors of every operation on the card beside float64 and rivals"
+	@echo "make gpu-linear, gpu-attention, gpu-memory  times on the card; each under 9 minutes, and"
+	@echo "                 called again it goes on with what is left"
+	@echo "make ahead       compile every Triton kernel for sm_80 and sm_90; no card is needed"
 	@echo "make clean       remove caches, site/ and build files (not runs/ and not .venv)"
 
 $(BIN)/python:
@@ -121,6 +126,14 @@ GPU_PYTHON ?= $(shell $(PYTHON) -c 'import torch' 2>/dev/null || ! [ -x $(BIN)/p
   echo $(PYTHON) || echo $(BIN)/python)
 gpu:
 	@PYTHONPATH=.:kernels:launchers $(GPU_PYTHON) tests/gpu/main.py
+
+# GPU holds options, such as GPU="--rows KDA --again".
+gpu-parity gpu-linear gpu-attention gpu-memory: gpu-%:
+	@PYTHONPATH=.:kernels:launchers $(GPU_PYTHON) tests/gpu/gpu_$*.py $(GPU)
+
+# The table docs/kernels/compiled.md; what it holds already is not compiled again.
+ahead: $(VENV)/.installed-dev
+	$(BIN)/python -m xdist_kernels.ahead --out docs/kernels
 
 clean:
 	rm -rf site build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -189,6 +189,15 @@ class Table:
             self._start_anew()
         return row
 
+    def of(self, group: str) -> list[Row]:
+        """The rows of a group so far."""
+        return [row for row in self.rows if row["group"] == group]
+
+    def derive(self, group: str, rows: list[Row]) -> None:
+        """Makes `rows` (each with its "case") the whole of a group that is computed from others."""
+        self.rows = [row for row in self.rows if row["group"] != group]
+        self.rows += [{"group": group, **row} for row in rows]
+
     def _made(self, make: Callable[[], Row]) -> Row:
         import torch
 
@@ -236,8 +245,7 @@ class Table:
     def _page(self, whole: Row) -> str:
         lines = [f"# {self.title}", ""]
         for group, heading in self.headings.items():
-            rows = [row for row in self.rows if row["group"] == group]
-            if rows:
+            if rows := self.of(group):
                 lines += [f"## {heading}", "", *_table(rows), ""]
         lines += [f"{note}\n" for note in self.notes]
         rivals = whole["rivals"].items()
