@@ -11,37 +11,24 @@ inputs and gradients does not depend on the sequence length.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from xdist.comm.reduce import start_reduce
-from xdist.errors import ShapeError
+from xdist.errors import ShapeError, StrategyError
 from xdist.memory.answers import count_answers
 from xdist.memory.normalise import normalised, normalised_backward
+from xdist_kernels import backend as kernels_backend
+from xdist_kernels import cross_entropy as tiles
+from xdist_kernels.errors import KernelError
 
-TILE_TOKENS = 2048
-_LOG2_E = 1.0 / math.log(2.0)
-
-
-def tile_loss(
-    logits: Tensor, labels: Tensor, ignore_index: int, weight: float
-) -> tuple[Tensor, Tensor]:
-    """Sum of the losses of a tile (float32 or wider, 0-dim), and `weight` x its gradient.
-
-    logits [T, V] (overwritten), labels int64 [T].
-    """
-    kept = labels != ignore_index
-    target = torch.where(kept, labels, 0).unsqueeze(1)
-    count_answers(logits, labels, kept)
-    log_p = torch.log_softmax(logits, -1)
-    total = -(log_p.gather(1, target).squeeze(1) * kept).sum()
-    gradient = log_p.mul_(_LOG2_E).exp2_()
-    gradient.scatter_add_(1, target, gradient.new_full((1, 1), -1.0).expand_as(target))
-    return total, gradient.mul_((kept.to(gradient.dtype) * weight).unsqueeze(1))
+# Of a tile's gradients in float16, whose smallest number is above 1 / (tokens of a long batch):
+# they get this weight, which no sum over a tile takes out of its range, and the rest in backward.
+_FLOAT16_WEIGHT = 2.0**-6
 
 
 class TiledCrossEntropy(torch.autograd.Function):
@@ -49,7 +36,7 @@ class TiledCrossEntropy(torch.autograd.Function):
 
     valid: the number of valid tokens of the global batch; total: adds a 0-dim tensor over all
     data x sequence ranks; dtype: of the matrix products; overwrite: the gradient of hidden may
-    take its place (a caller that owns it saves [B, n, C]).
+    take its place (a caller that owns it saves [B, n, C]); backend: of the loss of a tile.
     """
 
     @staticmethod
@@ -64,8 +51,10 @@ class TiledCrossEntropy(torch.autograd.Function):
         total: Callable[[Tensor], Tensor],
         dtype: torch.dtype,
         overwrite: bool,
+        backend: str = "auto",
     ) -> Tensor:
-        sweep = _Sweep(hidden, head, norm, dtype, overwrite)
+        form = form_of(backend, hidden.device, dtype)
+        sweep = _Sweep(hidden, head, norm, dtype, overwrite, form)
         weight = 1.0 / valid if valid else 0.0
         own = sweep.run(labels, ignore_index, weight)
         ctx.sweep = sweep
@@ -79,7 +68,7 @@ class TiledCrossEntropy(torch.autograd.Function):
             raise RuntimeError(
                 "cross_entropy: backward was called twice; its gradients are made once, in forward"
             )
-        return (*sweep.gradients(grad), None, None, None, None, None, None)
+        return (*sweep.gradients(grad), None, None, None, None, None, None, None)
 
 
 class _Sweep:
@@ -92,7 +81,9 @@ class _Sweep:
         norm: Tensor | None,
         dtype: torch.dtype,
         overwrite: bool,
+        form: ModuleType,
     ) -> None:
+        self.form = form
         self.hidden: Tensor | None = hidden
         self.head = head
         self.norm = norm
@@ -103,22 +94,28 @@ class _Sweep:
         self.dhidden = hidden if overwrite else torch.empty_like(hidden)
 
     def run(self, labels: Tensor, ignore_index: int, weight: float) -> Tensor:
-        """The sum of this rank's losses; dhidden and dfolded hold `weight` x their gradients."""
+        """The sum of this rank's losses; dhidden and dfolded hold `weight` x their gradients, or
+        what `late` x them is that."""
         assert self.hidden is not None
-        wide = self.dfolded.dtype
+        inside = weight if self.dtype != torch.float16 else _FLOAT16_WEIGHT
+        self.late = 1.0 if inside == weight else weight / inside
         own = torch.zeros((), dtype=torch.float64, device=self.head.device)
-        for row in range(labels.shape[0]):
-            for start in range(0, labels.shape[1], TILE_TOKENS):
-                tile = slice(start, min(start + TILE_TOKENS, labels.shape[1]))
-                h = self.hidden[row, tile]
+        rows, tokens = labels.shape
+        longest = min(self.form.TILE_TOKENS, tokens)
+        # Every tile's logits lie in the same memory.
+        buffer = self.form.empty_tile(longest, len(self.head), self.dtype, self.head.device)
+        for row in range(rows):
+            for start in range(0, tokens, self.form.TILE_TOKENS):
+                tile = slice(start, min(start + self.form.TILE_TOKENS, tokens))
+                h, answers = self.hidden[row, tile], labels[row, tile]
                 hn = h if self.norm is None else normalised(h)
                 hn_ = hn.to(self.dtype)
-                logits = (hn_ @ self.folded.t()).to(wide)
-                total, dlogits = tile_loss(logits, labels[row, tile], ignore_index, weight)
+                logits = torch.mm(hn_, self.folded.t(), out=buffer[: len(h)])
+                count_answers(logits, answers, answers != ignore_index)
+                total, dlogits = self.form.tile_loss(logits, answers, ignore_index, inside)
                 own += total
-                dlogits_ = dlogits.to(self.dtype)
-                self.dfolded += dlogits_.t() @ hn_
-                dhn = (dlogits_ @ self.folded).to(h.dtype)
+                self.dfolded += dlogits.t() @ hn_
+                dhn = (dlogits @ self.folded).to(h.dtype)
                 dh = dhn if self.norm is None else normalised_backward(h, hn, dhn)
                 self.dhidden[row, tile] = dh
         self.hidden = None
@@ -126,9 +123,10 @@ class _Sweep:
 
     def gradients(self, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Gradients of hidden, head and norm for the gradient `grad` of the loss."""
-        if float(grad) != 1.0:
-            self.dhidden.mul_(grad)
-            self.dfolded.mul_(grad)
+        if self.late != 1.0 or float(grad) != 1.0:
+            factor = grad * self.late
+            self.dhidden.mul_(factor)
+            self.dfolded.mul_(factor)
         if self.norm is None:
             return self.dhidden, self.dfolded.to(self.head.dtype), None
         dhead = self.dfolded * self.norm
@@ -143,14 +141,34 @@ def cross_entropy(
     *,
     ignore_index: int = -100,
     valid_tokens: int | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """`xdist.cross_entropy`: see there."""
     _check(hidden, head_weight, labels, shard)
+    # Raises before anything is sent.
+    form_of(backend, hidden.device, hidden.dtype)
     valid = count_valid(labels, shard, ignore_index) if valid_tokens is None else valid_tokens
     return TiledCrossEntropy.apply(
         hidden, head_weight, None, labels, ignore_index, valid, sum_of_ranks(shard),
-        hidden.dtype, False,
+        hidden.dtype, False, backend,
     )  # fmt: skip
+
+
+def form_of(backend: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
+    """The kernels of a tile's loss that `backend` means for logits of `dtype` on `device`.
+
+    Raises:
+        StrategyError: no such backend, or Triton is forced and cannot serve.
+    """
+    try:
+        name = kernels_backend.choose(
+            "cross_entropy", backend, device, lambda: tiles.refusal(device, dtype)
+        )
+    except KernelError as error:
+        what, _, rest = str(error).partition("\n")
+        why, _, do = rest.partition("\n")
+        raise StrategyError(what, why, do) from error
+    return tiles.kernels(name)
 
 
 def count_valid(labels: Tensor, shard: Any, ignore_index: int) -> int:

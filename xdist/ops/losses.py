@@ -19,6 +19,7 @@ def cross_entropy(
     *,
     ignore_index: int = -100,
     valid_tokens: int | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """Mean cross entropy of `hidden @ head_weight^T` over all valid tokens, tiled over tokens.
 
@@ -30,6 +31,8 @@ def cross_entropy(
         ignore_index: labels of this value count nothing.
         valid_tokens: valid labels of the whole global batch (gradient accumulation: of all its
             calls); None counts this call's over data x sequence.
+        backend: of the loss of a tile: auto, triton, torch or reference (docs/kernels/
+            cross_entropy.md).
 
     Returns:
         The global mean, 0-dim, the same on every rank; float32, float64 for float64. Its backward
@@ -42,12 +45,19 @@ def cross_entropy(
 
     Raises:
         ShapeError: shapes or dtypes that do not fit together or with the shard.
+        StrategyError: an unknown backend, or Triton is forced and cannot serve.
 
     Source: fused head and loss as Wijmans et al., "Cut Your Losses in Large-Vocabulary Language
     Models" (2024), section 3, over tiles of tokens rather than of the vocabulary.
     """
     return loss_memory.cross_entropy(
-        hidden, head_weight, labels, shard, ignore_index=ignore_index, valid_tokens=valid_tokens
+        hidden,
+        head_weight,
+        labels,
+        shard,
+        ignore_index=ignore_index,
+        valid_tokens=valid_tokens,
+        backend=backend,
     )
 
 

@@ -16,16 +16,7 @@ def merge_(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> No
     out = exp(lse)/z out + exp(other_lse)/z other_out, lse = log z. A row with lse -inf holds no
     keys and adds nothing; two such rows give out 0 and lse -inf. Never makes a NaN of numbers.
     """
-    if out.dtype not in (torch.float32, torch.float64) or other_out.dtype != out.dtype:
-        raise KernelError(
-            f"partial results merge in float32 or float64: got {out.dtype} and {other_out.dtype}"
-        )
-    if out.shape != other_out.shape or lse.shape != other_lse.shape or out.shape[:-1] != lse.shape:
-        raise KernelError(
-            "partial results differ in shape: "
-            f"out {tuple(out.shape)} and {tuple(other_out.shape)}, "
-            f"lse {tuple(lse.shape)} and {tuple(other_lse.shape)}"
-        )
+    check(out, lse, other_out, other_lse)
     merged = torch.logaddexp(lse, other_lse)
     # Both empty: merged is -inf and (-inf) - (-inf) a NaN; any finite base gives weights 0.
     base = merged.masked_fill(merged == -torch.inf, 0.0)
@@ -44,3 +35,17 @@ def merge_sinks_(out: Tensor, lse: Tensor, sinks: Tensor) -> None:
     base = merged.masked_fill(merged == -torch.inf, 0.0)
     out.mul_((lse - base).exp_().unsqueeze(-1))
     lse.copy_(merged)
+
+
+def check(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> None:
+    """Raise KernelError where partial results are too narrow or differ in shape."""
+    if out.dtype not in (torch.float32, torch.float64) or other_out.dtype != out.dtype:
+        raise KernelError(
+            f"partial results merge in float32 or float64: got {out.dtype} and {other_out.dtype}"
+        )
+    if out.shape != other_out.shape or lse.shape != other_lse.shape or out.shape[:-1] != lse.shape:
+        raise KernelError(
+            "partial results differ in shape: "
+            f"out {tuple(out.shape)} and {tuple(other_out.shape)}, "
+            f"lse {tuple(lse.shape)} and {tuple(other_lse.shape)}"
+        )
