@@ -35,6 +35,11 @@ class Run(Section):
         0, "seed of the initial weights and of the data order"
     )
     threads: Count = setting(1, "CPU threads of each rank")
+    kernels: Literal["auto", "triton", "torch", "reference"] = setting(
+        "auto",
+        "what computes the ops in training: auto takes triton on a GPU that it serves, else torch; "
+        "reference is float64 and slow",
+    )
 
 
 class Model(Section):

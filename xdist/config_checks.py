@@ -194,6 +194,12 @@ def strategies(config: Config) -> list[Problem]:
             remedies = [f"parallel.{name}=auto", f"parallel.{name}={only}"]
             keys = (("parallel", name),)
             found.append(Problem(keys, what, why + text, _either(remedies), StrategyError))
+    if config.run.kernels not in ("auto", "torch"):
+        what = f'run.kernels = "{config.run.kernels}" cannot be honoured by {model.kind}'
+        text = "the tiles have passes of their own, which torch computes"
+        remedies = ["run.kernels=auto", "model.kind=mixer_lm, whose mixers take run.kernels"]
+        keys = (("run", "kernels"), ("model", "kind"))
+        found.append(Problem(keys, what, why + text, _either(remedies), StrategyError))
     return found
 
 

@@ -43,6 +43,7 @@ from xdist.train.schedule import learning_rate
 from xdist.train.summary import finish_run
 from xdist.train.tensorboard import Board, open_board
 from xdist.train.workload import Workload, open_workload
+from xdist_kernels import backend
 
 # Larger than any number of ranks.
 WITHOUT_DATA = 2.0**32
@@ -73,6 +74,7 @@ def run(
     XdistError, whose `exit_code` the process should end with, after status.json was written.
     """
     torch.set_num_threads(config.run.threads)
+    kernels = backend.set_default(config.run.kernels)
     # Tiles reuse their memory instead of asking the system for fresh pages; no effect elsewhere.
     keep_small_blocks()
     record = Record(config.run_directory, setup.rank_of_process())
@@ -101,6 +103,7 @@ def run(
             raise
         raise error from caught
     finally:
+        backend.set_default(kernels)
         guard.close()
         if loop is not None:
             loop.close()
