@@ -54,7 +54,7 @@ def attention(
     problem = problem_of(q, k, v, shard, mask=mask, sinks=sinks, key_shard=key_shard)
     strategy = _with_head_chunks(strategy, head_chunks)
     drops = dropout is not None and dropout.rate > 0.0
-    auto = is_auto(backend) and q.device.type == "cuda"
+    auto = is_auto(backend)
     backend = chosen(
         "attention", backend, q, lambda: kernels.refusal(q, k, v, softcap=softcap, drops=drops)
     )
