@@ -27,7 +27,7 @@ HEADINGS = {
     "beside": "Beside rivals: times of theirs over times of ours",
     "time": "Times",
 }
-FLASH = "flash attention (torch)"
+OURS, FLASH = "xdist", "flash attention"
 ABOUT = " ".join(__doc__.split("\n\n")[1].split())
 
 
@@ -49,17 +49,17 @@ def _ours(op: Any, tokens: int, given: Any) -> dict[str, Any]:
     return _timed(op, inputs, call, tokens, given)
 
 
-def _theirs(op: Any, tokens: int, given: Any) -> dict[str, Any]:
-    """Times of the rival, or why it does not serve."""
+def _theirs(op: Any, rival: Any, tokens: int, given: Any) -> dict[str, Any]:
+    """Times of a rival, or why it does not serve."""
     import gpu_ops
 
-    function = gpu_rivals.function(op.rival[1])
+    function = gpu_rivals.function(rival.path)
     if isinstance(function, str):
         return {"remark": function}
     inputs = gpu_ops.leaves(op, _sizes(given.small, tokens), _dtype(given), given.device)
-    inputs = gpu_ops.turned(op, inputs)
+    inputs = gpu_ops.turned(rival, inputs)
     found = gpu_rivals.tried(
-        lambda: _timed(op, inputs, lambda x: op.theirs(function, x, None), tokens, given)
+        lambda: _timed(op, inputs, lambda x: rival.call(function, x, None), tokens, given)
     )
     return {"remark": found} if isinstance(found, str) else found
 
@@ -98,20 +98,13 @@ def _timed(
 
 
 def _flash(tokens: int, given: Any) -> dict[str, Any]:
-    """Causal softmax attention by torch's fused kernels on the same heads."""
+    """Causal softmax attention by torch's flash kernel, as many key heads as query heads."""
+    import dataclasses
+
     import gpu_ops
-    import torch
-    from torch.nn.functional import scaled_dot_product_attention
 
-    op = gpu_ops.Op(FLASH, gpu_ops.LINEAR[0].draw, scaled_dot_product_attention,
-                    flops=lambda s: 2.0 * s.tokens**2 * s.heads * s.key)  # fmt: skip
-    inputs = gpu_ops.leaves(op, _sizes(given.small, tokens), _dtype(given), given.device)
-
-    def call(x: dict[str, torch.Tensor]) -> torch.Tensor:
-        q, k, v = (x[name].transpose(1, 2) for name in "qkv")
-        return scaled_dot_product_attention(q, k, v, is_causal=True)
-
-    return _timed(op, inputs, call, tokens, given)
+    alone = dataclasses.replace(gpu_ops.ATTENTION, draw=gpu_ops.LINEAR[0].draw)
+    return _theirs(alone, gpu_ops.FLASH, tokens, given)
 
 
 def _named(tokens: int) -> str:
@@ -124,9 +117,9 @@ def _beside(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     by_case = {row["case"]: row for row in rows if both in row}
     found = []
     for case, row in by_case.items():
-        place, _, method = case.rpartition(", ")
-        own = by_case.get(f"{place}, xdist")
-        if method == "xdist" or own is None:
+        place, _, method = case.partition("; ")
+        own = by_case.get(f"{place}; {OURS}")
+        if method == OURS or own is None:
             continue
         found.append(
             {
@@ -149,8 +142,8 @@ def _ahead_of_flash(rows: list[dict[str, Any]]) -> list[str]:
     by_case = {row["case"]: row[both] for row in rows if both in row}
     told = []
     for case, ms in by_case.items():
-        tokens = case.partition(", ")[2]
-        if case.startswith(FLASH) and (own := by_case.get(f"GLA, {tokens}, xdist")):
+        tokens = case.partition(", ")[2].partition("; ")[0]
+        if case.startswith(FLASH) and (own := by_case.get(f"GLA, {tokens}; {OURS}")):
             told.append(f"{tokens} {ms / own:.2f}")
     return [f"Flash attention's time over GLA's, forward + backward: {'; '.join(told)}."] * bool(
         told
@@ -193,18 +186,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     lengths = (70,) if given.small else TOKENS
     # Ours first: a rival that tunes itself for minutes takes no row from us.
-    for of_rivals in (False, True):
-        for tokens in lengths:
-            for op in gpu_ops.OPS:
-                method, time = (op.rival[0], _theirs) if of_rivals else ("xdist", _ours)
-                table.measure(
-                    "time",
-                    f"{op.name}, {_named(tokens)}, {method}",
-                    functools.partial(time, op, tokens, given),
-                )
-            if not of_rivals:
-                name = f"{FLASH}, {_named(tokens)}"
-                table.measure("time", name, functools.partial(_flash, tokens, given))
+    for tokens in lengths:
+        for op in gpu_ops.OPS:
+            name = f"{op.name}, {_named(tokens)}; {OURS}"
+            table.measure("time", name, functools.partial(_ours, op, tokens, given))
+    for tokens in lengths:
+        name = f"{FLASH}, {_named(tokens)}; torch"
+        table.measure("time", name, functools.partial(_flash, tokens, given))
+        for op in gpu_ops.OPS:
+            for rival in op.rivals:
+                name = f"{op.name}, {_named(tokens)}; {rival.name}"
+                table.measure("time", name, functools.partial(_theirs, op, rival, tokens, given))
     rows = _beside(table.of("time"))
     table.derive("beside", rows)
     families = {op.name for op in (*gpu_ops.LINEAR, *gpu_ops.DELTA)}

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import logsigmoid, normalize, softplus
 
 import xdist
@@ -34,21 +35,30 @@ class Sizes:
 
 
 @dataclass(frozen=True)
+class Rival:
+    """Another project's function: its name in tables, its path, and call(function, inputs,
+    cu_seqlens or None). first: it wants channels before tokens. documents: it takes several."""
+
+    name: str
+    path: str
+    call: Callable[..., Tensor]
+    first: bool = False
+    documents: bool = False
+
+
+@dataclass(frozen=True)
 class Op:
     """One operation.
 
     draw: (sizes, generator) -> float32 inputs. call: (inputs, options) -> outputs by `xdist`,
-    options being shard and backend. rival: distribution and path of the function; theirs: its call
-    on (function, inputs, cu_seqlens or None). first: it wants channels before tokens. flops: of
-    one forward pass, None where no matrix product is needed. wide: inputs that stay float32.
+    options being shard and backend. flops: of one forward pass, None where no matrix product is
+    needed. wide: inputs that stay float32.
     """
 
     name: str
     draw: Callable[[Sizes, torch.Generator], Inputs]
     call: Callable[..., Any]
-    rival: tuple[str, str] | None = None
-    theirs: Callable[..., Tensor] | None = None
-    first: bool = False
+    rivals: tuple[Rival, ...] = ()
     flops: Callable[[Sizes], float] | None = None
     wide: tuple[str, ...] = ("log_decay", "dt", "A", "D")
 
@@ -63,6 +73,14 @@ def _qkv(s: Sizes, g: torch.Generator) -> Inputs:
         "k": _normal((1, s.tokens, s.heads, s.key), g) * s.key**-0.5,
         "v": _normal((1, s.tokens, s.heads, s.value), g),
     }
+
+
+def _grouped(s: Sizes, g: torch.Generator) -> Inputs:
+    """Four query heads share a key head."""
+    groups = max(1, s.heads // 4)
+    found = _qkv(s, g)
+    scaled = {name: found[name][:, :, :groups].contiguous() for name in "kv"}
+    return found | {"k": scaled["k"] * s.key**0.5, "v": scaled["v"]}
 
 
 def _fixed(s: Sizes, g: torch.Generator) -> Inputs:
@@ -150,7 +168,9 @@ def _delta_flops(s: Sizes) -> float:
 def _fla(function: Any, x: Inputs, cu: Tensor | None) -> Tensor:
     """The common shape of fla-core's functions: decays are `g`, documents `cu_seqlens`."""
     names = {name: "g" if name == "log_decay" else name for name in x}
-    return function(**{names[name]: value for name, value in x.items()}, cu_seqlens=cu)[0]
+    # Only documents are told: some functions of older releases know no cu_seqlens.
+    documents = {} if cu is None else {"cu_seqlens": cu}
+    return function(**{names[name]: value for name, value in x.items()}, **documents)[0]
 
 
 def _fla_plain(function: Any, x: Inputs, cu: Tensor | None) -> Tensor:
@@ -173,42 +193,59 @@ def _conv1d(function: Any, x: Inputs, cu: Tensor | None) -> Tensor:
     return function(x["x"], x["weight"], x["bias"], activation="silu")
 
 
-def _of_fla(path: str) -> tuple[str, str]:
-    return "fla-core", f"fla.ops.{path}"
+def _flash(backend: str) -> Callable[..., Tensor]:
+    """Causal attention by one of torch's fused kernels alone."""
+
+    def call(function: Any, x: Inputs, cu: Tensor | None) -> Tensor:
+        q, k, v = (x[name].transpose(1, 2) for name in "qkv")
+        with sdpa_kernel(getattr(SDPBackend, backend)):
+            return function(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+    return call
 
 
-_MAMBA = "mamba_ssm.ops"
+def _of_fla(path: str, call: Callable[..., Tensor] = _fla) -> tuple[Rival, ...]:
+    return (Rival("fla-core", f"fla.ops.{path}", call, documents=True),)
+
+
+_SDPA = "torch.nn.functional.scaled_dot_product_attention"
 _linear, _delta_rule = _ours("linear_attention"), _ours("delta_rule")
+_gla, _simple = _of_fla("gla.chunk_gla"), "simple_gla.chunk_simple_gla"
+_ssd_rival = Rival(
+    "mamba_ssm", "mamba_ssm.ops.triton.ssd_combined.mamba_chunk_scan_combined", _mamba2
+)
+_scan_rival = Rival(
+    "mamba_ssm", "mamba_ssm.ops.selective_scan_interface.selective_scan_fn", _mamba, first=True
+)
+_conv_rival = Rival("causal-conv1d", "causal_conv1d.causal_conv1d_fn", _conv1d, first=True)
+
 LINEAR = (
-    Op("linear", _qkv, _linear, _of_fla("linear_attn.chunk_linear_attn"), _fla_plain,
-       flops=_linear_flops),
-    Op("retention", _fixed, _linear, _of_fla("simple_gla.chunk_simple_gla"), _fla_fixed,
-       flops=_linear_flops),
-    Op("scalar decay", _scalar, _linear, _of_fla("simple_gla.chunk_simple_gla"), _fla,
-       flops=_linear_flops),
-    Op("GLA", _diagonal, _linear, _of_fla("gla.chunk_gla"), _fla, flops=_linear_flops),
-    Op("HGRN-2", _hgrn2, _linear, _of_fla("gla.chunk_gla"), _fla, flops=_linear_flops),
+    Op("linear", _qkv, _linear, _of_fla("linear_attn.chunk_linear_attn", _fla_plain),
+       _linear_flops),
+    Op("retention", _fixed, _linear, _of_fla(_simple, _fla_fixed), _linear_flops),
+    Op("scalar decay", _scalar, _linear, _of_fla(_simple), _linear_flops),
+    Op("GLA", _diagonal, _linear, _gla, _linear_flops),
+    Op("HGRN-2", _hgrn2, _linear, _gla, _linear_flops),
 )  # fmt: skip
 DELTA = (
-    Op("DeltaNet", _delta(_qkv), _delta_rule, _of_fla("delta_rule.chunk_delta_rule"), _fla,
-       flops=_delta_flops),
+    Op("DeltaNet", _delta(_qkv), _delta_rule, _of_fla("delta_rule.chunk_delta_rule"),
+       _delta_flops),
     Op("Gated DeltaNet", _delta(_scalar), _delta_rule,
-       _of_fla("gated_delta_rule.chunk_gated_delta_rule"), _fla, flops=_delta_flops),
-    Op("KDA", _delta(_diagonal), _delta_rule, _of_fla("kda.chunk_kda"), _fla,
-       flops=_delta_flops),
+       _of_fla("gated_delta_rule.chunk_gated_delta_rule"), _delta_flops),
+    Op("KDA", _delta(_diagonal), _delta_rule, _of_fla("kda.chunk_kda"), _delta_flops),
 )  # fmt: skip
 STATE_SPACE = (
-    Op("Mamba-2 (ssd)", _ssd, _ours("ssd"),
-       ("mamba_ssm", f"{_MAMBA}.triton.ssd_combined.mamba_chunk_scan_combined"), _mamba2,
-       flops=_linear_flops),
-    Op("Mamba (selective_scan)", _selective, _ours("selective_scan"),
-       ("mamba_ssm", f"{_MAMBA}.selective_scan_interface.selective_scan_fn"), _mamba, first=True),
-)  # fmt: skip
-CONV = Op(
-    "causal_conv1d", _conv, _ours("causal_conv1d", activation="silu"),
-    ("causal-conv1d", "causal_conv1d.causal_conv1d_fn"), _conv1d, first=True,
-)  # fmt: skip
+    Op("Mamba-2 (ssd)", _ssd, _ours("ssd"), (_ssd_rival,), _linear_flops),
+    Op("Mamba (selective_scan)", _selective, _ours("selective_scan"), (_scan_rival,)),
+)
+CONV = Op("causal_conv1d", _conv, _ours("causal_conv1d", activation="silu"), (_conv_rival,))
 OPS = (*LINEAR, *DELTA, *STATE_SPACE, CONV)
+FLASH = Rival("torch, flash", _SDPA, _flash("FLASH_ATTENTION"))
+ATTENTION = Op(
+    "attention, causal", _grouped, _ours("attention", mask=xdist.Mask()),
+    (FLASH, Rival("torch, cuDNN", _SDPA, _flash("CUDNN_ATTENTION"))),
+    lambda s: 2.0 * s.tokens**2 * s.heads * s.key,
+)  # fmt: skip
 
 
 def leaves(op: Op, sizes: Sizes, dtype: torch.dtype, device: str, seed: int = 0) -> Inputs:
@@ -219,9 +256,9 @@ def leaves(op: Op, sizes: Sizes, dtype: torch.dtype, device: str, seed: int = 0)
         return {name: x if name in op.wide else x.to(dtype) for name, x in drawn.items()}
 
 
-def turned(op: Op, inputs: Inputs) -> Inputs:
+def turned(rival: Rival, inputs: Inputs) -> Inputs:
     """The inputs as the rival lays them out, or back again: it is its own inverse."""
-    if not op.first:
+    if not rival.first:
         return inputs
     return {n: x.transpose(1, 2).contiguous() if x.dim() == 3 else x for n, x in inputs.items()}
 

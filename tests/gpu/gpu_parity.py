@@ -20,6 +20,7 @@ import gpu_rows
 DTYPES = ("float32", "float16", "bfloat16")
 # What fails the command: an error that more than rounding makes.
 ALLOWED = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
+OURS = "xdist"
 HEADINGS = {
     "errors": "Errors beside float64",
     "beside": "Beside rivals on the same inputs: the error of ours over theirs",
@@ -87,27 +88,27 @@ class Case:
         good = row["output"] <= row["allowed"] and row["worst gradient"] <= row["allowed"]
         return row if good else {**row, "failed": True, "remark": "more than rounding"}
 
-    def theirs(self) -> dict[str, Any]:
-        """The rival's errors, or why it does not serve."""
+    def theirs(self, rival: Any) -> dict[str, Any]:
+        """A rival's errors, or why it does not serve."""
         import gpu_ops
         import torch
 
-        function = gpu_rivals.function(self.op.rival[1])
+        function = gpu_rivals.function(rival.path)
         if isinstance(function, str):
             return {"remark": function}
-        if self.op.rival[0] != "fla-core" and self.cuts is not None:
+        if self.cuts is not None and not rival.documents:
             return {"remark": "not asked for documents"}
         cuts = None
         if self.cuts is not None:
             cuts = torch.tensor(self.cuts, device=self.device)
 
         def call(x: dict[str, Any]) -> Any:
-            out = self.op.theirs(function, x, cuts)
-            return out.transpose(1, 2) if self.op.first else out
+            out = rival.call(function, x, cuts)
+            return out.transpose(1, 2) if rival.first else out
 
         def run() -> dict[str, Any]:
-            found = self._run(gpu_ops.turned(self.op, self.inputs), call)
-            return self._errors({"out": found.pop("out"), **gpu_ops.turned(self.op, found)})
+            found = self._run(gpu_ops.turned(rival, self.inputs), call)
+            return self._errors({"out": found.pop("out"), **gpu_ops.turned(rival, found)})
 
         row = gpu_rivals.tried(run)
         return {"remark": row} if isinstance(row, str) else row
@@ -127,13 +128,17 @@ class Case:
         }
 
 
+def _errors_of(case: Any, rival: Any | None) -> dict[str, Any]:
+    return case().theirs(rival) if rival else case().ours()
+
+
 def _beside(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Ours over theirs, wherever both have numbers."""
-    ours = {row["case"].rpartition(", ")[0]: row for row in rows if row["case"].endswith("xdist")}
+    ours = {row["case"].partition("; ")[0]: row for row in rows if row["case"].endswith(OURS)}
     found = []
     for row in rows:
-        case, _, method = row["case"].rpartition(", ")
-        if method == "xdist" or "output" not in row or "output" not in ours.get(case, {}):
+        case, _, method = row["case"].partition("; ")
+        if method == OURS or "output" not in row or "output" not in ours.get(case, {}):
             continue
         own = ours[case]
         found.append(
@@ -160,21 +165,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         notes=[ABOUT],
     )  # fmt: skip
     dtypes = ("float32",) if given.small else DTYPES
-    for methods in (("xdist",), ("rival",)):
+    # Ours first: a rival that tunes itself for minutes takes no row from us.
+    for of_rivals in (False, True):
         for label, (tokens, shares) in _tokens(given.small).items():
-            for op in gpu_ops.OPS:
+            for op in (*gpu_ops.OPS, gpu_ops.ATTENTION):
                 for dtype in dtypes:
                     case = functools.cache(
                         functools.partial(Case, op, dtype, tokens, shares, given)
                     )
-                    for method in methods:
-                        name = "xdist" if method == "xdist" else op.rival[0]
+                    for rival in op.rivals if of_rivals else (None,):
                         table.measure(
                             "errors",
-                            f"{op.name}, {label}, {dtype}, {name}",
-                            lambda case=case, method=method: (
-                                case().ours() if method == "xdist" else case().theirs()
-                            ),
+                            f"{op.name}, {label}, {dtype}; {rival.name if rival else OURS}",
+                            functools.partial(_errors_of, case, rival),
                         )
     table.derive("beside", _beside(table.of("errors")))
     return table.finish()
