@@ -1,0 +1,391 @@
+"""Which calls cuDNN, torch's flash kernel and flash-attn take over, and what they are given.
+
+No GPU is here: the libraries are stand-ins (attention_library_fakes.py) that know their own masks.
+"""
+
+from __future__ import annotations
+
+import logging
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.kernels.attention_library_fakes import HOPPER, install
+from xdist_kernels import backend
+from xdist_kernels.attention import libraries, library_masks
+from xdist_kernels.attention import torch as door
+from xdist_kernels.attention.blocks import Spans, visible
+from xdist_kernels.attention.library_masks import Sequences, find_sequences
+from xdist_kernels.errors import KernelError
+
+Call = dict[str, Any]
+
+
+def spans_of(
+    n: int, *, cuts: tuple[int, ...] = (), causal: bool = True, left: int | None = None,
+    right: int | None = None, chunk: int | None = None, prefix: int = 0,
+) -> tuple[Spans, Tensor]:  # fmt: skip
+    """Spans of n queries in position order, and the positions of n keys."""
+    at = torch.arange(n)
+    start, stop = torch.zeros_like(at), torch.full_like(at, n)
+    for a, b in pairwise((0, *cuts, n)):
+        start[a:b], stop[a:b] = a, b
+    if chunk is not None:
+        start = start + (at - start) // chunk * chunk
+        stop = torch.minimum(stop, start + chunk)
+    lo = start if left is None else torch.maximum(start, at - left)
+    hi = stop if right is None else torch.minimum(stop, at + 1 + right)
+    hi = torch.minimum(hi, at + 1) if causal else hi
+    zero = torch.zeros_like(at)
+    if not prefix:
+        return (lo, hi, zero, zero), at
+    seen = torch.minimum(start + prefix, stop)
+    return (torch.maximum(lo, seen), hi, start, seen), at
+
+
+def moved(made: tuple[Spans, Tensor], queries: Tensor, keys: Tensor) -> Call:
+    """The call whose queries and keys lie in these orders."""
+    spans, at = made
+    return {"spans": tuple(s[queries] for s in spans), "k_positions": at[keys]}
+
+
+def seen_by(plan: Sequences, n: int, m: int) -> Tensor:
+    """Bool `[n,m]`: what queries see where a library is given `plan`, by its own rule."""
+    found = torch.zeros(n, m, dtype=torch.bool)
+    q_order = torch.arange(n) if plan.q_order is None else plan.q_order
+    k_order = torch.arange(m) if plan.k_order is None else plan.k_order
+    q_ends, k_ends = plan.q_starts.tolist(), plan.k_starts.tolist()
+    for (a, b), (c, d) in zip(pairwise(q_ends), pairwise(k_ends), strict=True):
+        at = torch.arange(b - a).unsqueeze(1) + (d - c) - (b - a)
+        key = torch.arange(d - c)
+        seen = torch.ones(b - a, d - c, dtype=torch.bool)
+        if plan.left >= 0:
+            seen &= key >= at - plan.left
+        if plan.right >= 0:
+            seen &= key <= at + plan.right
+        rows, columns = q_order[a:b], k_order[plan.first_key + c : plan.first_key + d]
+        found[rows.unsqueeze(1), columns] = seen
+    return found
+
+
+SERVED: dict[str, tuple[Call, tuple[int, int, int]]] = {
+    "causal": ({}, (1, -1, 0)),
+    "bidirectional": ({"causal": False}, (1, -1, -1)),
+    "window": ({"left": 7}, (1, 7, 0)),
+    "two-sided window": ({"causal": False, "left": 7, "right": 3}, (1, 7, 3)),
+    "window to the right": ({"causal": False, "right": 3}, (1, -1, 3)),
+    "documents": ({"cuts": (11, 12, 40)}, (4, -1, 0)),
+    "bidirectional documents": ({"cuts": (11, 40), "causal": False}, (3, -1, -1)),
+    "documents with a window": ({"cuts": (3, 40), "left": 9}, (3, 9, 0)),
+    "chunks": ({"chunk": 16}, (4, -1, 0)),
+    "chunks in documents": ({"chunk": 16, "cuts": (5, 40)}, (6, -1, 0)),
+}
+
+
+@pytest.mark.parametrize("order", ["as is", "zigzag", "drawn"])
+@pytest.mark.parametrize("name", SERVED)
+def test_masks_that_libraries_know_are_found_in_any_order(name: str, order: str) -> None:
+    options, wanted = SERVED[name]
+    n = 64
+    here = torch.arange(n)
+    if order == "zigzag":
+        here = torch.cat([torch.cat([here[8 * i :][:8], here[56 - 8 * i :][:8]]) for i in range(4)])
+    elif order == "drawn":
+        here = torch.randperm(n, generator=torch.Generator().manual_seed(1))
+    call = moved(spans_of(n, **options), here, here)
+    plan = find_sequences(**call)
+    assert isinstance(plan, Sequences), plan
+    assert (plan.count, plan.left, plan.right) == wanted
+    assert torch.equal(seen_by(plan, n, n), visible(call["spans"], slice(0, n), here))
+    if order == "as is" or name == "bidirectional":
+        assert plan.q_order is None
+        assert plan.k_order is None
+
+
+def drawn_call(seed: int) -> Call:
+    """Any mask: documents, causal or not, windows, chunks, prefixes, blind queries, and queries and
+    keys that are a part of all, in drawn segments."""
+    made = torch.Generator().manual_seed(seed)
+
+    def some(low: int, high: int) -> int:
+        return int(torch.randint(low, high, (), generator=made))
+
+    n = some(1, 50)
+    cuts = tuple(sorted({some(0, n + 1) for _ in range(some(0, 3))} - {0, n}))
+    options: Call = {"cuts": cuts, "causal": bool(some(0, 2))}
+    options |= {"left": some(0, 20)} if some(0, 2) else {}
+    options |= {"right": some(0, 9)} if not options["causal"] and some(0, 2) else {}
+    options |= {"chunk": some(1, 20)} if some(0, 4) == 0 else {}
+    options |= {"prefix": some(1, 9)} if some(0, 5) == 0 else {}
+    made_spans, at = spans_of(n, **options)
+    if some(0, 5) == 0:
+        made_spans[1][some(0, n)] = 0
+
+    def part() -> Tensor:
+        if some(0, 2):
+            return torch.arange(n)
+        a = some(0, n)
+        segments = [torch.arange(a, n), torch.arange(0, some(0, a + 1))]
+        return torch.cat(segments)
+
+    return moved((made_spans, at), part(), part())
+
+
+def test_what_is_found_is_exactly_the_mask_and_the_rest_is_refused() -> None:
+    found = 0
+    reasons: set[str] = set()
+    for seed in range(600):
+        call = drawn_call(seed)
+        n, m = len(call["spans"][0]), len(call["k_positions"])
+        plan = find_sequences(**call)
+        if isinstance(plan, str):
+            reasons.add(plan)
+            continue
+        found += 1
+        seen = visible(call["spans"], slice(0, n), call["k_positions"])
+        assert torch.equal(seen_by(plan, n, m), seen), seed
+        assert int(plan.q_starts[-1]) == n
+    assert 200 < found < 550
+    assert reasons - {"there are no queries or no keys"} == {
+        "some queries see no key",
+        "some queries see two runs of keys",
+        "some keys between those that are seen are seen by none",
+        "what queries see moves by no one window",
+    }
+
+
+def test_keys_before_the_queries_and_keys_that_nobody_sees() -> None:
+    """A halo: queries 40..63 with a window of 9, the keys 20..63 at hand."""
+    spans, at = spans_of(64, left=9)
+    call: Call = {"spans": tuple(s[40:] for s in spans), "k_positions": at[20:]}
+    plan = find_sequences(**call)
+    assert isinstance(plan, Sequences)
+    assert (plan.left, plan.right, plan.first_key) == (9, 0, 11)
+    assert plan.k_starts.tolist() == [0, 33]
+    assert not plan.square
+    assert torch.equal(seen_by(plan, 24, 44), visible(call["spans"], slice(0, 24), at[20:]))
+    twice = find_sequences(spans, torch.cat([at[:10], at[:54]]))
+    assert twice == "two keys have one position"
+    assert find_sequences(spans, at[:0]) == "there are no queries or no keys"
+
+
+def test_sequences_too_short_or_too_unlike_are_left_to_other_kernels() -> None:
+    def plan_of(lengths: list[int]) -> Sequences:
+        ends = torch.tensor([0, *lengths]).cumsum(0)
+        return Sequences(ends, ends, -1, 0)
+
+    assert library_masks.idle(plan_of([4096])) is None
+    assert library_masks.idle(plan_of([100] * 50)) is None
+    assert "too short" in str(library_masks.idle(plan_of([20] * 50 + [30])))
+    assert "idle" in str(library_masks.idle(plan_of([8192] + [64] * 50)))
+    assert library_masks.idle(plan_of([1000, 2000, 1500, 700])) is None
+
+
+def shapes(**changed: Any) -> libraries.Shapes:
+    base = libraries.Shapes(torch.bfloat16, 1, 4096, 4096, 16, 4, 128, 128, 1 << 23)
+    return base._replace(**changed)
+
+
+def chosen(at: libraries.Here = HOPPER, softcap: float | None = None, n: int = 4096, **mask: Any):
+    x = {key: mask.pop(key) for key in list(mask) if key in libraries.Shapes._fields}
+    plan = find_sequences(*spans_of(n, **mask))
+    return libraries.choose(at, shapes(**({"queries": n, "keys": n} | x)), plan, softcap=softcap)
+
+
+def test_which_library_takes_which_call() -> None:
+    ampere = HOPPER._replace(capability=80)
+    bare = HOPPER._replace(flash_attn=None)
+    old = bare._replace(cudnn=91002)
+    none = bare._replace(cudnn=None, flash_sdpa=False)
+    assert chosen().name == "cudnn"
+    assert chosen().why == "causal, 1 sequence of 4096 queries in all"
+    assert chosen(causal=False).name == "cudnn"
+    assert chosen(chunk=512).name == "cudnn"
+    assert chosen(left=512).name == "flash_attn"
+    assert chosen(bare, left=512).name == "flash_sdpa"
+    assert chosen(cuts=(1000, 2000)).name == "flash_attn"
+    assert chosen(ampere).name == "flash_attn"
+    assert chosen(HOPPER._replace(deterministic=True)).name == "flash_attn"
+    assert chosen(softcap=30.0).name == "flash_attn"
+    assert chosen(bare, softcap=30.0).name is None
+    assert chosen(dim=256, width=256).name == "flash_attn"
+    assert chosen(dim=256, width=256, at=HOPPER._replace(capability=89)).name is None
+    assert chosen(dim=128, width=64).name == "cudnn"
+    assert chosen(dim=192, width=128).name is None
+    assert chosen(dim=100, width=100).name is None
+    assert chosen(far=1 << 32).name == "flash_attn"
+    assert chosen(old).name == "cudnn"
+    assert chosen(old, n=4000).name == "flash_sdpa"
+    assert chosen(prefix=100).name is None
+    assert chosen(none).name is None
+    assert chosen(dtype=torch.float32).name is None
+    assert chosen(HOPPER._replace(capability=75)).name is None
+    assert chosen(HOPPER._replace(flash_attn=(3, 0)), left=9).name == "flash_sdpa"
+    refused = chosen(none).why
+    assert all(f"{name}: " in refused for name in libraries.LIBRARIES)
+
+
+def tensors(n: int, m: int, dim: int, width: int, dtype: torch.dtype) -> list[Tensor]:
+    made = torch.Generator().manual_seed(n + m)
+    shapes = [(2, n, 4, dim), (2, m, 2, dim), (2, m, 2, width), (2, n, 4, width)]
+    return [torch.randn(s, generator=made, dtype=torch.float64).to(dtype) for s in shapes]
+
+
+def library_call(x: list[Tensor], call: Call, **options: Any) -> list[Tensor]:
+    """Out, lse and gradients by the library that takes the call."""
+    q, k, v, dout = x
+    found = libraries.attention_forward(q, k, v, scale=0.3, **call, **options)
+    assert found is not None
+    grads = libraries.attention_backward(
+        q, k, v, *reversed(found), dout, scale=0.3, **call, **options
+    )
+    assert grads is not None
+    return [*found, *grads]
+
+
+CALLS: dict[str, tuple[Call, str, int, int]] = {
+    # name: (mask, who takes it, head dims)
+    "causal": ({}, "cudnn", 16, 8),
+    "bidirectional": ({"causal": False}, "cudnn", 16, 16),
+    "chunks as rows": ({"chunk": 16}, "cudnn", 8, 8),
+    "window": ({"left": 7}, "flash_attn", 8, 8),
+    "documents": ({"cuts": (11, 40)}, "flash_attn", 8, 8),
+    "documents, two sides": (
+        {"cuts": (40,), "causal": False, "left": 5, "right": 3},
+        "flash_attn",
+        8,
+        8,
+    ),
+}
+
+
+@pytest.mark.parametrize("order", ["as is", "zigzag"])
+@pytest.mark.parametrize("name", CALLS)
+def test_libraries_give_what_blocks_give(
+    name: str, order: str, monkeypatch: pytest.MonkeyPatch, poisoned: None
+) -> None:
+    """Forward, log-sum-exp and gradients, grouped heads, two rows, every library that serves."""
+    calls = install(monkeypatch)
+    monkeypatch.setattr(library_masks, "_SHORT", 1)
+    mask, taker, dim, width = CALLS[name]
+    n = 64
+    at = torch.arange(n)
+    if order == "zigzag":
+        at = torch.cat([at[:16], at[48:], at[16:48]])
+    call = moved(spans_of(n, **mask), at, at)
+    x = tensors(n, n, dim, width, torch.float16)
+    # As one of three in a fused projection: the last dim alone is contiguous.
+    x[0] = torch.cat([x[0], x[0], x[0]], dim=3)[..., dim : 2 * dim]
+    q, k, v, dout = [t.double() for t in x]
+    out, lse = door.attention_forward(q, k, v, scale=0.3, form="blockwise", **call)
+    delta = door.attention_delta(out, dout)
+    grads = door.attention_backward(q, k, v, lse, delta, dout, scale=0.3, form="blockwise", **call)
+    wanted = [out, lse, *grads]
+    plan = find_sequences(**call)
+    assert isinstance(plan, Sequences)
+    takers = [taker] + [
+        other
+        for other in ("flash_attn", "flash_sdpa")
+        if other != taker
+        and libraries.refusal(other, HOPPER, libraries.shapes_of(*x[:3]), plan, None) is None
+    ]
+    assert len(takers) >= (2 if dim == width else 1)
+    for form in takers:
+        calls.clear()
+        found = library_call(x, call, form=None if form == taker else form)
+        assert calls == [f"{form} forward", f"{form} backward"]
+        assert found[1].dtype == torch.float32
+        assert found[1].is_contiguous()
+        for a, b in zip(found, wanted, strict=True):
+            assert a.dtype in (torch.float16, torch.float32)
+            # Rounded to float16 once, from an output that was: 2^-11 each.
+            assert float((a.double() - b).abs().max() / b.abs().max()) <= 1.5e-3
+
+
+def test_a_part_of_the_keys_and_soft_cap(monkeypatch: pytest.MonkeyPatch, poisoned: None) -> None:
+    calls = install(monkeypatch)
+    spans, at = spans_of(64, left=9)
+    call: Call = {"spans": tuple(s[40:] for s in spans), "k_positions": at[20:], "softcap": 2.0}
+    x = tensors(24, 44, 8, 8, torch.float16)
+    q, k, v, dout = [t.double() for t in x]
+    out, lse = door.attention_forward(q, k, v, scale=0.3, **call)
+    grads = door.attention_backward(q, k, v, lse, None, dout, scale=0.3, out=out, **call)
+    found = library_call(x, call)
+    assert calls == ["flash_attn forward", "flash_attn backward"]
+    for a, b in zip(found, [out, lse, *grads], strict=True):
+        assert float((a.double() - b).abs().max() / b.abs().max()) <= 1.5e-3
+    # Keys 20..30 are seen by none.
+    assert not found[3][:, :11].any()
+    assert not found[4][:, :11].any()
+
+
+def test_who_asks_and_what_keeps_libraries_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v, _ = tensors(64, 64, 8, 8, torch.bfloat16)
+    spans, at = spans_of(64)
+    call: Call = {"spans": spans, "k_positions": at}
+    assert libraries.take(q, k, v, **call).why == "tensors are on cpu"
+    install(monkeypatch)
+    assert libraries.take(q, k, v, **call).name == "cudnn"
+    for more, why in (
+        ({"rounded": False}, "results are added up"),
+        ({"drops": True}, "there is dropout"),
+        ({"sinks": True}, "a sink would be merged"),
+        ({"form": "blockwise"}, "'blockwise' is forced"),
+    ):
+        taken = libraries.take(q, k, v, **call, **more)  # type: ignore[arg-type]
+        assert taken.name is None
+        assert taken.why.startswith(why)
+    assert libraries.take(q.float(), k.float(), v.float(), **call).name is None
+    with pytest.raises(KernelError, match=r"(?s)'cudnn'.*results are added up.*force no form"):
+        libraries.take(q, k, v, **call, rounded=False, form="cudnn")
+    served = door.attention_forms(q, k, v, **call, rounded=True)
+    assert [(x.form, x.start, x.stop, x.heads.stop) for x in served] == [("cudnn", 0, 64, 4)]
+    assert served[0].why == "causal, 1 sequence of 64 queries in all"
+    assert [x.form for x in door.attention_forms(q, k, v, **call)] == ["flash"]
+    # Heads that see alike are one mask, others are left to kernels that know them.
+    alike = tuple(s.expand(4, 64) for s in spans)
+    assert libraries.take(q, k, v, spans=alike, k_positions=at).name == "cudnn"
+    lo = spans[0].repeat(4, 1)
+    lo[1] = torch.maximum(lo[1], at - 5)
+    unlike = (lo, *alike[1:])
+    assert libraries.take(q, k, v, spans=unlike, k_positions=at).why == "heads see different keys"
+
+
+def test_a_mask_is_read_from_the_device_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    spans, at = spans_of(64)
+    asked = []
+    real = libraries.find_sequences
+    monkeypatch.setattr(
+        libraries, "find_sequences", lambda *given: [asked.append(1), real(*given)][1]
+    )
+    first = libraries.sequences_of(spans, at)
+    assert libraries.sequences_of(spans, at) is first
+    assert len(asked) == 1
+    spans[0].add_(0)
+    assert libraries.sequences_of(spans, at) is not first
+    libraries.sequences_of(spans, at.clone())
+    assert len(asked) == 3
+    with torch.inference_mode():
+        made, at = spans_of(64)
+        libraries.sequences_of(made, at)
+        libraries.sequences_of(made, at)
+    assert len(asked) == 5
+
+
+def test_the_library_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    install(monkeypatch)
+    monkeypatch.setattr(backend, "_said", set())
+    spans, at = spans_of(64)
+    x = tensors(64, 64, 8, 8, torch.bfloat16)
+    with caplog.at_level(logging.INFO, logger="xdist"):
+        for _ in range(2):
+            library_call(x, {"spans": spans, "k_positions": at})
+    assert [record.getMessage() for record in caplog.records] == [
+        "attention forward runs on cudnn: causal, 1 sequence of 64 queries in all",
+        "attention backward runs on cudnn: causal, 1 sequence of 64 queries in all",
+    ]
