@@ -7,12 +7,11 @@ import sys
 from collections.abc import Iterator
 
 import pytest
-import torch
 
-# Triton decides when it is imported, also in the ranks that tests start: without a card its kernels
-# run in its interpreter.
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+# Triton decides when it is imported, also in the ranks that tests start. Tests compute on the CPU,
+# so its kernels run in its interpreter; what needs a card is in tests/gpu, which pytest does not
+# run.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from xdist.testing import RankPool, poisoned_empty
 
