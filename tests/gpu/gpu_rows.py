@@ -36,6 +36,8 @@ import record  # noqa: E402
 
 # A command ends within 9 minutes, its start and its last row included.
 MINUTES = 8.0
+# What a number depends on beside the sources; another host with the same card may go on.
+DEPENDS = ("card", "driver", "torch", "triton")
 Row = dict[str, Any]
 
 
@@ -145,6 +147,7 @@ class Table:
         self.machine = machine()
         self.code = sources()
         self.left: list[str] = []
+        self.finished = False
         self.longest_s = 0.0
         self.date = datetime.datetime.now(datetime.UTC).date().isoformat()
         if not self.options.again:
@@ -154,8 +157,10 @@ class Table:
         """Takes over the rows of the newest file that the same code on the same machine wrote."""
         for path in sorted(self.options.folder.glob(f"{self.name}-????-??-??.json"), reverse=True):
             before = json.loads(path.read_text("utf-8"))
-            same = before["code"] == self.code and before["machine"] == self.machine
-            if not same or not (before["left"] or before["date"] == self.date):
+            same = all(before["machine"].get(key) == self.machine.get(key) for key in DEPENDS)
+            if not same or before["code"] != self.code:
+                continue
+            if before["finished"] and before["date"] != self.date:
                 continue
             kept = self.options.kept
             self.rows = [row for row in before["rows"] if kept or not row.get("failed")]
@@ -232,6 +237,7 @@ class Table:
             "code": self.code,
             "machine": self.machine,
             "rivals": gpu_rivals.found(),
+            "finished": self.finished,
             "left": self.left,
             "notes": self.notes,
             "rows": self.rows,
@@ -265,6 +271,7 @@ class Table:
 
     def finish(self) -> int:
         """Prints where the table is and what is left; 1 where a row failed, else 0."""
+        self.finished = not self.left and not self.options.rows
         path = self.write()
         failed = [f"{row['group']}: {row['case']}" for row in self.rows if row.get("failed")]
         print(f"wrote {path}: {len(self.rows)} rows, {len(self.left)} left, {len(failed)} failed")
