@@ -1,0 +1,63 @@
+"""What several Triton kernels know of one chunk: its decays to base 2, and its documents."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from xdist_kernels.linear import chunks
+
+LOG2_E = tl.constexpr(chunks.LOG2_E)
+
+
+@triton.jit
+def load_rows(p_x, o_t, m_t, o_d, stride, D: tl.constexpr):
+    """Tokens o_t, dims o_d of one head: [BT, BD], zero behind the last token and dim."""
+    inside = m_t[:, None] & (o_d < D)[None, :]
+    return tl.load(p_x + o_t[:, None] * stride + o_d[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def load_documents(ids, first, o_t, T, BT: tl.constexpr):
+    """Documents begun up to each token [BT], before the chunk, and at its last token."""
+    b_id = tl.load(ids + tl.minimum(o_t, T - 1))
+    before = tl.load(ids + first - 1, mask=first > 0, other=0)
+    last = tl.load(ids + tl.minimum(first + BT, T) - 1)
+    return b_id, before, last
+
+
+@triton.jit
+def row_decays(p_g, g_t, p_ids, first, o_t, m_t, T, BT: tl.constexpr, REVERSE: tl.constexpr):
+    """Of one decay a token, or none (p_g None): what state and chunk do to each other.
+
+    Returns since [BT] and until [BT], the decays from the chunk's start and to its end, 0 where a
+    document starts between; log, that of the whole chunk; between [BT, BT], the decays from one
+    token to a later one (REVERSE: rows are the earlier ones), 0 where they do not see each other.
+    """
+    o_i = tl.arange(0, BT)
+    ahead = o_i[:, None] - o_i[None, :]
+    visible = (ahead <= 0) if REVERSE else (ahead >= 0)
+    since = tl.full([BT], 1.0, tl.float32)
+    until = since
+    log = 0.0
+    if p_ids is not None:
+        b_id, before, last = load_documents(p_ids, first, o_t, T, BT)
+        visible = visible & (b_id[:, None] == b_id[None, :])
+    if p_g is not None:
+        b_g = tl.load(p_g + o_t * g_t, mask=m_t, other=0.0).to(tl.float32) * LOG2_E
+        b_c = tl.cumsum(b_g, 0)
+        log = tl.sum(b_g, 0)
+        since = tl.exp2(b_c)
+        until = tl.exp2(log - b_c)
+        gap = b_c[:, None] - b_c[None, :]
+        if REVERSE:
+            gap = -gap
+        # Where rows do not see columns the exponent is positive and could overflow.
+        between = tl.exp2(tl.where(visible, gap, float("-inf")))
+    else:
+        between = tl.where(visible, 1.0, 0.0)
+    if p_ids is not None:
+        since = tl.where(b_id == before, since, 0.0)
+        until = tl.where(b_id == last, until, 0.0)
+        log = tl.where(last == before, log, float("-inf"))
+    return since, until, log, between

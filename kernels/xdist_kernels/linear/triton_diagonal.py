@@ -1,0 +1,367 @@
+"""Triton: what a decay of its own for every key dim needs beside the kernels of one decay a token.
+
+`weigh` turns queries and keys into ones that hold the decays to their chunk's borders, and sums up
+what is inside chunks; then the kernels of triton_states.py and triton_scan.py serve. Gradients of
+q, k and log_decay come from one kernel of their own. No exponent is ever positive: inside a chunk
+each pair of tokens meets at the middle of the smallest aligned block that holds both (README.md).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from xdist_kernels.launch import launch, target_of
+from xdist_kernels.linear.triton_chunk import LOG2_E, load_documents, load_rows
+from xdist_kernels.linear.triton_shapes import (
+    CHUNK_TOKENS,
+    cdiv,
+    gradient_blocks,
+    key_blocks,
+    precision,
+)
+from xdist_kernels.linear.triton_states import strides
+
+# Halvings of a chunk down to single tokens.
+LEVELS = CHUNK_TOKENS.bit_length() - 1
+
+
+class Weighed(NamedTuple):
+    """Queries and keys with the decays of their chunks; None where not asked for."""
+
+    q: Tensor | None  # [B, T, H, K] scale * q * exp(c), 0 where a document starts before it
+    k: Tensor | None  # [B, T, H, K] k * exp(c_C - c), 0 where one starts behind it
+    totals: Tensor  # [B, H, chunks, K] c_C to base 2, -inf where a document starts in the chunk
+    inner: Tensor | None  # [B, H, chunks, C, C] scale * sum over d of q k exp(c_i - c_j), j <= i
+
+
+@triton.jit
+def middle_of(o_i, i_level, LEVELS: tl.constexpr):
+    """Of each token's block of 2h tokens (h is halved from level to level): its number, whether
+    the token is in its second half, and the last token of its first half."""
+    shift = LEVELS - i_level
+    block = o_i >> shift
+    second = ((o_i >> (shift - 1)) & 1) == 1
+    middle = (block << shift) + (1 << (shift - 1)) - 1
+    return block, second, middle
+
+
+@triton.jit(do_not_specialize=["T"])
+def weigh_chunks(
+    q,
+    k,
+    g,
+    ids,
+    q_weighed,
+    k_weighed,
+    totals,
+    inner,
+    q_b,
+    q_t,
+    q_h,
+    q_group,
+    k_b,
+    k_t,
+    k_h,
+    k_group,
+    g_b,
+    g_t,
+    g_h,
+    T,
+    H,
+    scale,
+    K: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    LEVELS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    # of one chunk of one head, c = cumsum(g):
+    #     for blocks of key dims:
+    #         q' = scale * q * exp(c);  k' = k * exp(c_C - c)
+    #         A += diag(q . k)
+    #         for halves h = C/2 .. 1, m = the middle of a token's block of 2h:
+    #             f = exp(-|c - c_m|)
+    #             A += (second halves of q * f) (first halves of k * f)^T, of the same block
+    #     A = scale * A, where both tokens are of one document
+    i_p = tl.program_id(0).to(tl.int64)
+    n_c = tl.cdiv(T, BT)
+    i_h = i_p % H
+    i_c = i_p // H % n_c
+    i_b = i_p // H // n_c
+    i_chunk = (i_b * H + i_h) * n_c + i_c
+
+    o_i = tl.arange(0, BT)
+    first = i_c * BT
+    o_t = first + o_i
+    m_t = o_t < T
+    since = tl.full([BT], 1.0, tl.float32)
+    until = since
+    gone = 0.0
+    visible = o_i[:, None] >= o_i[None, :]
+    if ids is not None:
+        b_id, before, last = load_documents(ids, first, o_t, T, BT)
+        visible = visible & (b_id[:, None] == b_id[None, :])
+        since = tl.where(b_id == before, 1.0, 0.0)
+        until = tl.where(b_id == last, 1.0, 0.0)
+        gone = tl.where(last == before, 0.0, float("-inf"))
+    o_head = ((i_b * T + o_t) * H + i_h) * K  # [BT]
+    b_a = tl.zeros([BT, BT], dtype=tl.float32)
+    for i_k in range(tl.cdiv(K, BK)):
+        o_k = i_k * BK + tl.arange(0, BK)
+        m_k = m_t[:, None] & (o_k < K)[None, :]
+        b_g = load_rows(g + i_b * g_b + i_h * g_h, o_t, m_t, o_k, g_t, K).to(tl.float32)
+        b_g = b_g * LOG2_E  # [BT, BK]
+        b_c = tl.cumsum(b_g, 0)
+        b_total = tl.sum(b_g, 0)  # [BK]
+        tl.store(totals + i_chunk * K + o_k, b_total + gone, mask=o_k < K)
+        o_out = o_head[:, None] + o_k[None, :]
+        if k is not None:
+            p_k = k + i_b * k_b + i_h // k_group * k_h
+            b_k = load_rows(p_k, o_t, m_t, o_k, k_t, K).to(tl.float32)
+            b_kw = b_k * tl.exp2(b_total[None, :] - b_c) * until[:, None]
+            tl.store(k_weighed + o_out, b_kw.to(k_weighed.dtype.element_ty), mask=m_k)
+        if q is not None:
+            p_q = q + i_b * q_b + i_h // q_group * q_h
+            b_q = load_rows(p_q, o_t, m_t, o_k, q_t, K).to(tl.float32)
+            b_qw = b_q * tl.exp2(b_c) * since[:, None] * scale
+            tl.store(q_weighed + o_out, b_qw.to(q_weighed.dtype.element_ty), mask=m_k)
+        if inner is not None:
+            own = tl.sum(b_q * b_k, 1)  # [BT]
+            b_a += tl.where(o_i[:, None] == o_i[None, :], own[:, None], 0.0)
+            for i_level in range(LEVELS):
+                block, second, middle = middle_of(o_i, i_level, LEVELS)
+                at = tl.broadcast_to(middle[:, None], (BT, BK))
+                b_f = tl.exp2(-tl.abs(b_c - tl.gather(b_c, at, 0)))  # [BT, BK]
+                b_qf = tl.where(second[:, None], b_q * b_f, 0.0).to(inner.dtype.element_ty)
+                b_kf = tl.where(second[:, None], 0.0, b_k * b_f).to(inner.dtype.element_ty)
+                b_level = tl.dot(b_qf, tl.trans(b_kf), input_precision=PRECISION)
+                b_a += tl.where(block[:, None] == block[None, :], b_level, 0.0)
+    if inner is not None:
+        b_a = tl.where(visible, b_a * scale, 0.0)
+        p_a = inner + i_chunk * BT * BT + o_i[:, None] * BT + o_i[None, :]
+        tl.store(p_a, b_a.to(inner.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=["T", "span", "spans"])
+def gradients_of_keys(
+    q,
+    k,
+    v,
+    dout,
+    g,
+    ids,
+    states,
+    dstates,
+    dq_before,
+    dq,
+    dk,
+    dg,
+    q_b,
+    q_t,
+    q_h,
+    q_group,
+    k_b,
+    k_t,
+    k_h,
+    k_group,
+    v_b,
+    v_t,
+    v_h,
+    v_group,
+    d_b,
+    d_t,
+    d_h,
+    d_group,
+    g_b,
+    g_t,
+    g_h,
+    T,
+    H,
+    span,
+    spans,
+    scale,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    LEVELS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    # dS [BK, V] = the gradient of the state behind the span; e = rowsum(S * dS) there
+    # for chunks from the last, c = cumsum(g):
+    #     dA = scale * dO V^T, below and on the diagonal
+    #     dQ = scale * exp(c) * (dO S^T) + diag(dA) K;   dK = exp(c_C - c) * (V dS^T) + diag(dA) Q
+    #     for halves h, f = exp(-|c - c_m|) as above, of the same block:
+    #         dQ += f * (dA (first halves of k * f));  dK += f * (dA^T (second halves of q * f))
+    #     dg = sum over later tokens of (q * dQ - k * dK) + e;   e = dg at the chunk's first token
+    #     dS = exp(c_C) dS + (scale * q * exp(c))^T dO
+    n_k = tl.cdiv(K, BK)
+    i_p = tl.program_id(0).to(tl.int64)
+    i_k = i_p % n_k
+    i_h = i_p // n_k % H
+    i_s = i_p // n_k // H % spans
+    i_b = i_p // n_k // H // spans
+    i_bh = i_b * H + i_h
+
+    o_i = tl.arange(0, BT)
+    o_k = i_k * BK + tl.arange(0, BK)
+    o_v = tl.arange(0, BV)
+    p_q = q + i_b * q_b + i_h // q_group * q_h
+    p_k = k + i_b * k_b + i_h // k_group * k_h
+    p_v = v + i_b * v_b + i_h // v_group * v_h
+    p_d = dout + i_b * d_b + i_h // d_group * d_h
+    o_s = (i_bh * (spans + 1) + i_s + 1) * K * V + o_k[:, None] * V + o_v[None, :]
+    inside = (o_k < K)[:, None] & (o_v < V)[None, :]
+    b_ds = tl.load(dstates + o_s, mask=inside, other=0.0)  # [BK, BV]
+    b_e = tl.sum(b_ds * tl.load(states + o_s, mask=inside, other=0.0), 1)  # [BK]
+    diagonal = o_i[:, None] == o_i[None, :]
+    begin = i_s * span
+    n_c = tl.cdiv(tl.minimum(span, T - begin), BT).to(tl.int32)
+    for i in range(n_c):
+        first = begin + (n_c - 1 - i) * BT
+        o_t = first + o_i
+        m_t = o_t < T
+        m_k = m_t[:, None] & (o_k < K)[None, :]
+        o_out = (((i_b * T + o_t) * H + i_h) * K)[:, None] + o_k[None, :]
+        visible = o_i[:, None] >= o_i[None, :]
+        b_g = load_rows(g + i_b * g_b + i_h * g_h, o_t, m_t, o_k, g_t, K).to(tl.float32)
+        b_g = b_g * LOG2_E  # [BT, BK]
+        b_c = tl.cumsum(b_g, 0)
+        b_total = tl.sum(b_g, 0)  # [BK]
+        b_since = tl.exp2(b_c) * scale
+        b_until = tl.exp2(b_total[None, :] - b_c)
+        b_keep = tl.exp2(b_total)
+        if ids is not None:
+            b_id, before, last = load_documents(ids, first, o_t, T, BT)
+            visible = visible & (b_id[:, None] == b_id[None, :])
+            b_since = tl.where((b_id == before)[:, None], b_since, 0.0)
+            b_until = tl.where((b_id == last)[:, None], b_until, 0.0)
+            b_keep = tl.where(last == before, b_keep, 0.0)
+
+        b_q = load_rows(p_q, o_t, m_t, o_k, q_t, K)  # [BT, BK]
+        b_k = load_rows(p_k, o_t, m_t, o_k, k_t, K)  # [BT, BK]
+        b_v = load_rows(p_v, o_t, m_t, o_v, v_t, V)  # [BT, BV]
+        b_do = load_rows(p_d, o_t, m_t, o_v, d_t, V)  # [BT, BV]
+        b_da = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)  # [BT, BT]
+        b_da = tl.where(visible, b_da * scale, 0.0)
+        own = tl.sum(tl.where(diagonal, b_da, 0.0), 1)[:, None]
+        b_dk = tl.dot(b_v, tl.trans(b_ds.to(b_v.dtype)), input_precision=PRECISION) * b_until
+        b_dk += own * b_q
+        b_dq = tl.load(dq_before + o_out, mask=m_k, other=0.0).to(tl.float32) * b_since
+        b_dq += own * b_k
+        for i_level in range(LEVELS):
+            block, second, middle = middle_of(o_i, i_level, LEVELS)
+            at = tl.broadcast_to(middle[:, None], (BT, BK))
+            b_f = tl.exp2(-tl.abs(b_c - tl.gather(b_c, at, 0)))  # [BT, BK]
+            b_f1 = tl.where(second[:, None], 0.0, b_f)
+            b_f2 = tl.where(second[:, None], b_f, 0.0)
+            b_level = tl.where(block[:, None] == block[None, :], b_da, 0.0).to(b_q.dtype)
+            b_kf = (b_k * b_f1).to(b_q.dtype)
+            b_qf = (b_q * b_f2).to(b_q.dtype)
+            b_dq += b_f2 * tl.dot(b_level, b_kf, input_precision=PRECISION)
+            b_dk += b_f1 * tl.dot(tl.trans(b_level), b_qf, input_precision=PRECISION)
+        tl.store(dq + o_out, b_dq.to(dq.dtype.element_ty), mask=m_k)
+        tl.store(dk + o_out, b_dk.to(dk.dtype.element_ty), mask=m_k)
+
+        b_dg = tl.cumsum(b_q * b_dq - b_k * b_dk, 0, reverse=True)  # [BT, BK]
+        if ids is not None:
+            # Sums of the documents behind a token's own are taken away again; what comes from
+            # behind the chunk is for the last document alone.
+            behind = tl.sum((b_id[None, :] <= b_id[:, None]).to(tl.int32), 1)  # [BT] their start
+            at = tl.broadcast_to(tl.minimum(behind, BT - 1)[:, None], (BT, BK))
+            b_later = tl.gather(b_dg, at, 0)
+            b_dg += tl.where((behind < BT)[:, None], -b_later, b_e[None, :])
+        else:
+            b_dg += b_e[None, :]
+        tl.store(dg + o_out, b_dg, mask=m_k)
+        b_e = tl.sum(tl.where((o_i == 0)[:, None], b_dg, 0.0), 0)
+        if ids is not None:
+            b_e = tl.where(tl.sum(tl.where(o_i == 0, b_id, 0), 0) == before, b_e, 0.0)
+        b_qw = (b_q * b_since).to(b_q.dtype)
+        b_ds = tl.dot(tl.trans(b_qw), b_do, acc=b_ds * b_keep[:, None], input_precision=PRECISION)
+
+
+def weigh(
+    q: Tensor | None,
+    k: Tensor | None,
+    log_decay: Tensor,
+    ids: Tensor | None,
+    *,
+    scale: float,
+    inner: bool,
+) -> Weighed:
+    """Queries and keys [B,T,Hk,K] weighed by log_decay [B,T,H,K], each where it is given.
+
+    inner: also what is inside chunks; needs both.
+    """
+    like = q if q is not None else k
+    assert like is not None
+    batch, tokens, heads, key_dim = log_decay.shape
+    chunks = cdiv(tokens, CHUNK_TOKENS)
+    totals = torch.empty((batch, heads, chunks, key_dim), dtype=torch.float32, device=like.device)
+    found = [None if x is None else torch.empty(
+        log_decay.shape, dtype=x.dtype, device=x.device
+    ) for x in (q, k)]  # fmt: skip
+    scores = None
+    if inner:
+        scores = like.new_empty((batch, heads, chunks, CHUNK_TOKENS, CHUNK_TOKENS))
+    blocks = key_blocks(key_dim, like.dtype)
+    q_b, q_t, q_h, q_group = strides(like if q is None else q, heads)
+    k_b, k_t, k_h, k_group = strides(like if k is None else k, heads)
+    launch(
+        weigh_chunks, batch * heads * chunks, blocks.config, device=like.device,
+        q=q, k=k, g=log_decay, ids=ids, q_weighed=found[0], k_weighed=found[1], totals=totals,
+        inner=scores, q_b=q_b, q_t=q_t, q_h=q_h, q_group=q_group,
+        k_b=k_b, k_t=k_t, k_h=k_h, k_group=k_group,
+        g_b=log_decay.stride(0), g_t=log_decay.stride(1), g_h=log_decay.stride(2),
+        T=tokens, H=heads, scale=scale, K=key_dim, BT=CHUNK_TOKENS, BK=blocks.first,
+        LEVELS=LEVELS, PRECISION=precision(like),
+    )  # fmt: skip
+    return Weighed(found[0], found[1], totals, scores)
+
+
+def gradients(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dout: Tensor,
+    log_decay: Tensor,
+    ids: Tensor | None,
+    borders: tuple[Tensor, Tensor],
+    dq_before: Tensor,
+    *,
+    span: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk [B,T,H,K] in q's dtype, a value head each, and dlog_decay [B,T,H,K] float32.
+
+    borders: states and their gradients [B,H,spans+1,K,V]; dq_before [B,T,H,K]: what the state
+    before each chunk gives, without decays and scale.
+    """
+    batch, tokens, heads, key_dim = log_decay.shape
+    width = v.shape[3]
+    spans = cdiv(tokens, span)
+    blocks = gradient_blocks(key_dim, width, q.dtype, target_of(q.device))
+    dq, dk = (torch.empty(log_decay.shape, dtype=q.dtype, device=q.device) for _ in range(2))
+    dg = torch.empty(log_decay.shape, dtype=torch.float32, device=q.device)
+    q_b, q_t, q_h, q_group = strides(q, heads)
+    k_b, k_t, k_h, k_group = strides(k, heads)
+    v_b, v_t, v_h, v_group = strides(v, heads)
+    d_b, d_t, d_h, d_group = strides(dout, heads)
+    launch(
+        gradients_of_keys, batch * heads * spans * cdiv(key_dim, blocks.first), blocks.config,
+        device=q.device, q=q, k=k, v=v, dout=dout, g=log_decay, ids=ids,
+        states=borders[0], dstates=borders[1], dq_before=dq_before, dq=dq, dk=dk, dg=dg,
+        q_b=q_b, q_t=q_t, q_h=q_h, q_group=q_group, k_b=k_b, k_t=k_t, k_h=k_h, k_group=k_group,
+        v_b=v_b, v_t=v_t, v_h=v_h, v_group=v_group, d_b=d_b, d_t=d_t, d_h=d_h, d_group=d_group,
+        g_b=log_decay.stride(0), g_t=log_decay.stride(1), g_h=log_decay.stride(2),
+        T=tokens, H=heads, span=span, spans=spans, scale=scale, K=key_dim, V=width,
+        BT=CHUNK_TOKENS, BK=blocks.first, BV=blocks.second, LEVELS=LEVELS, PRECISION=precision(q),
+    )  # fmt: skip
+    return dq, dk, dg
