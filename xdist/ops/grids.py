@@ -22,6 +22,7 @@ def conv_nd(
     padding: Padding = "same",
     dilation: PerDim = 1,
     groups: int = 1,
+    backend: str = "auto",
 ) -> Tensor:
     """Convolution of a grid: y_o = bias + sum_t weight_t x_{stride o + dilation t - front}.
 
@@ -38,6 +39,7 @@ def conv_nd(
             dilation (K - 1) + 1 - S, 0) zeros, an odd one behind; "valid" none; an integer, or one
             for each dim, that many zeros on either side.
         groups: groups of channels; C is a depthwise convolution.
+        backend: "auto", "torch" or "reference" (float64, slow); there is no Triton kernel.
 
     Returns:
         `[B, O1, ..., Ok, Cout]` in the dtype of x, this rank's part of the grid
@@ -53,6 +55,7 @@ def conv_nd(
     Raises:
         ShapeError: shapes that do not fit together or with the shard, settings that are none, or a
             dim that is too small for one output.
+        StrategyError: an unknown backend, or a forced one that cannot serve.
     """
     return conv_nd_parallel.conv_nd(
         x,
@@ -63,4 +66,5 @@ def conv_nd(
         padding=padding,
         dilation=dilation,
         groups=groups,
+        backend=backend,
     )

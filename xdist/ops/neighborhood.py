@@ -28,6 +28,7 @@ def neighborhood_attention(
     dilation: int | Sequence[int] = 1,
     scale: float | None = None,
     position_bias: Tensor | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """Attention of every position to the window of positions around it.
 
@@ -44,6 +45,7 @@ def neighborhood_attention(
         scale: None is `D ** -0.5`.
         position_bias: `[H, 2 w1 - 1, ..., 2 wk - 1]`, added to a score at (key - query) / dilation,
             counted from the middle; held whole, its gradient is this rank's part.
+        backend: "auto", "torch" or "reference" (float64, slow); there is no Triton kernel.
 
     Returns:
         `[B, S1..Sk, H, E]` in the dtype of q. Scores and sums are float32, float64 for float64.
@@ -56,6 +58,7 @@ def neighborhood_attention(
     Raises:
         ShapeError: shapes, dtypes or devices that do not fit together or with the shard; an even
             window; a window x dilation that exceeds a dim.
+        StrategyError: an unknown backend, or a forced one that cannot serve (all functions here).
         NumericsError: inside `xdist.checks()`, inputs that are not finite (all functions here).
 
     Source: Hassani & Shi, "Dilated Neighborhood Attention Transformer" (2022), section 3; Hassani
@@ -70,6 +73,7 @@ def neighborhood_attention(
         dilation=dilation,
         scale=scale,
         position_bias=position_bias,
+        backend=backend,
     )
 
 
@@ -84,6 +88,7 @@ def window_attention(
     shift: int | Sequence[int] = 0,
     scale: float | None = None,
     position_bias: Tensor | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """Attention inside blocks of `window` positions (Swin; MaxViT's block attention).
 
@@ -93,7 +98,7 @@ def window_attention(
     their ends; nothing is padded.
 
     Args:
-        q, k, v, gshard, scale: as in `neighborhood_attention`.
+        q, k, v, gshard, scale, backend: as in `neighborhood_attention`.
         window: from 1, one for all dims or one a dim; larger than a dim, it is that dim.
         shift: from 0 and below window, one for all dims or one a dim; Swin alternates 0 and
             window // 2.
@@ -114,7 +119,15 @@ def window_attention(
     Source: Liu et al., "Swin Transformer" (2021), section 3.2; Tu et al., "MaxViT" (2022), 3.2.
     """
     return grid_windows.window_attention(
-        q, k, v, gshard, window=window, shift=shift, scale=scale, position_bias=position_bias
+        q,
+        k,
+        v,
+        gshard,
+        window=window,
+        shift=shift,
+        scale=scale,
+        position_bias=position_bias,
+        backend=backend,
     )
 
 
@@ -128,6 +141,7 @@ def grid_attention(
     grid: int | Sequence[int],
     scale: float | None = None,
     position_bias: Tensor | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """Attention inside sets of `grid` positions that are spread over each whole dim (MaxViT).
 
@@ -135,7 +149,7 @@ def grid_attention(
     divide n, some sets hold one position fewer. Nothing is padded.
 
     Args:
-        q, k, v, gshard, scale: as in `neighborhood_attention`.
+        q, k, v, gshard, scale, backend: as in `neighborhood_attention`.
         grid: positions of a set, one for all dims or one a dim.
         position_bias: `[H, 2 g1 - 1, ..., 2 gk - 1]`, added to a score at the number of positions
             of the set from query to key, counted from the middle; its gradient is this rank's part.
@@ -155,7 +169,7 @@ def grid_attention(
     Source: Tu et al., "MaxViT" (2022), section 3.2.
     """
     return grid_windows.grid_attention(
-        q, k, v, gshard, grid=grid, scale=scale, position_bias=position_bias
+        q, k, v, gshard, grid=grid, scale=scale, position_bias=position_bias, backend=backend
     )
 
 
@@ -175,7 +189,7 @@ def axial_attention(
     """Softmax attention along one dim of the grid; every other position is a row of its own.
 
     Args:
-        q, k, v, gshard, scale: as in `neighborhood_attention`.
+        q, k, v, gshard, scale, backend: as in `neighborhood_attention`.
         dim: the grid dim along which positions see each other.
         mask: which of them; None is all (`xdist.Mask(causal=True)` for time).
         strategy: where `dim` is the sharded one, "switch" shards another dim and comes back,

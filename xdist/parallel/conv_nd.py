@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +27,7 @@ from xdist.cost.conv_nd import Along, Padding, conv_dims, share_windows
 from xdist.cost.per_dim import PerDim, per_dim
 from xdist.errors import ShapeError
 from xdist.grid_shard import GridShard, resolve_grid
+from xdist.parallel.backend import chosen
 from xdist.parallel.first_order import first_order, without_autocast
 from xdist_kernels import conv_nd as kernel
 from xdist_kernels.errors import KernelError
@@ -41,6 +43,7 @@ def conv_nd(
     padding: Padding,
     dilation: PerDim,
     groups: int,
+    backend: str = "auto",
 ) -> Tensor:
     """`xdist.conv_nd`; see there."""
     try:
@@ -52,7 +55,8 @@ def conv_nd(
     along = conv_dims(
         gshard.sizes, weight.shape[2:], stride=stride, padding=padding, dilation=dilation
     )
-    call = Call(gshard, along, per_dim("dilation", dilation, dims), groups)
+    form = kernel.kernels(chosen("conv_nd", backend, x, kernel.refusal))
+    call = Call(gshard, along, per_dim("dilation", dilation, dims), groups, form)
     out: Tensor = _ConvNd.apply(call, x, weight, bias)
     return out
 
@@ -75,6 +79,7 @@ class Call:
     along: tuple[Along, ...]
     dilation: tuple[int, ...]
     groups: int
+    form: ModuleType
 
     @property
     def dim(self) -> int:
@@ -177,7 +182,8 @@ class _ConvNd(torch.autograd.Function):
         inner, edges = call.stretches()
 
         def run(one: Stretch, seen: Tensor) -> None:
-            kernel.conv_forward(seen, weight, bias, call.taps(one), out=call.of_output(out, one))
+            target = call.of_output(out, one)
+            call.form.conv_forward(seen, weight, bias, call.taps(one), out=target)
 
         with without_autocast(x):
             if inner is not None:
@@ -217,7 +223,7 @@ class _Sums:
 
     def add(self, one: Stretch, seen: Tensor, into: Tensor | None) -> None:
         """One stretch's gradients; x's go into `into`, shaped as what it read."""
-        dweight, dbias = kernel.conv_backward(
+        dweight, dbias = self.call.form.conv_backward(
             seen,
             self.weight,
             self.call.of_output(self.dout, one),

@@ -33,6 +33,7 @@ from xdist.parallel.neighborhood import (
     check_bias,
     check_tensors,
     check_values,
+    form_of,
     make_rules,
 )
 from xdist.shard import DerivedShard, SequenceShard
@@ -50,17 +51,19 @@ def window_attention(
     shift: PerDim,
     scale: float | None,
     position_bias: Tensor | None,
+    backend: str = "auto",
 ) -> Tensor:
     """`xdist.window_attention`; see there."""
     name = "window_attention"
     dims = check_tensors(name, q, k, v)
+    form = form_of(name, backend, q)
     gshard = resolve_grid(gshard, q, dims)
     windows = per_dim(f"{name}: window", window, dims, least=None)
     shifts = per_dim(f"{name}: shift", shift, dims, least=None)
     rules = make_rules(name, Blocks, gshard.sizes, windows, shifts)
     check_bias(name, q, position_bias, [2 * w - 1 for w in windows])
     check_values(name, gshard, q, k, v)
-    return attend(q, k, v, gshard, rules, scale, position_bias)
+    return attend(q, k, v, gshard, rules, scale, position_bias, form)
 
 
 def grid_attention(
@@ -72,10 +75,13 @@ def grid_attention(
     grid: PerDim,
     scale: float | None,
     position_bias: Tensor | None,
+    backend: str = "auto",
 ) -> Tensor:
     """`xdist.grid_attention`; see there."""
     name = "grid_attention"
     dims = check_tensors(name, q, k, v)
+    # Raises before anything is sent.
+    form_of(name, backend, q)
     gshard = resolve_grid(gshard, q, dims)
     grids = check_grid(name, grid, dims)
     for x in (q, k, v):
@@ -90,7 +96,7 @@ def grid_attention(
         parts = joined.split(widths, -1)
         inputs = [part.unflatten(-1, x.shape[-2:]) for part, x in zip(parts, inputs, strict=True)]
     q, k, v = inputs
-    out = dealt.attend(q, k, v, scale=scale, position_bias=position_bias)
+    out = dealt.attend(q, k, v, scale=scale, position_bias=position_bias, backend=backend)
     return dealt.back(out.flatten(-2)).unflatten(-1, out.shape[-2:])
 
 
@@ -133,6 +139,7 @@ class Dealt:
         *,
         scale: float | None = None,
         position_bias: Tensor | None = None,
+        backend: str = "auto",
     ) -> Tensor:
         """Attention inside the sets that this rank holds; nothing moves."""
         steps = list(self.steps)
@@ -142,7 +149,8 @@ class Dealt:
             steps[self.gshard.dim] = held[0][1] - held[0][0] if held else 1
         sizes = q.shape[1:-2]
         rules = [Strided(n, step) for n, step in zip(sizes, steps, strict=True)]
-        return attend_here(q, k, v, rules, scale, position_bias)
+        form = form_of("grid_attention", backend, q)
+        return attend_here(q, k, v, rules, scale, position_bias, form)
 
 
 def axial_attention(

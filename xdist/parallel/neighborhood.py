@@ -11,6 +11,7 @@ Must divide: nothing; shares may be empty, and shorter than the window.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
 
 from torch import Tensor
@@ -21,10 +22,11 @@ from xdist.cost.neighborhood import key_windows
 from xdist.cost.per_dim import PerDim, per_dim
 from xdist.errors import NumericsError, ShapeError
 from xdist.grid_shard import GridShard, resolve_grid
+from xdist.parallel.backend import chosen
 from xdist.parallel.first_order import first_order, without_autocast
 from xdist.parallel.neighborhood_parts import Call, Fetch, Stretch, stretches_of
+from xdist_kernels import neighborhood as kernels
 from xdist_kernels.errors import KernelError
-from xdist_kernels.neighborhood import torch as kernel
 from xdist_kernels.neighborhood.rules import Near, Rule
 
 
@@ -38,17 +40,28 @@ def neighborhood_attention(
     dilation: PerDim,
     scale: float | None,
     position_bias: Tensor | None,
+    backend: str = "auto",
 ) -> Tensor:
     """`xdist.neighborhood_attention`; see there."""
     name = "neighborhood_attention"
     dims = check_tensors(name, q, k, v)
+    form = form_of(name, backend, q)
     gshard = resolve_grid(gshard, q, dims)
     windows = per_dim(f"{name}: window", window, dims, least=None)
     dilations = per_dim(f"{name}: dilation", dilation, dims, least=None)
     rules = make_rules(name, Near, gshard.sizes, windows, dilations)
     check_bias(name, q, position_bias, [2 * w - 1 for w in windows])
     check_values(name, gshard, q, k, v)
-    return attend(q, k, v, gshard, rules, scale, position_bias)
+    return attend(q, k, v, gshard, rules, scale, position_bias, form)
+
+
+def form_of(name: str, backend: str, q: Tensor) -> ModuleType:
+    """The kernels that serve a call of the function `name`, which was asked to run on `backend`.
+
+    Raises:
+        StrategyError: no such backend, or Triton is forced.
+    """
+    return kernels.kernels(chosen(name, backend, q, kernels.refusal))
 
 
 def attend(
@@ -59,17 +72,18 @@ def attend(
     rules: Sequence[Rule],
     scale: float | None,
     position_bias: Tensor | None,
+    form: ModuleType,
 ) -> Tensor:
     """Attention by one rule a dim of `gshard`, whose part q, k and v are."""
     for x in (q, k, v):
         gshard.check(x)
     if gshard.size == 1:
-        return attend_here(q, k, v, rules, scale, position_bias)
+        return attend_here(q, k, v, rules, scale, position_bias, form)
     rule, share = rules[gshard.dim], (gshard.start, gshard.stop)
     windows = key_windows(rule, gshard.layout)
     fetch = Fetch(gshard.layout, gshard.group, gshard.dim, windows)
     stretches = stretches_of(rule, share, windows[gshard.rank])
-    return _run(q, k, v, rules, fetch, stretches, scale, position_bias)
+    return _run(q, k, v, rules, fetch, stretches, scale, position_bias, form)
 
 
 def attend_here(
@@ -79,10 +93,11 @@ def attend_here(
     rules: Sequence[Rule],
     scale: float | None,
     position_bias: Tensor | None,
+    form: ModuleType,
 ) -> Tensor:
     """Attention by one rule a dim of the tensors' own grid, which may be empty; nothing moves."""
     whole = Stretch((0, rules[0].size), (0, rules[0].size), 0, 0, here=True)
-    return _run(q, k, v, rules, None, [whole], scale, position_bias)
+    return _run(q, k, v, rules, None, [whole], scale, position_bias, form)
 
 
 def _run(
@@ -94,12 +109,14 @@ def _run(
     stretches: Sequence[Stretch],
     scale: float | None,
     position_bias: Tensor | None,
+    form: ModuleType,
 ) -> Tensor:
     call = Call(
         fetch,
         tuple(stretches),
         tuple(one.runs(rules, 0 if fetch is None else fetch.dim) for one in stretches),
         q.shape[-1] ** -0.5 if scale is None else float(scale),
+        form,
     )
     with without_autocast(q):
         return _Attend.apply(call, q, k, v, position_bias)
@@ -122,7 +139,7 @@ class _Attend(Function):
 
         def serve(at: int, keys: Tensor, values: Tensor) -> None:
             queries, target = (call.queries(at, x) for x in (q, out))
-            kernel.forward(queries, keys, values, bias=bias, out=target, **call.options(at))
+            call.form.forward(queries, keys, values, bias=bias, out=target, **call.options(at))
 
         for at in call.numbers(here=True):
             serve(at, call.keys(at, k), call.keys(at, v))
@@ -141,7 +158,7 @@ class _Attend(Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, bias, *fetched = ctx.saved_tensors
         call: Call = ctx.call
-        found = kernel.zeros(q, call.window_shape(k), call.window_shape(v), bias)
+        found = call.form.zeros(q, call.window_shape(k), call.window_shape(v), bias)
 
         def serve(at: int, keys: Tensor, values: Tensor) -> None:
             into = found._replace(
@@ -150,7 +167,8 @@ class _Attend(Function):
                 dv=call.window_keys(at, found.dv),
             )
             queries, grads = (call.queries(at, x) for x in (q, dout))
-            kernel.backward(queries, keys, values, grads, bias=bias, into=into, **call.options(at))
+            options = call.options(at)
+            call.form.backward(queries, keys, values, grads, bias=bias, into=into, **options)
 
         for number, at in enumerate(call.numbers(here=False)):
             serve(at, *fetched[2 * number : 2 * number + 2])

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from types import ModuleType
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -96,6 +97,7 @@ class Call(NamedTuple):
     stretches: tuple[Stretch, ...]
     runs: tuple[tuple[tuple[Run, ...], ...], ...]
     scale: float
+    form: ModuleType
 
     def numbers(self, *, here: bool) -> list[int]:
         """The stretches whose keys lie in the share, or the others."""
