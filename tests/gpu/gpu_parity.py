@@ -2,7 +2,8 @@
 
 The reference is the torch form in float64 on the same device, on the inputs as they were rounded;
 law 1 (`make gpu`) holds that form to a CPU. An error is |a - b| / |b|, root mean squares, of the
-output and of the worst gradient; memory comes filled with NaN. Documents have uneven lengths; one length is odd.
+output and of the worst gradient; memory comes filled with NaN. Documents have uneven lengths; one
+length is odd.
 """
 
 from __future__ import annotations
