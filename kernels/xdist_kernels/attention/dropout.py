@@ -75,11 +75,15 @@ class Dropped:
             found.append(_signed(_absorb_all(states, positions)))
         return found[0], found[1]
 
+    def keys(self, k_positions: Tensor) -> Tensor:
+        """The word of each key, int32 `[keys]`."""
+        start = torch.full_like(k_positions, _BEGIN_KEY)
+        return _signed(_absorb_all(start, k_positions))
+
     def kept(self, queries: tuple[Tensor, Tensor], k_positions: Tensor) -> Tensor:
         """Bool `[..., keys]`: which pairs of queries with words `[...]` and keys are kept."""
         a, c = (words.unsqueeze(-1) for words in queries)
-        start = torch.full_like(k_positions, _BEGIN_KEY)
-        x = (a ^ _signed(_absorb_all(start, k_positions))).mul_(_FIRST)
+        x = (a ^ self.keys(k_positions)).mul_(_FIRST)
         # An arithmetic shift fills with the sign: the mask makes the zeros.
         x ^= (x >> 15).bitwise_and_(0x1FFFF)
         return x.add_(c).mul_(_SECOND - 2**32) >= self.threshold

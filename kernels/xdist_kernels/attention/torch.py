@@ -19,6 +19,7 @@ from xdist_kernels.attention import libraries
 from xdist_kernels.attention.band import backward_band, forward_band
 from xdist_kernels.attention.blocks import Spans
 from xdist_kernels.attention.blockwise import backward_rows, forward_rows
+from xdist_kernels.attention.checks import check_call, sum_dtype
 from xdist_kernels.attention.dropout import Dropped
 from xdist_kernels.attention.flash import backward_run, backward_whole, forward_run, forward_whole
 from xdist_kernels.attention.forms import Served, forms_of
@@ -61,7 +62,7 @@ def attention_forward(
         )  # fmt: skip
         merge_(*into, *part)
         return into
-    wide = _check(q, k, v, spans, k_positions, sinks, dropout)
+    wide = check_call(q, k, v, spans, k_positions, sinks, dropout)
     batch, n, heads, _ = q.shape
     drops = dropout is not None and dropout.rate > 0.0
     parts = list(forms_of(q, k, v, spans, k_positions, softcap, drops, form))
@@ -102,7 +103,7 @@ def attention_backward(
     `delta` was made, where it is still there: a form may then make no tensor of its size, and
     `delta` may be None, to be made if it is needed.
     """
-    wide = _check(q, k, v, spans, k_positions, None, dropout)
+    wide = check_call(q, k, v, spans, k_positions, None, dropout)
     batch, n, heads, dim = q.shape
     drops = dropout is not None and dropout.rate > 0.0
     parts = list(forms_of(q, k, v, spans, k_positions, softcap, drops, form))
@@ -141,7 +142,7 @@ def attention_forms(
     `rounded`: as where a caller adds nothing to the results and asked for no backend; a library on
     a GPU then comes first (libraries.py: "cudnn", "flash_attn" or "flash_sdpa").
     """
-    _check(q, k, v, spans, k_positions, None, dropout)
+    check_call(q, k, v, spans, k_positions, None, dropout)
     drops = dropout is not None and dropout.rate > 0.0
     taken = libraries.take(
         q, k, v, spans=spans, k_positions=k_positions, softcap=softcap, drops=drops,
@@ -155,7 +156,7 @@ def attention_forms(
 
 def attention_delta(out: Tensor, dout: Tensor) -> Tensor:
     """`rowsum(dO * O)` `[B,n,H]`, float32 (float64 for float64), of `[B,n,H,E]` tensors."""
-    wide = _wide(dout.dtype)
+    wide = sum_dtype(dout.dtype)
     return (out.to(wide) * dout.to(wide)).sum(-1)
 
 
@@ -225,36 +226,3 @@ def _dropped(dropout: Dropped | None, part: Served) -> Dropped | None:
         first_head=dropout.first_head + part.heads.start,
         q_positions=dropout.q_positions[part.start : part.stop],
     )
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _check(
-    q: Tensor, k: Tensor, v: Tensor, spans: Spans, k_positions: Tensor, sinks: Tensor | None,
-    dropout: Dropped | None,
-) -> torch.dtype:  # fmt: skip
-    """The dtype of sums, after the checks that keep wrong shapes from broadcasting."""
-    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-    if q.dim() != 4 or k.dim() != 4 or v.dim() != 4 or k.shape[:3] != v.shape[:3]:
-        raise KernelError(f"attention needs q [B,n,H,D], k [B,m,G,D], v [B,m,G,E]: {shapes}")
-    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
-        raise KernelError(f"attention: q and k differ in batch or head dim: {shapes}")
-    if q.shape[2] and (k.shape[2] == 0 or q.shape[2] % k.shape[2]):
-        raise KernelError(f"{q.shape[2]} query heads do not divide into {k.shape[2]} key heads")
-    if not q.dtype.is_floating_point or not q.dtype == k.dtype == v.dtype:
-        raise KernelError(f"attention: one float dtype for all: {q.dtype}, {k.dtype}, {v.dtype}")
-    if k_positions.shape != (k.shape[1],):
-        raise KernelError(f"{tuple(k_positions.shape)} key positions for {k.shape[1]} keys")
-    if any(s.shape not in ((q.shape[1],), (q.shape[2], q.shape[1])) for s in spans):
-        got = [tuple(s.shape) for s in spans]
-        raise KernelError(f"spans are [n] or [H,n] with n {q.shape[1]}, H {q.shape[2]}: got {got}")
-    if sinks is not None and sinks.shape != (q.shape[2],):
-        raise KernelError(f"sinks {tuple(sinks.shape)} for {q.shape[2]} query heads")
-    if dropout is not None and dropout.q_positions.shape != (q.shape[1],):
-        given = tuple(dropout.q_positions.shape)
-        raise KernelError(f"dropout has query positions {given} for {q.shape[1]} queries")
-    if dropout is not None and not 0.0 <= dropout.rate < 1.0:
-        raise KernelError(f"dropout takes a rate in [0, 1): got {dropout.rate}")
-    return _wide(q.dtype)
