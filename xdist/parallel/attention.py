@@ -53,10 +53,13 @@ def attention(
     check_settings(mask, scale, softcap, dropout)
     problem = problem_of(q, k, v, shard, mask=mask, sinks=sinks, key_shard=key_shard)
     strategy = _with_head_chunks(strategy, head_chunks)
-    drops = dropout is not None and dropout.rate > 0.0
+    dropped = None if dropout is None or dropout.rate == 0.0 else dropout
     auto = is_auto(backend)
     backend = chosen(
-        "attention", backend, q, lambda: kernels.refusal(q, k, v, softcap=softcap, drops=drops)
+        "attention",
+        backend,
+        q,
+        lambda: kernels.refusal(q, k, v, softcap=softcap, dropout=dropped),
     )
     noted = notes()
     if noted is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -129,6 +129,7 @@ class Call:
         found: Pair = attention.kernels(self.backend).attention_forward(
             q, k, v, scale=self.scale, spans=seen.spans, k_positions=k_positions,
             softcap=self.softcap, sinks=sinks, dropout=seen.dropped, into=into,
+            **self._of_triton(q, seen, k_positions, rounded),
         )  # fmt: skip
         return found
 
@@ -148,8 +149,25 @@ class Call:
         found: tuple[Tensor, Tensor, Tensor] = attention.kernels(self.backend).attention_backward(
             q, k, v, lse, delta, dout, scale=self.scale, spans=seen.spans,
             k_positions=k_positions, softcap=self.softcap, dropout=seen.dropped, out=out,
+            **self._of_triton(q, seen, k_positions, rounded),
         )  # fmt: skip
         return found
+
+    def _of_triton(
+        self, q: Tensor, seen: Seen, k_positions: Tensor, rounded: bool
+    ) -> dict[str, Any]:
+        """What its functions take besides: what sees what as a plan of blocks, which calls that
+        see alike share, and the dtype of results to which nothing is added."""
+        if self.backend != "triton":
+            return {}
+        # Spans and positions are kept beside their plans, so that their ids stay theirs.
+        plans, *_ = self.once(
+            ("plans", id(seen.spans), id(k_positions)),
+            lambda: (
+                attention.kernels("triton").Plans(seen.spans, k_positions), seen.spans, k_positions
+            ),
+        )  # fmt: skip
+        return {"plans": plans, "dtype": q.dtype if rounded else None}
 
     def merge_sinks_(self, out: Tensor, lse: Tensor, sinks: Tensor) -> None:
         """Adds the sinks to (`out`, `lse`) over all keys, in place."""

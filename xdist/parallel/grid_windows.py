@@ -171,7 +171,7 @@ def axial_attention(
         "axial_attention",
         backend,
         q,
-        lambda: kernels.refusal(q, k, v, softcap=None, drops=False),
+        lambda: kernels.refusal(q, k, v, softcap=None, dropout=None),
     )
     gshard = resolve_grid(gshard, q, dims)
     for x in (q, k, v):

@@ -22,11 +22,13 @@ def kernels(name: str) -> ModuleType:
     return form(_FORMS, name)
 
 
-def refusal(q: Tensor, k: Tensor, v: Tensor, *, softcap: float | None, drops: bool) -> str | None:
-    """Why the Triton kernels cannot serve tensors such as these, with or without dropout; None:
-    they can."""
+def refusal(
+    q: Tensor, k: Tensor, v: Tensor, *, softcap: float | None, dropout: object | None
+) -> str | None:
+    """Why the Triton kernels cannot serve tensors such as these; None: they can. `dropout` is None
+    where nothing is dropped."""
     why = why_not(q.device, q.dtype)
     if why is not None:
         return why
-    found: str | None = kernels("triton").refusal(q, k, v, softcap=softcap, drops=drops)
+    found: str | None = kernels("triton").refusal(q, k, v, softcap=softcap, dropout=dropout)
     return found
