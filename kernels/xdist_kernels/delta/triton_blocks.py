@@ -1,0 +1,93 @@
+"""Block sizes of the delta rule's kernels: a pure function of dims, dtype, rows and target.
+
+What limits them is the state in registers (float32, [keys, chain]), the operands of a chunk in
+shared memory, and for float32 operands, which no tensor core multiplies, the registers of
+products. Each was taken from the compiler's report (docs/kernels/compiled.md); none is timed.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from xdist_kernels.launch import Config, target_of
+
+MOST_KEY_DIMS = 256
+# A Hopper card runs this many programs of four warps at twice one a multiprocessor.
+PROGRAMS = 264
+
+
+class Sizes(NamedTuple):
+    """What a tile's tensors say."""
+
+    batch: int
+    tokens: int
+    heads: int
+    group: int  # value heads that share a key head
+    key_dim: int
+    value_dim: int
+
+    @property
+    def rows(self) -> int:
+        return self.batch * self.heads
+
+
+class Blocks(NamedTuple):
+    """chunk: its tokens. keys, values: dims filled up to whole blocks. block: key and value dims
+    of a block of the kernels that have no state; chain: value dims of one that has."""
+
+    chunk: int
+    keys: int
+    values: int
+    block: int
+    chain: int
+    prepare: Config
+    walk: Config
+    writes: Config
+    grads: Config
+
+    @property
+    def levels(self) -> int:
+        """Halvings of a chunk."""
+        return self.chunk.bit_length() - 1
+
+
+def power_of_two(n: int) -> int:
+    """The least one that is at least n and 16, the least side of a product."""
+    return max(16, 1 << (n - 1).bit_length())
+
+
+def sizes_of(k: Tensor, v: Tensor) -> Sizes:
+    """Of keys [B,T,Hk,K] and values [B,T,H,V]."""
+    batch, tokens, heads, width = v.shape
+    return Sizes(batch, tokens, heads, max(1, heads // max(1, k.shape[2])), k.shape[3], width)
+
+
+def blocks_of(
+    size: Sizes, operand: torch.dtype, device: torch.device, chunk: int, *, diagonal: bool
+) -> Blocks:
+    """Blocks for products of `operand` on what `device` is."""
+    hopper = target_of(device).capability >= 90
+    wide = operand == torch.float32
+    keys = power_of_two(size.key_dim)
+    widest = min(64, power_of_two(size.value_dim))
+    values = -(-size.value_dim // widest) * widest
+    block = min(widest, keys, 32 if wide or diagonal else 64)
+    chain = min(widest, 32)
+    if not wide and keys <= 128 and size.rows * (values // widest) >= PROGRAMS:
+        chain = widest
+    if wide and keys > 128:
+        chain = 16
+    return Blocks(
+        chunk,
+        keys,
+        values,
+        block,
+        chain,
+        prepare=Config(4, 1 if wide else 2),
+        walk=Config(4, 1 if wide or (keys > 128 and not hopper) else 2),
+        writes=Config(8, 1),
+        grads=Config(4, 1 if wide else 2),
+    )

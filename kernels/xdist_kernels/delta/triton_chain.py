@@ -1,0 +1,137 @@
+"""Triton kernels: the chain over chunks, forward and back. Letters of triton_prepare.py.
+
+A program holds columns of a state [K, BV] in float32 and walks over the chunks of its head; the
+operands of products have the dtype of `p_weight`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+
+from xdist_kernels.delta.triton_chunks import store_tokens, token_block
+
+
+@triton.jit
+def _kept(p_whole: Any, b_s: Any, i_n: Any, KP: tl.constexpr, DECAY: tl.constexpr) -> Any:
+    """A state [KP, BV] times the decay of chunk i_n."""
+    if DECAY == 1:
+        b_s *= tl.load(p_whole + i_n)
+    if DECAY == 2:
+        b_s *= tl.load(p_whole + i_n * KP + tl.arange(0, KP))[:, None]
+    return b_s
+
+
+@triton.jit(do_not_specialize=["T"])
+def forward_chain_kernel(
+    p_weight: Any, p_entry: Any, p_reads: Any, p_own: Any, p_keys: Any, p_fade: Any, p_whole: Any,
+    p_start: Any, p_states: Any, p_out: Any, p_end: Any,
+    T: Any, H: Any, GROUP: Any, stride_kb: Any, stride_kt: Any, stride_kh: Any,
+    K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, C: tl.constexpr,
+    BV: tl.constexpr, DECAY: tl.constexpr, PRECISION: tl.constexpr,
+) -> None:  # fmt: skip
+    """Columns of the state of one head a program.
+
+        S = start
+        for each chunk, in order:
+            states = S                                    where they are asked for
+            R = entry + weight S
+            out = own + reads S                           where it is asked for
+            S = whole * S + keys^T (fade R)
+        end = S
+
+    start, end [B, H, K, V] float32; states [B * H, chunks, KP, VP]; out [B, T, H, V]. Without
+    entry and started from the identity this is the transition.
+    """
+    OPERAND: tl.constexpr = p_weight.dtype.element_ty
+    i_v = tl.program_id(0) % tl.cdiv(V, BV)
+    i_row = (tl.program_id(0) // tl.cdiv(V, BV)).to(tl.int64)
+    i_b, i_h = i_row // H, i_row % H
+    chunks = tl.cdiv(T, C)
+    o_c, o_k = tl.arange(0, C), tl.arange(0, KP)
+    o_v = i_v * BV + tl.arange(0, BV)
+    p_keys += i_b * stride_kb + (i_h // GROUP) * stride_kh
+    m_s = (o_k < K)[:, None] & (o_v < V)[None, :]
+    o_s = i_row * (K * V) + o_k[:, None] * V + o_v[None, :]  # [KP, BV]
+    o_kv = o_k[:, None] * VP + o_v[None, :]  # [KP, BV]
+    o_ck = o_c[:, None] * KP + o_k[None, :]  # [C, KP]
+    o_cv = o_c[:, None] * VP + o_v[None, :]  # [C, BV]
+    if p_out is not None:
+        p_out += i_b * T * H * V + i_h * V
+    b_s = tl.load(p_start + o_s, mask=m_s, other=0.0)  # [KP, BV]
+    for i_c in range(chunks):
+        i_n = i_row * chunks + i_c
+        o_t = (i_n - i_row * chunks) * C + o_c  # [C], int64
+        b_operand = b_s.to(OPERAND)
+        if p_states is not None:
+            tl.store(p_states + i_n * (KP * VP) + o_kv, b_operand)
+        b_weight = tl.load(p_weight + i_n * (C * KP) + o_ck)  # [C, KP]
+        b_r = tl.zeros([C, BV], dtype=tl.float32)
+        if p_entry is not None:
+            b_r = tl.load(p_entry + i_n * (C * VP) + o_cv).to(tl.float32)  # [C, BV]
+        b_r = tl.dot(b_weight, b_operand, b_r, input_precision=PRECISION)
+        if p_out is not None:
+            b_reads = tl.load(p_reads + i_n * (C * KP) + o_ck)  # [C, KP]
+            b_o = tl.load(p_own + i_n * (C * VP) + o_cv).to(tl.float32)  # [C, BV]
+            b_o = tl.dot(b_reads, b_operand, b_o, input_precision=PRECISION)
+            store_tokens(p_out, b_o, o_t, o_v, H * V, T, V)
+        b_fade = tl.load(p_fade + i_n * C + o_c)  # [C]
+        b_n = (b_r * b_fade[:, None]).to(OPERAND)
+        b_k = token_block(p_keys, o_t, o_k, stride_kt, T, K).to(OPERAND)  # [C, KP]
+        b_s = _kept(p_whole, b_s, i_n, KP, DECAY)
+        b_s = tl.dot(tl.trans(b_k), b_n, b_s, input_precision=PRECISION)
+    tl.store(p_end + o_s, b_s, mask=m_s)
+
+
+@triton.jit(do_not_specialize=["T"])
+def backward_chain_kernel(
+    p_weight: Any, p_reads: Any, p_keys: Any, p_fade: Any, p_whole: Any, p_dout: Any, p_dend: Any,
+    p_dstates: Any, p_dstart: Any,
+    T: Any, H: Any, GROUP: Any, stride_kb: Any, stride_kt: Any, stride_kh: Any,
+    stride_ob: Any, stride_ot: Any, stride_oh: Any,
+    K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, C: tl.constexpr,
+    BV: tl.constexpr, DECAY: tl.constexpr, PRECISION: tl.constexpr,
+) -> None:  # fmt: skip
+    """Columns of the gradient of the state of one head a program.
+
+        dS = dend
+        for each chunk, last to first:
+            dstates = dS                                  where they are asked for
+            X = fade (keys dS)
+            dS = whole * dS + reads^T dO + weight^T X
+        dstart = dS
+
+    Shapes as in `forward_chain_kernel`; dstates: that of the state behind each chunk.
+    """
+    OPERAND: tl.constexpr = p_weight.dtype.element_ty
+    i_v = tl.program_id(0) % tl.cdiv(V, BV)
+    i_row = (tl.program_id(0) // tl.cdiv(V, BV)).to(tl.int64)
+    i_b, i_h = i_row // H, i_row % H
+    chunks = tl.cdiv(T, C)
+    o_c, o_k = tl.arange(0, C), tl.arange(0, KP)
+    o_v = i_v * BV + tl.arange(0, BV)
+    p_keys += i_b * stride_kb + (i_h // GROUP) * stride_kh
+    p_dout += i_b * stride_ob + i_h * stride_oh
+    m_s = (o_k < K)[:, None] & (o_v < V)[None, :]
+    o_s = i_row * (K * V) + o_k[:, None] * V + o_v[None, :]  # [KP, BV]
+    o_kv = o_k[:, None] * VP + o_v[None, :]  # [KP, BV]
+    o_ck = o_c[:, None] * KP + o_k[None, :]  # [C, KP]
+    b_ds = tl.load(p_dend + o_s, mask=m_s, other=0.0)  # [KP, BV]
+    for i_back in range(chunks):
+        i_n = i_row * chunks + (chunks - 1 - i_back)
+        o_t = (i_n - i_row * chunks) * C + o_c  # [C], int64
+        b_operand = b_ds.to(OPERAND)
+        if p_dstates is not None:
+            tl.store(p_dstates + i_n * (KP * VP) + o_kv, b_operand)
+        b_k = token_block(p_keys, o_t, o_k, stride_kt, T, K).to(OPERAND)  # [C, KP]
+        b_x = tl.dot(b_k, b_operand, input_precision=PRECISION)  # [C, BV]
+        b_x *= tl.load(p_fade + i_n * C + o_c)[:, None]
+        b_reads = tl.load(p_reads + i_n * (C * KP) + o_ck)  # [C, KP]
+        b_do = token_block(p_dout, o_t, o_v, stride_ot, T, V).to(OPERAND)  # [C, BV]
+        b_ds = _kept(p_whole, b_ds, i_n, KP, DECAY)
+        b_ds = tl.dot(tl.trans(b_reads), b_do, b_ds, input_precision=PRECISION)
+        b_weight = tl.load(p_weight + i_n * (C * KP) + o_ck)  # [C, KP]
+        b_ds = tl.dot(tl.trans(b_weight), b_x.to(OPERAND), b_ds, input_precision=PRECISION)
+    tl.store(p_dstart + o_s, b_ds, mask=m_s)
