@@ -154,11 +154,13 @@ Backward = Callable[[Tensor, Tensor | None], tuple[Tensor, ...]]
 
 
 class Method(NamedTuple):
-    """takes: what serves, where the method chooses."""
+    """takes: what serves, where the method chooses. anew: forward with its plan of blocks made
+    again, which calls that see alike share."""
 
     forward: Forward
     backward: Backward
     takes: str = ""
+    anew: Forward | None = None
 
 
 def method(name: str, case: Case, x: Inputs) -> Method | str:
@@ -177,11 +179,12 @@ def kernels(name: str, case: Case, x: Inputs, **more: Any) -> Method | str:
     """Our kernels of backend `name`; what Triton's give is in q's dtype, as where nothing is
     added to it."""
     if name == OURS:
-        why = attention.refusal(x.q, x.k, x.v, softcap=case.softcap, drops=False)
+        why = attention.refusal(x.q, x.k, x.v, softcap=case.softcap, dropout=None)
         if why is not None:
             return why
-        more = {"dtype": x.q.dtype, **more}
     found = attention.kernels(name)
+    if name == OURS:
+        more = {"dtype": x.q.dtype, "plans": found.Plans(x.spans, x.at), **more}
     call = {
         "scale": case.dim**-0.5,
         "spans": x.spans,
@@ -190,15 +193,19 @@ def kernels(name: str, case: Case, x: Inputs, **more: Any) -> Method | str:
         **more,
     }
 
-    def backward(out: Tensor, lse: Tensor | None) -> tuple[Tensor, ...]:
-        given = found.attention_backward(x.q, x.k, x.v, lse, None, x.dout, out=out, **call)
-        return tuple(given)
-
-    def forward() -> tuple[Tensor, Tensor]:
-        given: tuple[Tensor, Tensor] = found.attention_forward(x.q, x.k, x.v, sinks=x.sinks, **call)
+    def forward(**fresh: Any) -> tuple[Tensor, Tensor]:
+        options = {**call, **fresh}
+        given: tuple[Tensor, Tensor] = found.attention_forward(
+            x.q, x.k, x.v, sinks=x.sinks, **options
+        )
         return given
 
-    return Method(forward, backward, name)
+    def backward(out: Tensor, lse: Tensor | None) -> tuple[Tensor, ...]:
+        return tuple(found.attention_backward(x.q, x.k, x.v, lse, None, x.dout, out=out, **call))
+
+    if name != OURS:
+        return Method(forward, backward, name)
+    return Method(forward, backward, name, lambda: forward(plans=found.Plans(x.spans, x.at)))
 
 
 def _library(name: str, case: Case, x: Inputs) -> Method | str:
