@@ -1,0 +1,225 @@
+"""`backend=` of the public operations: everywhere, the reference equals torch, and its config."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import xdist
+from xdist import ops
+from xdist.config import load
+from xdist.errors import StrategyError
+from xdist.testing import relative_error
+from xdist.train import loop
+from xdist_kernels import backend
+
+B, N, H, D = 1, 9, 2, 3
+# They compute nothing that has kernels.
+WITHOUT = {"mean", "switch"}
+# They have no Triton kernels.
+TORCH_ALONE = {
+    "conv_nd", "grid_attention", "neighborhood_attention", "prefix_attention", "window_attention",
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _as_it_was() -> Iterator[None]:
+    before = backend.default()
+    yield
+    backend.set_default(before)
+
+
+def drawn(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64, requires_grad=True)
+
+
+def tokens(heads: int = H, dim: int = D) -> Tensor:
+    return drawn(B, N, heads, dim)
+
+
+def decay(*shape: int) -> Tensor:
+    return -torch.rand(shape, dtype=torch.float64)
+
+
+Call = tuple[Callable[..., Any], list[Tensor], dict[str, Any]]
+
+
+def calls() -> dict[str, Call]:
+    """Of each operation: itself, its tensors, and the rest of its arguments."""
+    cuts = xdist.SequenceShard(xdist.init_mesh(), xdist.Layout.contiguous(N, 1), [0, 4, 4, N])
+    steps = torch.rand(B, N, D, dtype=torch.float64)
+    grid = [drawn(B, 3, 3, H, D) for _ in range(3)]
+    labels = torch.tensor([[0, 1, -100, 3, 2, 1, 0, 4, 3]])
+    linear_inputs = [tokens(1), tokens(1), tokens()]
+    return {
+        "attention": (
+            xdist.attention, [tokens(), tokens(1), tokens(1)],
+            {"shard": cuts, "mask": xdist.Mask(window=4), "softcap": 2.0},
+        ),
+        "linear_attention": (
+            xdist.linear_attention, linear_inputs, {"shard": cuts, "log_decay": decay(B, N, H, D)},
+        ),
+        "delta_rule": (
+            xdist.delta_rule, [*linear_inputs, drawn(B, N, H)],
+            {"shard": cuts, "log_decay": decay(H)},
+        ),
+        "ssd": (
+            xdist.ssd, [tokens(), torch.rand(B, N, H), decay(H), tokens(1, 4), tokens(1, 4)],
+            {"shard": cuts, "reverse": True},
+        ),
+        "selective_scan": (
+            xdist.selective_scan,
+            [drawn(B, N, D), steps, decay(D, 4), drawn(B, N, 4), drawn(B, N, 4)], {"shard": cuts},
+        ),
+        "prefix_attention": (
+            xdist.prefix_attention, [drawn(H, D), tokens(), tokens()], {"shard": cuts},
+        ),
+        "causal_conv1d": (
+            xdist.causal_conv1d, [drawn(B, N, D), drawn(D, 4), drawn(D)],
+            {"shard": cuts, "activation": "silu"},
+        ),
+        "cross_entropy": (
+            xdist.cross_entropy, [drawn(B, N, D), drawn(5, D)], {"labels": labels},
+        ),
+        "conv_nd": (xdist.conv_nd, [drawn(B, 3, 4, D), drawn(D, D, 3, 3)], {}),
+        "neighborhood_attention": (xdist.neighborhood_attention, grid, {"window": 3}),
+        "window_attention": (xdist.window_attention, grid, {"window": 2, "shift": 1}),
+        "grid_attention": (xdist.grid_attention, grid, {"grid": 2}),
+        "axial_attention": (xdist.axial_attention, grid, {"dim": 1}),
+        "grid_scan": (_scan_of_a_grid, grid, {}),
+        "bidirectional": (_both_ways, linear_inputs, {}),
+    }  # fmt: skip
+
+
+def _scan_of_a_grid(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
+    return xdist.grid_scan(
+        xdist.linear_attention, {"q": q, "k": k, "v": v}, order=(1, 0), **options
+    )
+
+
+def _both_ways(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    first, second = xdist.bidirectional(xdist.linear_attention, {"q": q, "k": k, "v": v}, **options)
+    return first * second
+
+
+def test_every_operation_takes_a_backend() -> None:
+    names = set(ops.__all__) - WITHOUT
+    for name in names:
+        parameter = inspect.signature(getattr(xdist, name)).parameters.get("backend")
+        assert parameter is not None, name
+        assert parameter.default == "auto", name
+    assert names == {*calls(), "recurrence"}
+
+
+def test_the_reference_backend_equals_torch() -> None:
+    """Outputs and every gradient, in float64."""
+    torch.manual_seed(0)
+    for name, (op, tensors, rest) in calls().items():
+        leaves = [x for x in tensors if x.requires_grad]
+        results = []
+        for kernels in ("reference", "torch"):
+            out = op(*tensors, **rest, backend=kernels)
+            # A new graph for each: the loss of cross_entropy is used once.
+            results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+        for found, want in zip(*results, strict=True):
+            assert relative_error(found, want) < 1e-10, name
+
+
+def test_a_forced_backend_that_cannot_serve_raises() -> None:
+    """float64 has no Triton kernels, and some operations have none at all; nor is there a name
+    that is not in the list."""
+    for name, (op, tensors, rest) in calls().items():
+        with pytest.raises(StrategyError, match="cannot serve") as error:
+            op(*tensors, **rest, backend="triton")
+        none = "there is no Triton kernel" in error.value.why
+        assert none == (name in TORCH_ALONE), (name, error.value.why)
+        assert error.value.do, name
+        with pytest.raises(StrategyError, match=r"no kernel backend 'gpu'(.|\n)*auto, triton"):
+            op(*tensors, **rest, backend="gpu")
+
+
+def test_auto_is_torch_on_a_cpu_and_what_the_process_says() -> None:
+    q = tokens().detach().float()
+    same = functools.partial(xdist.linear_attention, q, q, q)
+    assert torch.equal(same(), same(backend="torch"))
+    assert not torch.equal(same(), same(backend="reference"))
+    backend.set_default("reference")
+    assert torch.equal(same(), same(backend="reference"))
+
+
+class OwnRecurrence(xdist.Recurrence):
+    """A sum."""
+
+    transition = "none"
+
+    def state_shape(self, inputs: Any) -> tuple[int, int, int, int]:
+        return B, H, 1, D
+
+    def transition_of(self, tile: Any) -> None:
+        return None
+
+    def run(self, tile: Any, state: Tensor) -> tuple[Tensor, Tensor]:
+        sums = tile[0].cumsum(1) + state.transpose(1, 2)
+        return sums, sums[:, -1:].transpose(1, 2)
+
+
+def test_a_recurrence_of_ones_own_has_no_backends() -> None:
+    x = tokens()
+    assert relative_error(xdist.recurrence(OwnRecurrence(), x), x.cumsum(1)) < 1e-12
+    for call in (
+        lambda: xdist.recurrence(OwnRecurrence(), x, backend="torch"),
+        lambda: xdist.bidirectional(OwnRecurrence(), [x], backend="torch"),
+        lambda: xdist.grid_scan(OwnRecurrence(), [x], order=(0,), backend="torch"),
+    ):
+        with pytest.raises(StrategyError, match="a recurrence of your own"):
+            call()
+
+
+# --- the config -----------------------------------------------------------------------------------
+
+CONFIG = """
+[run]
+kernels = "{kernels}"
+[model]
+kind = "{kind}"
+dim = 32
+head_dim = 32
+pattern = "{pattern}"
+"""
+
+
+def config(path: Path, kernels: str, kind: str, pattern: str) -> Any:
+    file = path / "config.toml"
+    file.write_text(CONFIG.format(kernels=kernels, kind=kind, pattern=pattern))
+    return load(file)
+
+
+def test_run_kernels_is_what_auto_means_while_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def no_mesh(**settings: Any) -> Any:
+        seen.append(backend.default())
+        raise StrategyError("no further")
+
+    monkeypatch.setattr(loop, "init_mesh", no_mesh)
+    monkeypatch.chdir(tmp_path)
+    for kernels in ("auto", "reference"):
+        with pytest.raises(StrategyError, match="no further"):
+            loop.run(config(tmp_path, kernels, "mixer_lm", "gla*1,mlp*1"))
+    assert seen == ["auto", "reference"]
+    assert backend.default() == "auto"
+
+
+def test_a_model_with_passes_of_its_own_refuses_other_kernels(tmp_path: Path) -> None:
+    with pytest.raises(StrategyError, match=r"run\.kernels = .triton.(.|\n)*hybrid_lm"):
+        config(tmp_path, "triton", "hybrid_lm", "linear*1")
+    assert config(tmp_path, "torch", "hybrid_lm", "linear*1").run.kernels == "torch"
