@@ -274,7 +274,7 @@ def test_recurrences_on_three_and_four_ranks(pool3: RankPool, pool4: RankPool) -
     check(SSD, pool4, 4, ("zigzag", "", "switch", "auto", True, False))
 
 
-# --- convolution, and what cannot be served -------------------------------------------------------
+# --- convolution, the reference, and what cannot be served --------------------------------------
 
 
 def test_causal_conv1d_on_three_ranks(pool3: RankPool) -> None:
@@ -289,6 +289,40 @@ def test_causal_conv1d_on_three_ranks(pool3: RankPool) -> None:
         )
     ]
     test_conv1d.check(cases, OnTriton(pool3))  # type: ignore[arg-type]
+
+
+def on_reference(function: Callable[..., Any], *args: Any) -> Any:
+    """On one rank: every op by its token loop in float64."""
+    before = backend.set_default("reference")
+    try:
+        return function(*args)
+    finally:
+        backend.set_default(before)
+
+
+class OnReference:
+    """A pool whose ranks run every op by its definition."""
+
+    def __init__(self, pool: RankPool) -> None:
+        self.pool = pool
+
+    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        return self.pool.run(on_reference, function, *args)
+
+
+def test_the_reference_backend_over_two_ranks(pool2: RankPool) -> None:
+    """The definition behind the same exchanges: 1e-10 of it on one device, in float64."""
+    pool: Any = OnReference(pool2)
+    layout = tuple(tuple(layouts(N, 2)["zigzag"].segments(rank)) for rank in range(2))
+    for op, variant, algorithm in (
+        (LINEAR, "scalar", "gather"), (DELTA, "diagonal", "gather"), (SELECTIVE, "", "chain"),
+    ):  # fmt: skip
+        check_law_1(op, [Case(layout, variant, "scan", algorithm, True, True, False, 20)], pool)
+    mask, rest = Mask(window=5), {"documents": PACKED, "dtype": torch.float64}
+    cases = [of_attention("ring", 2, "zigzag", mask, **rest, sinks=True, softcap=2.0)]
+    (first,), (second,) = pool.run(attention_cases.run_cases, cases)
+    found = attention_cases.errors(cases[0], [first[0], second[0]])
+    assert max(found.values()) < 1e-10, found
 
 
 def refused() -> list[str]:
