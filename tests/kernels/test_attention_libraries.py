@@ -177,11 +177,11 @@ def test_sequences_too_short_or_too_unlike_are_left_to_other_kernels() -> None:
         ends = torch.tensor([0, *lengths]).cumsum(0)
         return Sequences(ends, ends, -1, 0)
 
-    assert library_masks.idle(plan_of([4096])) is None
-    assert library_masks.idle(plan_of([100] * 50)) is None
-    assert "too short" in str(library_masks.idle(plan_of([20] * 50 + [30])))
-    assert "idle" in str(library_masks.idle(plan_of([8192] + [64] * 50)))
-    assert library_masks.idle(plan_of([1000, 2000, 1500, 700])) is None
+    assert plan_of([4096]).idle is None
+    assert plan_of([100] * 50).idle is None
+    assert "too short" in str(plan_of([20] * 50 + [30]).idle)
+    assert "idle" in str(plan_of([8192] + [64] * 50).idle)
+    assert plan_of([1000, 2000, 1500, 700]).idle is None
 
 
 def shapes(**changed: Any) -> libraries.Shapes:

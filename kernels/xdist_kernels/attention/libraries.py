@@ -34,7 +34,7 @@ from xdist_kernels import backend, launch
 from xdist_kernels.attention import library_calls
 from xdist_kernels.attention.blocks import Spans
 from xdist_kernels.attention.dropout import Dropped
-from xdist_kernels.attention.library_masks import Sequences, find_sequences, idle
+from xdist_kernels.attention.library_masks import Sequences, find_sequences
 from xdist_kernels.errors import KernelError
 
 LIBRARIES = ("cudnn", "flash_attn", "flash_sdpa")
@@ -43,7 +43,7 @@ _WIDE_HEADS = (80, 90, 100, 103)
 _CUDNN_GPUS = (90, 100, 103)
 # Before this, cuDNN erred at lengths that 128 does not divide (pytorch issue 169849).
 _CUDNN_ANY_LENGTH = 91501
-_FLASH_ATTN = (2, 7)
+_FLASH_ATTN = (2, 8)
 _FAR = 2**31
 
 
@@ -123,6 +123,8 @@ def refusal(name: str, at: Here, x: Shapes, plan: Sequences, softcap: float | No
         return f"it takes float16 and bfloat16, the inputs are {x.dtype}"
     if x.dim % 8 or x.width % 8 or min(x.batch, x.dim, x.width, x.heads) == 0:
         return f"it takes head dims in steps of 8, these are {x.dim} and {x.width}"
+    if plan.idle is not None:
+        return plan.idle
     if name == "cudnn":
         return _cudnn_refusal(at, x, plan, softcap)
     if name == "flash_attn" and (at.flash_attn is None or at.flash_attn < _FLASH_ATTN):
@@ -142,7 +144,7 @@ def refusal(name: str, at: Here, x: Shapes, plan: Sequences, softcap: float | No
         return f"head dim {x.dim} is too wide for it on this GPU"
     if x.batch * max(x.queries, x.keys) >= _FAR:
         return "it counts tokens in 32 bits"
-    return None if plan.alike else idle(plan)
+    return None
 
 
 def _cudnn_refusal(at: Here, x: Shapes, plan: Sequences, softcap: float | None) -> str | None:
@@ -183,7 +185,7 @@ def choose(
     for name in LIBRARIES if form is None else (form,):
         why = refusal(name, at, x, plan, softcap)
         if why is None:
-            return Taken(name, plan, plan.describe())
+            return Taken(name, plan, plan.told)
         refused.append(f"{name}: {why}")
     return Taken(None, plan, "; ".join(refused))
 

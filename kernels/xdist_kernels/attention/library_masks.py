@@ -18,6 +18,7 @@ by spans is of this kind, or it is refused with the reason; nothing is served th
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -64,22 +65,22 @@ class Sequences:
     def count(self) -> int:
         return len(self.q_starts) - 1
 
-    @property
+    @cached_property
     def longest(self) -> tuple[int, int]:
         """Of the queries, of the keys."""
         return int(self.q_starts.diff().max()), int(self.k_starts.diff().max())
 
-    @property
+    @cached_property
     def alike(self) -> bool:
         """Whether all sequences have one length: then they are rows of a batch."""
         return all(bool((s.diff() == s[1]).all()) for s in (self.q_starts, self.k_starts))
 
-    @property
+    @cached_property
     def square(self) -> bool:
         """Whether each sequence has as many keys as queries."""
         return torch.equal(self.q_starts, self.k_starts)
 
-    @property
+    @cached_property
     def seen(self) -> slice:
         """The keys, in their order, that any query sees."""
         return slice(self.first_key, self.first_key + int(self.k_starts[-1]))
@@ -94,7 +95,20 @@ class Sequences:
             self._placed[device, batch] = found
         return found
 
-    def describe(self) -> str:
+    @cached_property
+    def idle(self) -> str | None:
+        """Why a library's kernel would spend its time on nothing; None where it would not."""
+        lengths = self.q_starts.diff()
+        tokens = int(lengths.sum())
+        if tokens < _SHORT * self.count and self.count > 1:
+            return f"sequences are {tokens / self.count:.0f} queries long on average: too short"
+        blocks = (lengths + _BLOCK - 1) // _BLOCK
+        if self.count * int(blocks.max()) > _MOST_IDLE * int(blocks.sum()):
+            return "sequences differ so much in length that most of its programs would be idle"
+        return None
+
+    @cached_property
+    def told(self) -> str:
         """As it is said to a user."""
         name = {(-1, -1): "bidirectional", (-1, 0): "causal"}.get(
             (self.left, self.right), f"window ({self.left}, {self.right})"
@@ -197,15 +211,3 @@ def _limit(seen: Tensor, cut: Tensor, whole: Tensor) -> int | None:
     limit = int(limits[0])
     fits = limit >= 0 and bool((limits == limit).all()) and bool((whole[~cut] <= limit).all())
     return limit if fits else None
-
-
-def idle(plan: Sequences) -> str | None:
-    """Why a library's kernel would spend its time on nothing; None where it would not."""
-    lengths = plan.q_starts.diff()
-    tokens = int(lengths.sum())
-    if tokens < _SHORT * plan.count and plan.count > 1:
-        return f"sequences are {tokens / plan.count:.0f} queries long on average: too short"
-    blocks = (lengths + _BLOCK - 1) // _BLOCK
-    if plan.count * int(blocks.max()) > _MOST_IDLE * int(blocks.sum()):
-        return "sequences differ so much in length that most of a library's programs would be idle"
-    return None
