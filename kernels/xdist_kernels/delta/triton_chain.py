@@ -6,16 +6,14 @@ operands of products have the dtype of `p_weight`.
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
-from xdist_kernels.delta.triton_chunks import store_tokens, token_block
+from xdist_kernels.delta.triton_chunks import Arg, store_tokens, token_block
 
 
 @triton.jit
-def _kept(p_whole: Any, b_s: Any, i_n: Any, KP: tl.constexpr, DECAY: tl.constexpr) -> Any:
+def _kept(p_whole: Arg, b_s: Arg, i_n: Arg, KP: tl.constexpr, DECAY: tl.constexpr) -> Arg:
     """A state [KP, BV] times the decay of chunk i_n."""
     if DECAY == 1:
         b_s *= tl.load(p_whole + i_n)
@@ -26,9 +24,9 @@ def _kept(p_whole: Any, b_s: Any, i_n: Any, KP: tl.constexpr, DECAY: tl.constexp
 
 @triton.jit(do_not_specialize=["T"])
 def forward_chain_kernel(
-    p_weight: Any, p_entry: Any, p_reads: Any, p_own: Any, p_keys: Any, p_fade: Any, p_whole: Any,
-    p_start: Any, p_states: Any, p_out: Any, p_end: Any,
-    T: Any, H: Any, GROUP: Any, stride_kb: Any, stride_kt: Any, stride_kh: Any,
+    p_weight: Arg, p_entry: Arg, p_reads: Arg, p_own: Arg, p_keys: Arg, p_fade: Arg, p_whole: Arg,
+    p_start: Arg, p_states: Arg, p_out: Arg, p_end: Arg,
+    T: Arg, H: Arg, GROUP: Arg, stride_kb: Arg, stride_kt: Arg, stride_kh: Arg,
     K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, C: tl.constexpr,
     BV: tl.constexpr, DECAY: tl.constexpr, PRECISION: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -87,10 +85,10 @@ def forward_chain_kernel(
 
 @triton.jit(do_not_specialize=["T"])
 def backward_chain_kernel(
-    p_weight: Any, p_reads: Any, p_keys: Any, p_fade: Any, p_whole: Any, p_dout: Any, p_dend: Any,
-    p_dstates: Any, p_dstart: Any,
-    T: Any, H: Any, GROUP: Any, stride_kb: Any, stride_kt: Any, stride_kh: Any,
-    stride_ob: Any, stride_ot: Any, stride_oh: Any,
+    p_weight: Arg, p_reads: Arg, p_keys: Arg, p_fade: Arg, p_whole: Arg, p_dout: Arg, p_dend: Arg,
+    p_dstates: Arg, p_dstart: Arg,
+    T: Arg, H: Arg, GROUP: Arg, stride_kb: Arg, stride_kt: Arg, stride_kh: Arg,
+    stride_ob: Arg, stride_ot: Arg, stride_oh: Arg,
     K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, C: tl.constexpr,
     BV: tl.constexpr, DECAY: tl.constexpr, PRECISION: tl.constexpr,
 ) -> None:  # fmt: skip

@@ -9,11 +9,11 @@ Shapes: C tokens of a chunk; names ending in _c index them.
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
+# A pointer, a number or a block.
+Arg = tl.tensor
 LOG2E = tl.constexpr(1.4426950408889634)
 
 # What `DECAY` of the kernels says: none, one a token, one a key dim.
@@ -21,7 +21,7 @@ NONE, SCALAR, DIAGONAL = 0, 1, 2
 
 
 @triton.jit
-def token_block(p_x: Any, o_t: Any, o_d: Any, stride: Any, T: Any, D: tl.constexpr) -> Any:
+def token_block(p_x: Arg, o_t: Arg, o_d: Arg, stride: Arg, T: Arg, D: tl.constexpr) -> Arg:
     """Rows o_t [C] and columns o_d [BD] of x, 0 outside of T and D; o_t int64."""
     m = (o_t < T)[:, None] & (o_d < D)[None, :]
     return tl.load(p_x + o_t[:, None] * stride + o_d[None, :], mask=m, other=0.0)
@@ -29,7 +29,7 @@ def token_block(p_x: Any, o_t: Any, o_d: Any, stride: Any, T: Any, D: tl.constex
 
 @triton.jit
 def store_tokens(
-    p_x: Any, b_x: Any, o_t: Any, o_d: Any, stride: Any, T: Any, D: tl.constexpr
+    p_x: Arg, b_x: Arg, o_t: Arg, o_d: Arg, stride: Arg, T: Arg, D: tl.constexpr
 ) -> None:
     """The same rows and columns, written."""
     m = (o_t < T)[:, None] & (o_d < D)[None, :]
@@ -37,7 +37,7 @@ def store_tokens(
 
 
 @triton.jit
-def log_decay(p_g: Any, p_starts: Any, o_t: Any, m_t: Any, stride: Any, C: tl.constexpr) -> Any:
+def log_decay(p_g: Arg, p_starts: Arg, o_t: Arg, m_t: Arg, stride: Arg, C: tl.constexpr) -> Arg:
     """log2 of the decay of tokens o_t [C], 0 where m_t says no."""
     b_g = tl.zeros([C], dtype=tl.float32)
     if p_g is not None:
@@ -50,8 +50,8 @@ def log_decay(p_g: Any, p_starts: Any, o_t: Any, m_t: Any, stride: Any, C: tl.co
 
 @triton.jit
 def log_decay_block(
-    p_g: Any, p_starts: Any, o_t: Any, m_t: Any, o_k: Any, stride: Any, K: tl.constexpr
-) -> Any:
+    p_g: Arg, p_starts: Arg, o_t: Arg, m_t: Arg, o_k: Arg, stride: Arg, K: tl.constexpr
+) -> Arg:
     """The same for tokens o_t [C] and key dims o_k [BK]."""
     m = m_t[:, None] & (o_k < K)[None, :]
     p_block = p_g + o_t[:, None] * stride + o_k[None, :]
@@ -63,7 +63,7 @@ def log_decay_block(
 
 
 @triton.jit
-def between(b_g: Any, C: tl.constexpr) -> Any:
+def between(b_g: Arg, C: tl.constexpr) -> Arg:
     """D [C, C] of a decay a token: from token j to token i, 0 for j > i; b_g [C] in log2.
 
     Each column is summed for itself: a difference of two sums would lose what follows a strong
@@ -75,7 +75,7 @@ def between(b_g: Any, C: tl.constexpr) -> Any:
 
 
 @triton.jit
-def sibling(b_g: Any, HALF: tl.constexpr, C: tl.constexpr, BK: tl.constexpr) -> Any:
+def sibling(b_g: Arg, HALF: tl.constexpr, C: tl.constexpr, BK: tl.constexpr) -> Arg:
     """For each token the sum of b_g [C, BK] over the other half of its block of 2 * HALF."""
     b_part = tl.sum(tl.reshape(b_g, [C // (2 * HALF), 2, HALF, BK]), 2)  # [blocks, 2, BK]
     m_early = tl.arange(0, 2)[None, :, None] == 0
@@ -87,7 +87,7 @@ def sibling(b_g: Any, HALF: tl.constexpr, C: tl.constexpr, BK: tl.constexpr) -> 
 
 
 @triton.jit
-def unit_inverse(b_x: Any, C: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr) -> Any:
+def unit_inverse(b_x: Arg, C: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr) -> Arg:
     """(I + x)^-1 of x [C, C], strictly lower triangular, C = 2**LEVELS.
 
     Y = inverses of the blocks of 16 on the diagonal:
@@ -116,7 +116,7 @@ def unit_inverse(b_x: Any, C: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.
 
 
 @triton.jit
-def halves_meet(o_c: Any, HALF: tl.constexpr) -> Any:
+def halves_meet(o_c: Arg, HALF: tl.constexpr) -> Arg:
     """[C, C]: row in the second and column in the first half of one block of 2 * HALF tokens."""
     m_late = (o_c // HALF) % 2 == 1
     m_same = (o_c // (2 * HALF))[:, None] == (o_c // (2 * HALF))[None, :]

@@ -8,12 +8,11 @@ pairs of a row behind and a key in front.
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
 from xdist_kernels.delta.triton_chunks import (
+    Arg,
     between,
     halves_meet,
     log_decay,
@@ -26,14 +25,14 @@ from xdist_kernels.delta.triton_chunks import (
 
 @triton.jit(do_not_specialize=["T"])
 def writes_kernel(
-    p_q: Any, p_k: Any, p_keys: Any, p_v: Any, p_weight: Any, p_entry: Any, p_dout: Any,
-    p_beta: Any, p_g: Any, p_starts: Any, p_since: Any, p_until: Any, p_whole: Any,
-    p_scores: Any, p_lows: Any, p_inverse: Any, p_states: Any, p_dstates: Any,
-    p_dv: Any, p_n: Any, p_dscores: Any, p_dlows: Any, p_dbeta: Any, p_dg: Any,
-    T: Any, H: Any, GROUP: Any, scale: Any,
-    stride_qb: Any, stride_qt: Any, stride_qh: Any, stride_kb: Any, stride_kt: Any, stride_kh: Any,
-    stride_vb: Any, stride_vt: Any, stride_vh: Any, stride_ob: Any, stride_ot: Any, stride_oh: Any,
-    stride_bb: Any, stride_bt: Any, stride_bh: Any, stride_gb: Any, stride_gt: Any, stride_gh: Any,
+    p_q: Arg, p_k: Arg, p_keys: Arg, p_v: Arg, p_weight: Arg, p_entry: Arg, p_dout: Arg,
+    p_beta: Arg, p_g: Arg, p_starts: Arg, p_since: Arg, p_until: Arg, p_whole: Arg,
+    p_scores: Arg, p_lows: Arg, p_inverse: Arg, p_states: Arg, p_dstates: Arg,
+    p_dv: Arg, p_n: Arg, p_dscores: Arg, p_dlows: Arg, p_dbeta: Arg, p_dg: Arg,
+    T: Arg, H: Arg, GROUP: Arg, scale: Arg,
+    stride_qb: Arg, stride_qt: Arg, stride_qh: Arg, stride_kb: Arg, stride_kt: Arg, stride_kh: Arg,
+    stride_vb: Arg, stride_vt: Arg, stride_vh: Arg, stride_ob: Arg, stride_ot: Arg, stride_oh: Arg,
+    stride_bb: Arg, stride_bt: Arg, stride_bh: Arg, stride_gb: Arg, stride_gt: Arg, stride_gh: Arg,
     K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, C: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, DECAY: tl.constexpr, PRECISION: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -154,12 +153,12 @@ def writes_kernel(
 
 @triton.jit(do_not_specialize=["T"])
 def keys_kernel(
-    p_q: Any, p_k: Any, p_g: Any, p_starts: Any, p_since: Any, p_until: Any, p_whole: Any,
-    p_dout: Any, p_dx: Any, p_n: Any, p_states: Any, p_dstates: Any, p_dscores: Any, p_dlows: Any,
-    p_dq: Any, p_dk: Any, p_dg: Any,
-    T: Any, H: Any, GROUP: Any, scale: Any,
-    stride_qb: Any, stride_qt: Any, stride_qh: Any, stride_kb: Any, stride_kt: Any, stride_kh: Any,
-    stride_ob: Any, stride_ot: Any, stride_oh: Any, stride_gb: Any, stride_gt: Any, stride_gh: Any,
+    p_q: Arg, p_k: Arg, p_g: Arg, p_starts: Arg, p_since: Arg, p_until: Arg, p_whole: Arg,
+    p_dout: Arg, p_dx: Arg, p_n: Arg, p_states: Arg, p_dstates: Arg, p_dscores: Arg, p_dlows: Arg,
+    p_dq: Arg, p_dk: Arg, p_dg: Arg,
+    T: Arg, H: Arg, GROUP: Arg, scale: Arg,
+    stride_qb: Arg, stride_qt: Arg, stride_qh: Arg, stride_kb: Arg, stride_kt: Arg, stride_kh: Arg,
+    stride_ob: Arg, stride_ot: Arg, stride_oh: Arg, stride_gb: Arg, stride_gt: Arg, stride_gh: Arg,
     K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, C: tl.constexpr,
     LEVELS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DECAY: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -233,12 +232,12 @@ def keys_kernel(
 
 @triton.jit
 def _diagonal(
-    p_q: Any, p_k: Any, p_g: Any, p_starts: Any, p_whole: Any, p_dg: Any, b_dq: Any, b_asks: Any,
-    b_seen: Any, b_through: Any, b_da: Any, b_dl: Any, i_n: Any, i_b: Any, i_h: Any, o_t: Any,
-    o_k: Any, stride_qt: Any, stride_kt: Any, stride_gb: Any, stride_gt: Any, stride_gh: Any,
-    T: Any, H: Any, K: tl.constexpr, KP: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr,
+    p_q: Arg, p_k: Arg, p_g: Arg, p_starts: Arg, p_whole: Arg, p_dg: Arg, b_dq: Arg, b_asks: Arg,
+    b_seen: Arg, b_through: Arg, b_da: Arg, b_dl: Arg, i_n: Arg, i_b: Arg, i_h: Arg, o_t: Arg,
+    o_k: Arg, stride_qt: Arg, stride_kt: Arg, stride_gb: Arg, stride_gt: Arg, stride_gh: Arg,
+    T: Arg, H: Arg, K: tl.constexpr, KP: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr,
     BK: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
-) -> Any:  # fmt: skip
+) -> Arg:  # fmt: skip
     """dQ and dK of one decay a key dim, from what comes through the states; writes dg.
 
     for half = 1, 2, .. C/2:                             x as in `_seen_diagonal`

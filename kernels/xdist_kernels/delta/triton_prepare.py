@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
 from xdist_kernels.delta.triton_chunks import (
+    Arg,
     between,
     halves_meet,
     log_decay,
@@ -20,10 +19,10 @@ from xdist_kernels.delta.triton_chunks import (
 
 @triton.jit
 def _seen(
-    p_q: Any, p_k: Any, o_t: Any, stride_q: Any, stride_k: Any, T: Any, K: tl.constexpr,
+    p_q: Arg, p_k: Arg, o_t: Arg, stride_q: Arg, stride_k: Arg, T: Arg, K: tl.constexpr,
     KP: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, ASKED: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr,
-) -> Any:  # fmt: skip
+) -> Arg:  # fmt: skip
     """Q K^T and K K^T [C, C], whole; the first only where ASKED."""
     b_a = tl.zeros([C, C], dtype=tl.float32)
     b_l = tl.zeros([C, C], dtype=tl.float32)
@@ -39,11 +38,11 @@ def _seen(
 
 @triton.jit
 def _seen_diagonal(
-    p_q: Any, p_k: Any, p_g: Any, p_starts: Any, o_t: Any, stride_q: Any, stride_k: Any,
-    stride_g: Any, T: Any, K: tl.constexpr, KP: tl.constexpr, C: tl.constexpr,
+    p_q: Arg, p_k: Arg, p_g: Arg, p_starts: Arg, o_t: Arg, stride_q: Arg, stride_k: Arg,
+    stride_g: Arg, T: Arg, K: tl.constexpr, KP: tl.constexpr, C: tl.constexpr,
     LEVELS: tl.constexpr, BK: tl.constexpr, ASKED: tl.constexpr, OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
-) -> Any:  # fmt: skip
+) -> Arg:  # fmt: skip
     """sum_k q_ik D_ijk k_jk for j <= i, and the same of keys for j < i: two [C, C].
 
     s, e = log decays, 0                      to a token from its block's start, and behind it
@@ -85,13 +84,13 @@ def _seen_diagonal(
 
 @triton.jit(do_not_specialize=["T"])
 def prepare_kernel(
-    p_q: Any, p_k: Any, p_v: Any, p_beta: Any, p_g: Any, p_starts: Any,
-    p_weight: Any, p_entry: Any, p_reads: Any, p_own: Any, p_keys: Any, p_fade: Any,
-    p_since: Any, p_until: Any, p_whole: Any, p_scores: Any, p_lows: Any, p_inverse: Any,
-    T: Any, H: Any, GROUP: Any, scale: Any,
-    stride_qb: Any, stride_qt: Any, stride_qh: Any, stride_kb: Any, stride_kt: Any, stride_kh: Any,
-    stride_vb: Any, stride_vt: Any, stride_vh: Any, stride_bb: Any, stride_bt: Any, stride_bh: Any,
-    stride_gb: Any, stride_gt: Any, stride_gh: Any,
+    p_q: Arg, p_k: Arg, p_v: Arg, p_beta: Arg, p_g: Arg, p_starts: Arg,
+    p_weight: Arg, p_entry: Arg, p_reads: Arg, p_own: Arg, p_keys: Arg, p_fade: Arg,
+    p_since: Arg, p_until: Arg, p_whole: Arg, p_scores: Arg, p_lows: Arg, p_inverse: Arg,
+    T: Arg, H: Arg, GROUP: Arg, scale: Arg,
+    stride_qb: Arg, stride_qt: Arg, stride_qh: Arg, stride_kb: Arg, stride_kt: Arg, stride_kh: Arg,
+    stride_vb: Arg, stride_vt: Arg, stride_vh: Arg, stride_bb: Arg, stride_bt: Arg, stride_bh: Arg,
+    stride_gb: Arg, stride_gt: Arg, stride_gh: Arg,
     K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, C: tl.constexpr,
     LEVELS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DECAY: tl.constexpr,
     PRECISION: tl.constexpr, INVERSE: tl.constexpr,
