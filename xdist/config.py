@@ -147,6 +147,11 @@ class Data(Section):
         "volume: [dim, start, stop], positions whose classes are never trained on and are what "
         "evaluation scores, on the samples of training; [] evaluates those of data.held_out",
     )
+    crop_box: Annotated[tuple[Amount, ...], Field(strict=True)] = setting(
+        (),
+        "the part of a sample that crops lie in: [start, stop] of each dim, one after another in "
+        "one list; [] is all of it",
+    )
     bias: Annotated[float, Field(ge=0, lt=1)] = setting(
         0.0,
         "volume: largest part by which a smooth field dims and brightens the image, as scanners "

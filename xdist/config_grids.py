@@ -24,6 +24,7 @@ OF_GRIDS: tuple[Path, ...] = (
     ("parallel", "dim"),
     ("parallel", "grid"),
     ("data", "kind"),
+    ("data", "crop_box"),
     ("data", "slab"),
     ("data", "bias"),
     ("data", "noise"),
@@ -71,7 +72,7 @@ def grid_problems(config: Config) -> list[Problem]:
     other = OF_VIDEO if GRIDS[kind] == "volume" else OF_VOLUMES
     found = list(_without_effect(config, [*OF_TOKENS, *lengths, *other]))
     found += _refused(config)
-    return found + (_sizes(config) or [*_crops(config), *_slab(config)])
+    return found + (_sizes(config) or [*_crops(config), *_crop_box(config), *_slab(config)])
 
 
 def _value(section: object, path: Path) -> object:
@@ -212,6 +213,37 @@ def _crops(config: Config) -> Iterator[Problem]:
                 + ", or ".join([*turn, f"ring x ulysses = {tokens[dim]}, or a larger crop"]),
                 GeometryError,
             )
+
+
+def _crop_box(config: Config) -> Iterator[Problem]:
+    """The box that crops lie in is a part of a sample that holds each of them."""
+    box, sizes = config.data.crop_box, config.model.sizes
+    if not box:
+        return
+    crops = [stage.crop for stage in config.train.curriculum if stage.crop]
+    keys: tuple[Path, ...] = (("data", "crop_box"), ("model", "sizes"))
+    if not crops:
+        yield Problem(
+            keys,
+            f"data.crop_box = {list(box)} has no effect",
+            "no stage of train.curriculum has a crop",
+            "leave it out, or give a stage a crop",
+        )
+        return
+    least = [max(sides) for sides in zip(*crops, strict=False)]
+    spans = list(zip(box[::2], box[1::2], strict=False))
+    fits = len(box) == 2 * len(sizes) and all(
+        stop <= size and stop - start >= crop
+        for (start, stop), size, crop in zip(spans, sizes, least, strict=False)
+    )
+    if not fits:
+        whole = [side for size in sizes for side in (0, size)]
+        yield Problem(
+            keys,
+            f"data.crop_box = {list(box)} is no part of a sample that holds every crop",
+            f"model.sizes = {list(sizes)}, the largest crop is {least}",
+            f"write [start, stop] of each dim, e.g. crop_box = {whole}",
+        )
 
 
 def _slab(config: Config) -> Iterator[Problem]:

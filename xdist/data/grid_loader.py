@@ -35,13 +35,13 @@ class GridRequest:
     @classmethod
     def draw(
         cls, seed: int, cursor: int, batch: int, sizes: Sequence[int], split: GridSplit, *,
-        first: int = 0,
+        first: int = 0, box: Sequence[int] = (),
     ) -> GridRequest:  # fmt: skip
-        """The batch at `cursor`: `batch` samples in the order of `grid_order`."""
+        """The batch at `cursor`: `batch` samples in the order of `grid_order`, crops in `box`."""
         numbers = range(cursor, cursor + batch)
         samples = tuple(grid_sample(seed, n, split.samples, first=first) for n in numbers)
         origins = tuple(
-            crop_origin(seed, n, split.sizes(sample), sizes)
+            crop_origin(seed, n, split.sizes(sample), sizes, box)
             for n, sample in zip(numbers, samples, strict=True)
         )
         return cls(cursor, samples, origins, tuple(sizes))

@@ -89,7 +89,10 @@ class GridWork:
         for stage, cursor, first in draws_of(config, position):
             sizes = stage.crop or config.model.sizes
             seed = config.run.seed
-            request = GridRequest.draw(seed, cursor, stage.batch, sizes, split, first=first)
+            box = config.data.crop_box if stage.crop else ()
+            request = GridRequest.draw(
+                seed, cursor, stage.batch, sizes, split, first=first, box=box
+            )
             yield self.read(split, request, range(cursor, cursor + stage.batch))
 
     def read(self, split: GridSplit, request: GridRequest, numbers: Sequence[int]) -> GridBatch:
