@@ -28,7 +28,7 @@ from xdist_kernels.linear.triton_shapes import (
     scan_blocks,
     span_tokens,
 )
-from xdist_kernels.linear.triton_states import Sums, chain, sums_of
+from xdist_kernels.linear.triton_states import Sums, chain, contiguous_last, sums_of
 
 # Tokens of a tile: one state is kept for each, and a tile's own states and weighed keys exist while
 # it is worked on.
@@ -103,13 +103,9 @@ def prepare(
     """A tile: any strides but the last dim's, which is copied where it is not 1."""
     ids = None if starts is None else starts.cumsum(0, dtype=torch.int32)
     if log_decay is not None and log_decay.shape[3] > 1:
-        log_decay = _contiguous_last(log_decay)
-    q, k, v = (_contiguous_last(x) for x in (q, k, v))
+        log_decay = contiguous_last(log_decay)
+    q, k, v = (contiguous_last(x) for x in (q, k, v))
     return Prepared(q, k, v, log_decay, scale, ids)
-
-
-def _contiguous_last(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def _weighed(p: Prepared) -> Weighed:
@@ -215,7 +211,7 @@ def adjoint(p: Prepared, dout: Tensor, dstate: Tensor) -> Tensor:
 
 
 def _like_inputs(p: Prepared, dout: Tensor) -> Tensor:
-    return _contiguous_last(dout.to(p.v.dtype))
+    return contiguous_last(dout.to(p.v.dtype))
 
 
 def backward_ahead(p: Prepared, state: Tensor, dout: Tensor) -> Prepared:

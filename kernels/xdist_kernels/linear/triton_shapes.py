@@ -60,10 +60,13 @@ def _stages(block_bytes: int, fixed_bytes: int, target: Target) -> int:
     return 2 if 2 * block_bytes + fixed_bytes <= target.shared_bytes * 2 // 3 else 1
 
 
-def sum_blocks(first: int, second: int, dtype: torch.dtype, target: Target) -> Blocks:
-    """Of `sum_spans`: sums of outer products [first, second]."""
+def sum_blocks(
+    first: int, second: int, dtype: torch.dtype, target: Target, *, accumulators: int = 1
+) -> Blocks:
+    """Of `sum_spans` and `sum_both`: sums of outer products [first, second]."""
     width = 4 if dtype == torch.float32 else 2
-    one, two = min(padded(first), 64 if width == 4 else 128), min(padded(second), 64)
+    most = 64 if width == 4 else 128
+    one, two = min(padded(first), most // accumulators), min(padded(second), 64)
     loaded = CHUNK_TOKENS * (one + two) * width
     warps = 4 if one * two >= 2048 else 2
     return Blocks(one, two, Config(warps, _stages(loaded, loaded, target)))

@@ -37,6 +37,11 @@ def strides(x: Tensor, heads: int) -> tuple[int, int, int, int]:
     return x.stride(0), x.stride(1), x.stride(2), heads // max(1, x.shape[2])
 
 
+def contiguous_last(x: Tensor) -> Tensor:
+    """x, or a copy where its last dim has gaps: kernels read that dim in vectors."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
 @triton.jit(do_not_specialize=["T", "span", "spans"])
 def sum_spans(
     x,
