@@ -145,6 +145,19 @@ def test_a_forced_backend_that_cannot_serve_raises() -> None:
             op(*tensors, **rest, backend="gpu")
 
 
+def test_precision_is_of_the_triton_kernels_of_the_delta_rule() -> None:
+    """Its effect is tested beside the kernels; where it would have none it is refused."""
+    q = tokens().float()
+    given = (q, 0.1 * q, q, torch.rand(B, N, H))
+    full = xdist.delta_rule(*given, backend="triton")
+    parts = xdist.delta_rule(*given, backend="triton", precision="tf32x3")
+    assert relative_error(parts, full) < 2e-6
+    with pytest.raises(StrategyError, match=r"'tf32x3' here(.|\n)*runs on torch"):
+        xdist.delta_rule(*given, precision="tf32x3")
+    with pytest.raises(StrategyError, match="no precision 'tf32'"):
+        xdist.delta_rule(*given, precision="tf32")
+
+
 def test_auto_is_torch_on_a_cpu_and_what_the_process_says() -> None:
     q = tokens().detach().float()
     same = functools.partial(xdist.linear_attention, q, q, q)

@@ -97,6 +97,7 @@ def delta_rule(
     algorithm: str = "auto",
     reverse: bool = False,
     backend: str = "auto",
+    precision: str = "ieee",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The delta rule: DeltaNet, Gated DeltaNet (a decay a head), KDA (a decay a key dim).
 
@@ -117,17 +118,21 @@ def delta_rule(
         output_final_state, strategy, reverse, backend: as in `linear_attention`.
         algorithm: of the scan: "chain" and "pipelined" send `[B, H, K, V]` a hop and never a
             transition; "gather" sends `[B, H, K, K]` beside it; "auto" takes what costs least.
+        precision: of products of float32, transitions and summaries of segments among them:
+            "ieee" in full, or on Triton kernels "tf32x3", three products of TF32 parts on tensor
+            cores, about 2^-21.
 
     Returns:
         out `[B, n, H, V]` in the dtype of v, or `(out, final_state)`. Each document starts afresh.
-        All products run in float32, or in float64 with float64 inputs.
+        All products run in float32, or in float64 with float64 inputs; on Triton kernels those of
+        outputs and gradients take operands in the dtype of q, k and v.
 
     What moves, how many bytes and what is saved: docs/recurrences/delta.md; backward sends no
     transition. Nothing needs to divide anything.
 
     Raises:
         ShapeError: shapes or dtypes that do not fit together or with the shard.
-        StrategyError: an unknown strategy or backend, or a forced backend that cannot serve.
+        StrategyError: an unknown strategy, backend or precision, or one that cannot serve.
         NumericsError: inside `xdist.checks()`, inputs that are not finite, decays above 0, or beta
             outside [0, 2].
 
@@ -148,5 +153,6 @@ def delta_rule(
         output_final_state=output_final_state,
         reverse=reverse,
         backend=backend,
+        precision=precision,
     )
     return recurrent.run(request, shard, strategy=strategy, algorithm=algorithm)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from xdist.comm.checks import checks_are_on
-from xdist.errors import ShapeError
+from xdist.errors import ShapeError, StrategyError
 from xdist.parallel.backend import chosen
 from xdist.parallel.recurrence import state_dtype
 from xdist.parallel.recurrences.delta import DeltaRule
@@ -13,6 +13,8 @@ from xdist.parallel.recurrent import Request, check_values
 from xdist.shard import SequenceShard
 from xdist_kernels import delta
 from xdist_kernels.errors import KernelError
+
+PRECISIONS = ("ieee", "tf32x3")
 
 
 def request(
@@ -28,6 +30,7 @@ def request(
     output_final_state: bool = False,
     reverse: bool = False,
     backend: str = "auto",
+    precision: str = "ieee",
 ) -> Request:
     """`xdist.delta_rule` with the shard resolved, checked; see there."""
     try:
@@ -51,14 +54,28 @@ def request(
             else log_decay,
         ),
     )  # fmt: skip
+    _check_precision(precision, backend)
     return Request(
         "delta_rule",
-        DeltaRule(scale, fixed=fixed, backend=backend),
+        DeltaRule(scale, fixed=fixed, backend=backend, precision=precision),
         (q, k, v, beta.unsqueeze(-1).to(wide), log_decay),
         initial_state,
         output_final_state,
         reverse,
     )
+
+
+def _check_precision(precision: str, backend: str) -> None:
+    if precision not in PRECISIONS:
+        raise StrategyError(
+            f"delta_rule has no precision {precision!r}", "", f"use one of {PRECISIONS}"
+        )
+    if precision != "ieee" and backend != "triton":
+        raise StrategyError(
+            f"delta_rule cannot take precision {precision!r} here",
+            f"the call runs on {backend}, which multiplies in full",
+            "leave precision at 'ieee', or run it on Triton kernels",
+        )
 
 
 def _check_values(

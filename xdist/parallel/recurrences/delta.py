@@ -24,10 +24,19 @@ class DeltaRule(Recurrence):
     transition: Transition = "matrix"
     marks_documents = True
 
-    def __init__(self, scale: float, *, fixed: bool = False, backend: str = "torch") -> None:
-        """fixed: log_decay is [H,1]; backend: triton, torch or reference."""
+    def __init__(
+        self,
+        scale: float,
+        *,
+        fixed: bool = False,
+        backend: str = "torch",
+        precision: str = "ieee",
+    ) -> None:
+        """fixed: log_decay is [H,1]; backend: triton, torch or reference; precision: of float32
+        products, which only Triton's can take otherwise than in full."""
         self.scale = scale
         self.backend = backend
+        self.options = {"precision": precision} if backend == "triton" else {}
         self.whole = frozenset({4}) if fixed else frozenset()
 
     @property
@@ -52,7 +61,11 @@ class DeltaRule(Recurrence):
         assert beta is not None
         if log_decay is not None and self.whole:
             log_decay = log_decay.expand(*beta.shape)
-        return self.kernels.prepare(q, k, v, beta.squeeze(-1), log_decay, self.scale, starts)
+        if log_decay is not None and log_decay.shape[3] == 1:
+            log_decay = log_decay.squeeze(3)
+        return self.kernels.prepare(
+            q, k, v, beta.squeeze(-1), log_decay, self.scale, starts, **self.options
+        )
 
     def transition_of(self, tile: Any) -> Tensor:
         return self.kernels.transition(tile)
@@ -77,6 +90,8 @@ class DeltaRule(Recurrence):
     ) -> tuple[Sequence[Tensor | None], Tensor]:
         found, before = self.kernels.backward(tile, state, dout, dstate)
         dlog = found.log_decay
+        if dlog is not None and dlog.dim() == 3:
+            dlog = dlog.unsqueeze(3)
         if dlog is not None and self.whole:
             dlog = dlog.sum((0, 1))
         return (found.q, found.k, found.v, found.beta.unsqueeze(-1), dlog), before
