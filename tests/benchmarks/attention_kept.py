@@ -14,8 +14,8 @@ from packing import documents
 from torch import Tensor
 
 import xdist
-from xdist.parallel import attention_call
 from xdist.testing import RankPool
+from xdist_kernels.attention import torch as kernels
 
 TITLE = "Counting once a shard"
 NOTE = (
@@ -54,8 +54,8 @@ def times(length: int, strategy: str, pairs: int) -> list[tuple[float, float]]:
         return time.thread_time() - begun
 
     with (
-        mock.patch.object(attention_call, "attention_forward", _forward),
-        mock.patch.object(attention_call, "attention_backward", _backward),
+        mock.patch.object(kernels, "attention_forward", _forward),
+        mock.patch.object(kernels, "attention_backward", _backward),
     ):
         found = [(seconds(one), seconds(kept)) for one in fresh]
     return found[1:]  # the first pair warms up, and fills what is kept

@@ -12,8 +12,9 @@ from torch import Tensor
 
 import xdist
 from tests.multirank.attention_cases import Case, shards
-from xdist.parallel import attention_call
+from xdist_kernels.attention import torch as kernels
 from xdist_kernels.attention.torch import attention_delta
+from xdist_kernels.merge.torch import merge_
 
 
 class PeakBytes:
@@ -42,7 +43,11 @@ def _wide(x: Tensor) -> torch.dtype:
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
     out = q.new_zeros(*q.shape[:3], v.shape[3], dtype=_wide(q))
-    return out, q.new_zeros(q.shape[:3], dtype=_wide(q))
+    lse = q.new_zeros(q.shape[:3], dtype=_wide(q))
+    if options.get("into") is None:
+        return out, lse
+    merge_(*options["into"], out, lse)
+    return options["into"]
 
 
 def _backward(
@@ -57,13 +62,13 @@ def _backward(
 @contextmanager
 def kernels_that_only_allocate() -> Iterator[None]:
     """What a strategy itself holds: its messages, blocks, sums and results."""
-    known = attention_call.attention_forward, attention_call.attention_backward
-    attention_call.attention_forward = _forward
-    attention_call.attention_backward = _backward  # type: ignore[assignment]
+    known = kernels.attention_forward, kernels.attention_backward
+    kernels.attention_forward = _forward
+    kernels.attention_backward = _backward  # type: ignore[assignment]
     try:
         yield
     finally:
-        attention_call.attention_forward, attention_call.attention_backward = known
+        kernels.attention_forward, kernels.attention_backward = known
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,9 @@ from xdist.documents import Documents
 from xdist.errors import ShapeError, StrategyError
 from xdist.layout import Layout
 from xdist.mask import Mask
-from xdist.parallel import attention_call
 from xdist.parallel.attention_switch import Switch
 from xdist.testing import RankPool, layouts
+from xdist_kernels.attention import torch as kernels
 
 
 def chunked(parts: int, n: int = 23) -> list[Case]:
@@ -183,7 +183,7 @@ def order(case: Case, keep: bool) -> list[str]:
     shard, _ = shards(case)
     q = torch.randn(1, shard.local_length, case.heads, 4, requires_grad=keep)
     known = {name: getattr(Switch, name) for name in MOVES}
-    works = attention_call.attention_forward, attention_call.attention_backward
+    works = kernels.attention_forward, kernels.attention_backward
 
     def noting_start(name: str) -> Callable[..., Pending[Any]]:
         def start(switch: Switch, chunk: int, *args: Any) -> Pending[Any]:
@@ -207,7 +207,7 @@ def order(case: Case, keep: bool) -> list[str]:
 
     for name in MOVES:
         setattr(Switch, name, noting_start(name))
-    attention_call.attention_forward, attention_call.attention_backward = map(noting_work, works)
+    kernels.attention_forward, kernels.attention_backward = map(noting_work, works)
     try:
         out = xdist.attention(
             q, q, q, shard, mask=case.mask, strategy="ulysses", head_chunks=case.head_chunks
@@ -215,7 +215,7 @@ def order(case: Case, keep: bool) -> list[str]:
         if keep:
             torch.autograd.grad(out, q, torch.ones_like(out))
     finally:
-        attention_call.attention_forward, attention_call.attention_backward = works
+        kernels.attention_forward, kernels.attention_backward = works
         for name, method in known.items():
             setattr(Switch, name, method)
     return said

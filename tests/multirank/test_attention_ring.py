@@ -16,9 +16,9 @@ from tests.multirank.attention_peaks import Peaks, peaks
 from xdist.comm.pending import Pending
 from xdist.layout import Layout
 from xdist.mask import Mask
-from xdist.parallel import attention_call, attention_runs
 from xdist.parallel.attention_blocks import Blocks
 from xdist.testing import RankPool, relative_error
+from xdist_kernels.attention import torch as kernels
 
 FORWARD = "start keys, work, wait keys, start keys, work, wait keys, work"
 # Gradients of a block travel home while the next block is worked on.
@@ -37,22 +37,22 @@ class Noting:
 
     def __enter__(self) -> Noting:
         self._keys, self._gradients = Blocks.start_keys, Blocks.start_gradients
-        self._works = attention_call.attention_forward, attention_call.attention_backward
-        self._merge = attention_runs.merge_
+        self._works = kernels.attention_forward, kernels.attention_backward
+        self._merge = kernels.merge_
         Blocks.start_keys = self._started("keys", self._keys)  # type: ignore[method-assign]
         Blocks.start_gradients = self._started(  # type: ignore[method-assign]
             "gradients", self._gradients
         )
         forward, backward = map(self._worked, self._works)
-        attention_call.attention_forward, attention_call.attention_backward = forward, backward
-        attention_runs.merge_ = self._merged
+        kernels.attention_forward, kernels.attention_backward = forward, backward
+        kernels.merge_ = self._merged
         return self
 
     def __exit__(self, *error: object) -> None:
         Blocks.start_keys = self._keys  # type: ignore[method-assign]
         Blocks.start_gradients = self._gradients  # type: ignore[method-assign]
-        attention_call.attention_forward, attention_call.attention_backward = self._works
-        attention_runs.merge_ = self._merge
+        kernels.attention_forward, kernels.attention_backward = self._works
+        kernels.merge_ = self._merge
 
     def _started(
         self, what: str, start: Callable[..., Pending[Any]]

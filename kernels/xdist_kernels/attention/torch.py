@@ -55,28 +55,12 @@ def attention_forward(
     for float64 inputs. Raises KernelError on shapes that do not fit, or a form that cannot
     serve.
     """
-    if into is not None:
-        part = attention_forward(
-            q, k, v, scale=scale, spans=spans, k_positions=k_positions, softcap=softcap,
-            sinks=sinks, dropout=dropout, form=form,
-        )  # fmt: skip
-        merge_(*into, *part)
-        return into
     wide = check_call(q, k, v, spans, k_positions, sinks, dropout)
-    batch, n, heads, _ = q.shape
-    drops = dropout is not None and dropout.rate > 0.0
-    parts = list(forms_of(q, k, v, spans, k_positions, softcap, drops, form))
-    if len(parts) == 1 and parts[0].form == "flash":
-        found = forward_whole(q, k, v, parts[0].pieces, scale)
-        if found is not None:
-            if sinks is not None:
-                merge_sinks_(*found, sinks)
-            return found
-    out = q.new_empty(batch, n, heads, v.shape[-1], dtype=wide)
-    lse = q.new_empty(batch, n, heads, dtype=wide)
-    for part in parts:
-        _forward_part(part, q, k, v, out, lse, k_positions, scale, softcap, sinks, dropout)
-    return out, lse
+    found = _forward(q, k, v, wide, scale, spans, k_positions, softcap, sinks, dropout, form)
+    if into is None:
+        return found
+    merge_(*into, *found)
+    return into
 
 
 def attention_backward(
@@ -164,6 +148,28 @@ def sinks_backward(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
     """Gradient `[H]` of the sinks: a sink takes `exp(sink - lse)` of a row and adds no value."""
     share = torch.exp(sinks.to(lse.dtype) - lse)
     return -(share * delta).sum(dim=(0, 1))
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, wide: torch.dtype, scale: float, spans: Spans,
+    k_positions: Tensor, softcap: float | None, sinks: Tensor | None, dropout: Dropped | None,
+    form: str | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Of a checked call, out and lse in the dtype `wide` of sums."""
+    batch, n, heads, _ = q.shape
+    drops = dropout is not None and dropout.rate > 0.0
+    parts = list(forms_of(q, k, v, spans, k_positions, softcap, drops, form))
+    if len(parts) == 1 and parts[0].form == "flash":
+        found = forward_whole(q, k, v, parts[0].pieces, scale)
+        if found is not None:
+            if sinks is not None:
+                merge_sinks_(*found, sinks)
+            return found
+    out = q.new_empty(batch, n, heads, v.shape[-1], dtype=wide)
+    lse = q.new_empty(batch, n, heads, dtype=wide)
+    for part in parts:
+        _forward_part(part, q, k, v, out, lse, k_positions, scale, softcap, sinks, dropout)
+    return out, lse
 
 
 def _forward_part(
