@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.kernels.interpreted_grid import only_last_programs
 from xdist_kernels.cross_entropy import kernels, reference
 from xdist_kernels.cross_entropy.triton import (
     LONGEST_SHORT_ROW,
@@ -17,7 +18,6 @@ from xdist_kernels.cross_entropy.triton import (
     tile_loss,
 )
 from xdist_kernels.errors import KernelError
-from xdist_kernels.launch import HOPPER, recording
 
 IGNORED = -100
 # Short rows of one block and several, odd, at the border; long rows with and without a rest of
@@ -114,28 +114,27 @@ def test_nothing_beside_the_logits_is_touched(vocab: int) -> None:
     assert float((gradient - want).abs().max()) <= 1e-6
 
 
-@pytest.mark.parametrize("vocab", [33, LONGEST_SHORT_ROW + 5])
-def test_offsets_past_31_bits(vocab: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("vocab", [4096, LONGEST_SHORT_ROW + 5])
+def test_programs_past_65535_and_offsets_past_31_bits(
+    vocab: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grids = only_last_programs(monkeypatch, "xdist_kernels.cross_entropy.triton")
     # A file of holes: what is not touched takes no memory.
-    far = (1 << 31) + 48
+    tokens, step = 65_600, 33_000
     memory = torch.from_file(
-        str(tmp_path / "far"), shared=True, size=far + vocab, dtype=torch.float16
+        str(tmp_path / "far"), shared=True, size=tokens * step, dtype=torch.float16
     )
-    logits, labels = drawn(vocab, 2, torch.float16)
-    want = reference.tile_loss(logits.double(), labels, IGNORED, 1.0)
-    view = memory.as_strided((2, vocab), (far, 1)).copy_(logits)
-    total, gradient = tile_loss(view, labels, IGNORED, 1.0)
-    assert float(total) == pytest.approx(float(want[0]), rel=1e-5)
-    assert float((gradient - want[1]).abs().max()) <= 2.0**-11
+    logits, labels = memory.as_strided((tokens, vocab), (step, 1)), torch.tensor([7])
+    assert (tokens - 1) * step > 1 << 31
+    logits[-1] = drawn(vocab, 1, torch.float16)[0]
+    want = reference.tile_loss(logits[-1:].double(), labels, IGNORED, 1.0)[1]
+    gradient = tile_loss(logits, labels.expand(tokens), IGNORED, 1.0)[1]
+    assert grids == [tokens]
+    assert float((gradient[-1] - want[0]).abs().max()) <= 2.0**-11
+    assert not gradient[-2].any()
 
 
-def test_a_grid_past_65535_is_one_launch_and_blocks_fit_registers() -> None:
-    labels = torch.empty(1 << 20, dtype=torch.int64, device="meta")
-    for vocab, programs in ((200, (1 << 20) // 16), (100_000, 1 << 20)):
-        logits = torch.empty(1 << 20, vocab, dtype=torch.bfloat16, device="meta")
-        with recording(HOPPER) as launches:
-            tile_loss(logits, labels, IGNORED, 1.0)
-        assert [launch.programs for launch in launches] == [programs]
+def test_blocks_fit_registers() -> None:
     for vocab in (1, 16, 17, 4096, 4097, LONGEST_SHORT_ROW):
         rows, width, config = short_blocks(vocab)
         assert width >= vocab

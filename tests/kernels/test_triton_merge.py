@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.kernels.interpreted_grid import only_last_programs
 from xdist_kernels.errors import KernelError
-from xdist_kernels.launch import HOPPER, recording
 from xdist_kernels.merge.reference import merge_reference
-from xdist_kernels.merge.triton import merge_, merge_sinks_, walk
+from xdist_kernels.merge.triton import LARGEST_ROW, merge_, merge_sinks_, walk
 
 Part = tuple[Tensor, Tensor]
 SHAPE = (2, 7, 5)
@@ -107,25 +107,26 @@ def test_a_large_lse_is_not_rounded_into_the_weights() -> None:
     assert float((out - torch.tensor(2.0**-10).sigmoid()).abs().max()) <= 1e-7
 
 
-def test_offsets_past_31_bits(tmp_path: Path) -> None:
-    # A file of holes: what is not touched takes no memory.
-    far = (1 << 31) + 48
-    memory = torch.from_file(str(tmp_path / "far"), shared=True, size=far + 64)
-    out = memory.as_strided((2, 16), (far, 1))
-    out.fill_(1)
-    lse = torch.zeros(2)
-    merge_(out, lse, torch.zeros(2, 16), torch.tensor([0.0, -torch.inf]))
-    assert torch.equal(out[0], torch.full((16,), 0.5))
-    assert torch.equal(out[1], torch.ones(16))
-    merge_(out, lse, torch.full((2, 16), 3.0), torch.tensor([-torch.inf, 0.0]))
-    assert torch.equal(out[1], torch.full((16,), 2.0))
-
-
-def test_a_grid_past_65535_is_one_launch() -> None:
-    out, lse = torch.empty(1 << 20, 64, 128, device="meta"), torch.empty(1 << 20, 64, device="meta")
-    with recording(HOPPER) as launches:
-        merge_(out, lse, out, lse)
-    assert [launch.programs for launch in launches] == [(1 << 26) // 32]
+def test_programs_past_65535_and_offsets_past_31_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grids = only_last_programs(monkeypatch, "xdist_kernels.merge.triton")
+    # A file of holes: what is not touched takes no memory. One head of four is left out, so that
+    # all three coordinates count.
+    b, n, h, size = 2, 33_000, 3, LARGEST_ROW
+    steps = (n * 4 * size + 64, 4 * size, size, 1)
+    memory = torch.from_file(str(tmp_path / "far"), shared=True, size=2 * steps[0])
+    out, lse = memory.as_strided((b, n, h, size), steps), torch.zeros(b, n, h)
+    assert sum((d - 1) * step for d, step in zip(out.shape, steps, strict=True)) > 1 << 31
+    out[-1, -1, -1] = 1
+    merge_(
+        out, lse, torch.full((size,), 3.0).expand(b, n, h, -1), torch.zeros(1, 1, 1).expand(b, n, h)
+    )
+    assert grids == [b * n * h]
+    assert torch.equal(out[-1, -1, -1], torch.full((size,), 2.0))
+    assert not out[-1, -1, -2].any()
+    assert int(lse.count_nonzero()) == 1
+    assert float(lse[-1, -1, -1]) == pytest.approx(0.6931472)
 
 
 def test_rows_are_walked_in_as_few_dims_as_their_strides_allow() -> None:
