@@ -261,7 +261,9 @@ def _public(case: Case, x: Inputs) -> Method:
     taken = libraries.take(
         x.q, x.k, x.v, spans=x.spans, k_positions=x.at, softcap=case.softcap, sinks=case.sinks
     )
-    return made._replace(takes=taken.name or OURS)
+    why = attention.refusal(x.q, x.k, x.v, softcap=case.softcap, dropout=None)
+    own = OURS if x.q.is_cuda and why is None else "torch"
+    return made._replace(takes=taken.name or own)
 
 
 def _flex(case: Case, x: Inputs) -> Method:

@@ -31,9 +31,8 @@ class Time(NamedTuple):
 
 
 def measure(call: Callable[[], Any], device: str, *, spent_s: float = _SPENT_S) -> Time:
-    """Times `call` after two calls that compile and warm up (on a CPU: one)."""
+    """Times `call` after two calls that compile and warm up; on a CPU one call, just made."""
     if torch.device(device).type != "cuda":
-        call()
         began = time.perf_counter()
         call()
         ms = 1e3 * (time.perf_counter() - began)
@@ -81,7 +80,6 @@ def forward_backward(
 def peak_gib(call: Callable[[], Any], device: str) -> float:
     """What `call` allocates at most beside what was there before; NaN where no card counts it."""
     if torch.device(device).type != "cuda":
-        call()
         return float("nan")
     torch.cuda.synchronize()
     torch.cuda.empty_cache()

@@ -88,7 +88,7 @@ def _timed(
     row = {
         "forward (ms)": forward.ms,
         "forward + backward (ms)": whole.ms,
-        "quartiles (ms)": f"{whole.low_ms:.3g} to {whole.high_ms:.3g}",
+        "quartiles (ms)": f"{whole.low_ms:.4g} to {whole.high_ms:.4g}",
         "host (ms)": whole.host_ms,
     }
     flops = 3.5 * op.flops(_sizes(given.small, tokens)) if op.flops else None
@@ -195,6 +195,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         table.measure("time", name, functools.partial(_flash, tokens, given))
         for op in gpu_ops.OPS:
             for rival in op.rivals:
+                if not gpu_rivals.there(rival.path):
+                    continue
                 name = f"{op.name}, {_named(tokens)}; {rival.name}"
                 table.measure("time", name, functools.partial(_theirs, op, rival, tokens, given))
     rows = _beside(table.of("time"))

@@ -164,22 +164,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     if why := gpu_rows.no_card("gpu-parity", given.device):
         print(why)
         return 0
+    import attention_parity
     import gpu_ops
 
     table = gpu_rows.Table(
-        "gpu-parity", "Errors on a card", "make gpu-parity", given, HEADINGS,
-        notes=[ABOUT],
+        "gpu-parity", "Errors on a card", "make gpu-parity", given,
+        HEADINGS | attention_parity.HEADINGS, notes=[ABOUT],
     )  # fmt: skip
+    attention_parity.rows(table, given)
     dtypes = ("float32",) if given.small else DTYPES
     # Ours first: a rival that tunes itself for minutes takes no row from us.
     for of_rivals in (False, True):
         for label, (tokens, shares) in _tokens(given.small).items():
-            for op in (*gpu_ops.OPS, gpu_ops.ATTENTION):
+            for op in gpu_ops.OPS:
                 for dtype in dtypes:
                     case = functools.cache(
                         functools.partial(Case, op, dtype, tokens, shares, given)
                     )
-                    for rival in op.rivals if of_rivals else (None,):
+                    here = [rival for rival in op.rivals if gpu_rivals.there(rival.path)]
+                    for rival in here if of_rivals else [None]:
                         table.measure(
                             "errors",
                             f"{op.name}, {label}, {dtype}; {rival.name if rival else OURS}",

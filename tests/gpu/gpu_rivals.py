@@ -48,6 +48,11 @@ def found() -> dict[str, str]:
     return {name: version(name) if has(name) else str(module(own)) for name, own in RIVALS.items()}
 
 
+def there(path: str) -> bool:
+    """Whether the package of `fla.ops.gla.chunk_gla` can be imported; if not, found() says why."""
+    return not isinstance(module(path.partition(".")[0]), str)
+
+
 def function(path: str) -> Any | str:
     """`fla.ops.gla.chunk_gla` by its path, or why it is not here."""
     holder, _, name = path.rpartition(".")

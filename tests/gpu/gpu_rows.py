@@ -146,6 +146,7 @@ class Table:
     def __post_init__(self) -> None:
         self.machine = machine()
         self.code = sources()
+        self.commit = record.commit()
         self.left: list[str] = []
         self.finished = False
         self.longest_s = 0.0
@@ -233,7 +234,7 @@ class Table:
             "title": self.title,
             "command": self.command,
             "date": self.date,
-            "commit": record.commit(),
+            "commit": self.commit,
             "code": self.code,
             "machine": self.machine,
             "rivals": gpu_rivals.found(),
