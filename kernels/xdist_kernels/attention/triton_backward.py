@@ -16,19 +16,17 @@ subset of keys are that subset's part (README.md).
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
 from xdist_kernels.attention.triton_plan import FAR
-from xdist_kernels.attention.triton_scores import LOG2E, block, kept, tanh
+from xdist_kernels.attention.triton_scores import LOG2E, Arg, block, kept, tanh
 
 
-@triton.jit(do_not_specialize=["n", "n_rows"])
+@triton.jit(do_not_specialize=["n", "n_rows", "heads"])
 def attention_delta_kernel(
-    p_out: Any, p_dout: Any, p_delta: Any, n: Any, n_rows: Any, heads: Any,
-    s_ob: Any, s_ot: Any, s_oh: Any, s_gb: Any, s_gt: Any, s_gh: Any,
+    p_out: Arg, p_dout: Arg, p_delta: Arg, n: Arg, n_rows: Arg, heads: Arg,
+    s_ob: Arg, s_ot: Arg, s_oh: Arg, s_gb: Arg, s_gt: Arg, s_gh: Arg,
     E: tl.constexpr, BE: tl.constexpr, ROWS: tl.constexpr,
 ) -> None:  # fmt: skip
     """delta `[B,n,H]` = rowsum(dO * O), blocks of one head next to those of the next head."""
@@ -48,16 +46,21 @@ def attention_delta_kernel(
     tl.store(p_delta, tl.sum(b_o * b_g, axis=1), mask=m_row)
 
 
-@triton.jit(do_not_specialize=["scale", "cap", "keep_scale", "threshold", "n", "m", "n_rows"])
+@triton.jit(
+    do_not_specialize=[
+        "scale", "cap", "keep_scale", "threshold", "n", "m", "n_rows", "heads", "per_group",
+        "sets", "s_lb", "s_lt", "s_lh", "s_eb", "s_et", "s_eh",
+    ]
+)  # fmt: skip
 def attention_dq_kernel(
-    p_q: Any, p_k: Any, p_v: Any, p_dout: Any, p_lse: Any, p_delta: Any, p_dq: Any,
-    p_spans: Any, p_at: Any, p_visits: Any, p_counts: Any,
-    p_drop_a: Any, p_drop_c: Any, p_drop_key: Any,
-    scale: Any, cap: Any, keep_scale: Any, threshold: Any,
-    n: Any, m: Any, n_rows: Any, heads: Any, per_group: Any, sets: Any,
-    s_qb: Any, s_qt: Any, s_qh: Any, s_kb: Any, s_kt: Any, s_kh: Any,
-    s_vb: Any, s_vt: Any, s_vh: Any, s_gb: Any, s_gt: Any, s_gh: Any,
-    s_lb: Any, s_lt: Any, s_lh: Any, s_eb: Any, s_et: Any, s_eh: Any,
+    p_q: Arg, p_k: Arg, p_v: Arg, p_dout: Arg, p_lse: Arg, p_delta: Arg, p_dq: Arg,
+    p_spans: Arg, p_at: Arg, p_visits: Arg, p_counts: Arg,
+    p_drop_a: Arg, p_drop_c: Arg, p_drop_key: Arg,
+    scale: Arg, cap: Arg, keep_scale: Arg, threshold: Arg,
+    n: Arg, m: Arg, n_rows: Arg, heads: Arg, per_group: Arg, sets: Arg,
+    s_qb: Arg, s_qt: Arg, s_qh: Arg, s_kb: Arg, s_kt: Arg, s_kh: Arg,
+    s_vb: Arg, s_vt: Arg, s_vh: Arg, s_gb: Arg, s_gt: Arg, s_gh: Arg,
+    s_lb: Arg, s_lt: Arg, s_lh: Arg, s_eb: Arg, s_et: Arg, s_eh: Arg,
     D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, MOST: tl.constexpr,
     SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
@@ -124,13 +127,13 @@ def attention_dq_kernel(
 
 @triton.jit
 def _to_queries(
-    b_dq: Any, b_q: Any, b_do: Any, b_lse: Any, b_delta: Any, p_k: Any, p_v: Any, p_at: Any,
-    p_drop_key: Any, b_lo: Any, b_hi: Any, b_plo: Any, b_phi: Any, prefixed: Any,
-    b_a: Any, b_c: Any, start: Any, stop: Any, turn: Any, skip: Any,
-    scale: Any, cap: Any, keep_scale: Any, threshold: Any, m: Any, s_kt: Any, s_vt: Any,
+    b_dq: Arg, b_q: Arg, b_do: Arg, b_lse: Arg, b_delta: Arg, p_k: Arg, p_v: Arg, p_at: Arg,
+    p_drop_key: Arg, b_lo: Arg, b_hi: Arg, b_plo: Arg, b_phi: Arg, prefixed: Arg,
+    b_a: Arg, b_c: Arg, start: Arg, stop: Arg, turn: Arg, skip: Arg,
+    scale: Arg, cap: Arg, keep_scale: Arg, threshold: Arg, m: Arg, s_kt: Arg, s_vt: Arg,
     D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, KEYS: tl.constexpr,
     MASKED: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-) -> Any:  # fmt: skip
+) -> Arg:  # fmt: skip
     """Blocks of keys `[start, stop)`, those from `turn` on `skip` blocks further."""
     s_kt, s_vt = tl.cast(s_kt, tl.int64), tl.cast(s_vt, tl.int64)
     o_n, o_d, o_e = tl.arange(0, KEYS), tl.arange(0, BD), tl.arange(0, BE)

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
 from xdist_kernels.attention.triton_plan import FAR
-from xdist_kernels.attention.triton_scores import LOG2E, block, kept, tanh
+from xdist_kernels.attention.triton_scores import LOG2E, Arg, block, kept, tanh
 
 
 @triton.jit(
-    do_not_specialize=["scale", "cap", "keep_scale", "threshold", "n", "m", "n_keys", "s_d", "s_e"]
-)
+    do_not_specialize=[
+        "scale", "cap", "keep_scale", "threshold", "n", "m", "n_keys", "heads", "per_group",
+        "per_part", "sets", "s_lb", "s_lt", "s_lh", "s_eb", "s_et", "s_eh",
+    ]
+)  # fmt: skip
 def attention_dkdv_kernel(
-    p_q: Any, p_k: Any, p_v: Any, p_dout: Any, p_lse: Any, p_delta: Any, p_dk: Any, p_dv: Any,
-    p_spans: Any, p_at: Any, p_visits: Any, p_counts: Any,
-    p_drop_a: Any, p_drop_c: Any, p_drop_key: Any,
-    scale: Any, cap: Any, keep_scale: Any, threshold: Any,
-    n: Any, m: Any, n_keys: Any, heads: Any, per_group: Any, per_part: Any, sets: Any,
-    s_qb: Any, s_qt: Any, s_qh: Any, s_kb: Any, s_kt: Any, s_kh: Any,
-    s_vb: Any, s_vt: Any, s_vh: Any, s_gb: Any, s_gt: Any, s_gh: Any,
-    s_lb: Any, s_lt: Any, s_lh: Any, s_eb: Any, s_et: Any, s_eh: Any,
+    p_q: Arg, p_k: Arg, p_v: Arg, p_dout: Arg, p_lse: Arg, p_delta: Arg, p_dk: Arg, p_dv: Arg,
+    p_spans: Arg, p_at: Arg, p_visits: Arg, p_counts: Arg,
+    p_drop_a: Arg, p_drop_c: Arg, p_drop_key: Arg,
+    scale: Arg, cap: Arg, keep_scale: Arg, threshold: Arg,
+    n: Arg, m: Arg, n_keys: Arg, heads: Arg, per_group: Arg, per_part: Arg, sets: Arg,
+    s_qb: Arg, s_qt: Arg, s_qh: Arg, s_kb: Arg, s_kt: Arg, s_kh: Arg,
+    s_vb: Arg, s_vt: Arg, s_vh: Arg, s_gb: Arg, s_gt: Arg, s_gh: Arg,
+    s_lb: Arg, s_lt: Arg, s_lh: Arg, s_eb: Arg, s_et: Arg, s_eh: Arg,
     D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, MOST: tl.constexpr,
     SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
@@ -92,14 +93,14 @@ def attention_dkdv_kernel(
 
 @triton.jit
 def _to_keys(
-    b_dk: Any, b_dv: Any, b_k: Any, b_v: Any, b_at: Any, b_word: Any,
-    p_q: Any, p_dout: Any, p_lse: Any, p_delta: Any, p_lo: Any, to_span: Any,
-    p_drop_a: Any, p_drop_c: Any, to_word: Any, start: Any, stop: Any, turn: Any, skip: Any,
-    scale: Any, cap: Any, keep_scale: Any, threshold: Any, n: Any,
-    s_qt: Any, s_gt: Any, s_lt: Any, s_et: Any,
+    b_dk: Arg, b_dv: Arg, b_k: Arg, b_v: Arg, b_at: Arg, b_word: Arg,
+    p_q: Arg, p_dout: Arg, p_lse: Arg, p_delta: Arg, p_lo: Arg, to_span: Arg,
+    p_drop_a: Arg, p_drop_c: Arg, to_word: Arg, start: Arg, stop: Arg, turn: Arg, skip: Arg,
+    scale: Arg, cap: Arg, keep_scale: Arg, threshold: Arg, n: Arg,
+    s_qt: Arg, s_gt: Arg, s_lt: Arg, s_et: Arg,
     D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, ROWS: tl.constexpr,
     MASKED: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-) -> Any:  # fmt: skip
+) -> Arg:  # fmt: skip
     """Blocks of queries `[start, stop)` of one head, those from `turn` on `skip` further."""
     s_qt, s_gt = tl.cast(s_qt, tl.int64), tl.cast(s_gt, tl.int64)
     o_i, o_d, o_e = tl.arange(0, ROWS), tl.arange(0, BD), tl.arange(0, BE)

@@ -18,25 +18,28 @@ Tiling and online softmax: FlashAttention-2 (Dao 2023, arXiv 2307.08691, algorit
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
 from xdist_kernels.attention.triton_plan import FAR
-from xdist_kernels.attention.triton_scores import LN2, LOG2E, block, kept, tanh
+from xdist_kernels.attention.triton_scores import LN2, LOG2E, Arg, block, kept, tanh
 
 
-@triton.jit(do_not_specialize=["scale", "cap", "keep_scale", "threshold", "n", "m", "n_rows"])
+@triton.jit(
+    do_not_specialize=[
+        "scale", "cap", "keep_scale", "threshold", "n", "m", "n_rows", "heads", "per_group",
+        "sets", "s_lb", "s_lt", "s_lh",
+    ]
+)  # fmt: skip
 def attention_forward_kernel(
-    p_q: Any, p_k: Any, p_v: Any, p_out: Any, p_lse: Any,
-    p_spans: Any, p_at: Any, p_visits: Any, p_counts: Any,
-    p_sinks: Any, p_drop_a: Any, p_drop_c: Any, p_drop_key: Any,
-    scale: Any, cap: Any, keep_scale: Any, threshold: Any,
-    n: Any, m: Any, n_rows: Any, heads: Any, per_group: Any, sets: Any,
-    s_qb: Any, s_qt: Any, s_qh: Any, s_kb: Any, s_kt: Any, s_kh: Any,
-    s_vb: Any, s_vt: Any, s_vh: Any, s_ob: Any, s_ot: Any, s_oh: Any,
-    s_lb: Any, s_lt: Any, s_lh: Any,
+    p_q: Arg, p_k: Arg, p_v: Arg, p_out: Arg, p_lse: Arg,
+    p_spans: Arg, p_at: Arg, p_visits: Arg, p_counts: Arg,
+    p_sinks: Arg, p_drop_a: Arg, p_drop_c: Arg, p_drop_key: Arg,
+    scale: Arg, cap: Arg, keep_scale: Arg, threshold: Arg,
+    n: Arg, m: Arg, n_rows: Arg, heads: Arg, per_group: Arg, sets: Arg,
+    s_qb: Arg, s_qt: Arg, s_qh: Arg, s_kb: Arg, s_kt: Arg, s_kh: Arg,
+    s_vb: Arg, s_vt: Arg, s_vh: Arg, s_ob: Arg, s_ot: Arg, s_oh: Arg,
+    s_lb: Arg, s_lt: Arg, s_lh: Arg,
     D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, MOST: tl.constexpr,
     SOFTCAP: tl.constexpr, INTO: tl.constexpr, SINKS: tl.constexpr, DROPOUT: tl.constexpr,
@@ -128,13 +131,13 @@ def attention_forward_kernel(
 
 @triton.jit
 def _attend(
-    b_acc: Any, b_l: Any, b_m: Any, b_q: Any, p_k: Any, p_v: Any, p_at: Any, p_drop_key: Any,
-    b_lo: Any, b_hi: Any, b_plo: Any, b_phi: Any, prefixed: Any, b_a: Any, b_c: Any,
-    start: Any, stop: Any, turn: Any, skip: Any, scale: Any, cap: Any, threshold: Any,
-    m: Any, s_kt: Any, s_vt: Any,
+    b_acc: Arg, b_l: Arg, b_m: Arg, b_q: Arg, p_k: Arg, p_v: Arg, p_at: Arg, p_drop_key: Arg,
+    b_lo: Arg, b_hi: Arg, b_plo: Arg, b_phi: Arg, prefixed: Arg, b_a: Arg, b_c: Arg,
+    start: Arg, stop: Arg, turn: Arg, skip: Arg, scale: Arg, cap: Arg, threshold: Arg,
+    m: Arg, s_kt: Arg, s_vt: Arg,
     D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, KEYS: tl.constexpr,
     MASKED: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-) -> Any:  # fmt: skip
+) -> Arg:  # fmt: skip
     """Blocks of keys `[start, stop)`, those from `turn` on `skip` blocks further."""
     s_kt, s_vt = tl.cast(s_kt, tl.int64), tl.cast(s_vt, tl.int64)
     o_n, o_d, o_e = tl.arange(0, KEYS), tl.arange(0, BD), tl.arange(0, BE)

@@ -23,7 +23,7 @@ end of one segment and the start of another meets what these see, not all that l
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -33,6 +33,8 @@ from torch import Tensor
 from xdist_kernels.attention.reference import Spans
 from xdist_kernels.launch import Config, launch
 
+# A pointer, a number or a block.
+Arg = tl.tensor
 # Beyond any position; no span reaches it.
 FAR = tl.constexpr(2**62)
 FAN = 16
@@ -134,7 +136,7 @@ def _empty_plan(spans: Tensor, at: Tensor, blocks: int) -> Plan:
 
 @triton.jit(do_not_specialize=["m", "n_keys", "n_nodes"])
 def key_hulls_kernel(
-    p_at: Any, p_hulls: Any, p_nodes: Any, m: Any, n_keys: Any, n_nodes: Any,
+    p_at: Arg, p_hulls: Arg, p_nodes: Arg, m: Arg, n_keys: Arg, n_nodes: Arg,
     KEYS: tl.constexpr, FAN: tl.constexpr,
 ) -> None:  # fmt: skip
     """low, high of FAN blocks of keys, hulls `[2, n_keys]`, and of their node `[2, n_nodes]`."""
@@ -154,7 +156,7 @@ def key_hulls_kernel(
 
 @triton.jit(do_not_specialize=["n", "sets", "n_rows", "n_nodes"])
 def query_hulls_kernel(
-    p_spans: Any, p_hulls: Any, p_nodes: Any, n: Any, sets: Any, n_rows: Any, n_nodes: Any,
+    p_spans: Arg, p_hulls: Arg, p_nodes: Arg, n: Arg, sets: Arg, n_rows: Arg, n_nodes: Arg,
     ROWS: tl.constexpr, FAN: tl.constexpr,
 ) -> None:  # fmt: skip
     """What any row and what every row of FAN blocks of queries sees, own span and prefix.
@@ -189,8 +191,8 @@ def query_hulls_kernel(
 
 @triton.jit(do_not_specialize=["n", "m", "sets", "n_rows", "n_keys", "n_nodes"])
 def plan_queries_kernel(
-    p_spans: Any, p_hulls: Any, p_nodes: Any, p_visits: Any, p_counts: Any,
-    n: Any, m: Any, sets: Any, n_rows: Any, n_keys: Any, n_nodes: Any,
+    p_spans: Arg, p_hulls: Arg, p_nodes: Arg, p_visits: Arg, p_counts: Arg,
+    n: Arg, m: Arg, sets: Arg, n_rows: Arg, n_keys: Arg, n_nodes: Arg,
     ROWS: tl.constexpr, KEYS: tl.constexpr, FAN: tl.constexpr, WIDE: tl.constexpr,
     MOST: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -236,8 +238,8 @@ def plan_queries_kernel(
 
 @triton.jit(do_not_specialize=["m", "sets", "n_rows", "n_keys", "n_nodes"])
 def plan_keys_kernel(
-    p_at: Any, p_hulls: Any, p_nodes: Any, p_visits: Any, p_counts: Any,
-    m: Any, sets: Any, n_rows: Any, n_keys: Any, n_nodes: Any,
+    p_at: Arg, p_hulls: Arg, p_nodes: Arg, p_visits: Arg, p_counts: Arg,
+    m: Arg, sets: Arg, n_rows: Arg, n_keys: Arg, n_nodes: Arg,
     KEYS: tl.constexpr, FAN: tl.constexpr, WIDE: tl.constexpr, MOST: tl.constexpr,
 ) -> None:  # fmt: skip
     """The pieces of query blocks of one block of keys; the module's pseudo-code, sides swapped."""
@@ -288,8 +290,14 @@ def plan_keys_kernel(
 
 @triton.jit
 def _rows_see(
-    p_spans: Any, side: tl.constexpr, sets: Any, i_set: Any, o_row: Any, m_row: Any, n: Any
-) -> Any:
+    p_spans: Arg,
+    side: tl.constexpr,
+    sets: Arg,
+    i_set: Arg,
+    o_row: Arg,
+    m_row: Arg,
+    n: Arg,
+) -> Arg:
     """lo, hi of the rows; a row that is none or sees nothing has FAR, -FAR."""
     n_long = tl.cast(n, tl.int64)
     p_lo = p_spans + (2 * side * sets + i_set) * n_long
@@ -300,19 +308,19 @@ def _rows_see(
 
 
 @triton.jit
-def _meets(lo: Any, hi: Any, low: Any, high: Any) -> Any:
+def _meets(lo: Arg, hi: Arg, low: Arg, high: Arg) -> Arg:
     """Whether `[lo, hi)` holds any of `[low, high]`."""
     return (lo <= high) & (low < hi)
 
 
 @triton.jit
-def _holds(lo: Any, hi: Any, low: Any, high: Any) -> Any:
+def _holds(lo: Arg, hi: Arg, low: Arg, high: Arg) -> Arg:
     """Whether `[lo, hi)` holds all of `[low, high]`."""
     return (lo <= low) & (high < hi)
 
 
 @triton.jit
-def _seen_by(p_lo: Any, to_hi: Any, b_at: Any, m_row: Any) -> Any:
+def _seen_by(p_lo: Arg, to_hi: Arg, b_at: Arg, m_row: Arg) -> Arg:
     """Bool `[KEYS, FAN]`: positions b_at in the ranges at p_lo and to_hi after it."""
     b_lo = tl.load(p_lo, mask=m_row, other=FAR)[None, :]
     b_hi = tl.load(p_lo + to_hi, mask=m_row, other=-FAR)[None, :]
@@ -321,9 +329,9 @@ def _seen_by(p_lo: Any, to_hi: Any, b_at: Any, m_row: Any) -> Any:
 
 @triton.jit
 def _joined(
-    p_visit: Any, b_hit: Any, b_full: Any, o_block: Any, end: Any,
-    count: Any, start: Any, full: Any, partial: Any, stop: Any, MOST: tl.constexpr,
-) -> Any:  # fmt: skip
+    p_visit: Arg, b_hit: Arg, b_full: Arg, o_block: Arg, end: Arg,
+    count: Arg, start: Arg, full: Arg, partial: Arg, stop: Arg, MOST: tl.constexpr,
+) -> Arg:  # fmt: skip
     """The open piece after the blocks o_block, which end before `end`; noted where it closed."""
     a = tl.min(tl.where(b_hit != 0, o_block, end), axis=0)
     while a < end:
@@ -355,7 +363,13 @@ def _joined(
 
 @triton.jit
 def _note(
-    p_visit: Any, count: Any, start: Any, full: Any, partial: Any, stop: Any, when: Any
+    p_visit: Arg,
+    count: Arg,
+    start: Arg,
+    full: Arg,
+    partial: Arg,
+    stop: Arg,
+    when: Arg,
 ) -> None:
     p_piece = p_visit + 4 * count
     tl.store(p_piece, start, mask=when)

@@ -6,11 +6,11 @@ log-sum-exp comes back by ln(2).
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
+# A pointer, a number or a block.
+Arg = tl.tensor
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 # dropout.py's constants as signed words.
@@ -19,7 +19,7 @@ SECOND = tl.constexpr(0x846CA68B - 2**32)
 
 
 @triton.jit
-def tanh(b_x: Any) -> Any:
+def tanh(b_x: Arg) -> Arg:
     """tanh to about 1e-7 of its value: an odd polynomial near 0, where 1 - exp would cancel."""
     b_far = tl.exp2((-2.0 * LOG2E) * tl.abs(b_x))
     b_far = (1.0 - b_far) / (1.0 + b_far)
@@ -33,7 +33,7 @@ def tanh(b_x: Any) -> Any:
 
 
 @triton.jit
-def kept(b_a: Any, b_c: Any, b_key: Any, threshold: Any) -> Any:
+def kept(b_a: Arg, b_c: Arg, b_key: Arg, threshold: Arg) -> Arg:
     """Which pairs dropout keeps, of the queries' words (a, c) and the keys' (dropout.py)."""
     b_x = (b_a ^ b_key) * FIRST
     # An arithmetic shift fills with the sign: the mask makes the zeros.
@@ -44,9 +44,9 @@ def kept(b_a: Any, b_c: Any, b_key: Any, threshold: Any) -> Any:
 
 @triton.jit
 def block(
-    p_x: Any, o_row: Any, o_d: Any, rows: Any,
+    p_x: Arg, o_row: Arg, o_d: Arg, rows: Arg,
     D: tl.constexpr, BD: tl.constexpr, MASKED: tl.constexpr,
-) -> Any:  # fmt: skip
+) -> Arg:  # fmt: skip
     """A block of rows; zero past the last row (MASKED) and in the columns from D to BD."""
     if MASKED:
         b_x = tl.load(p_x, mask=(o_row < rows)[:, None] & (o_d < D)[None, :], other=0.0)
