@@ -49,50 +49,56 @@ def _page(rows: list[Row], targets: Mapping[str, Target]) -> str:
         "",
         "Made by `make ahead` on a machine without a GPU: every Triton kernel, with every set of",
         "constants that its wrapper starts it with, compiled as it would be on a card. A program",
-        f"has at most {limits} of shared memory. `spilled` is what a thread keeps in local memory",
-        "because its registers do not suffice. `matrix` says which matrix instructions are used:",
-        "`wgmma` are Hopper's, `mma` those of every card since Ampere; float32 products that must",
-        "keep float32's precision use none. Times need a card: [measuring](measuring.md).",
+        f"has at most {limits} of shared memory. A kernel *spills* where a thread keeps values in",
+        "local memory because its registers do not suffice: those stand by themselves below, each",
+        "with its bytes a thread. `matrix` says which matrix instructions are used: `wgmma` are",
+        "Hopper's, `mma` those of every card since Ampere; float32 products that must keep",
+        "float32's precision use none. compiled.json beside this page has a row for each",
+        "configuration. Times need a card: [measuring](measuring.md).",
         "",
-        f"Triton {version('triton')}.",
-        "",
-        *_summary(rows, targets),
+        f"Triton {version('triton')}, {len(rows)} configurations.",
     ]
     for family in dict.fromkeys(row["family"] for row in rows):
-        lines += ["", f"## {family}", ""]
-        lines += ["| case | kernel | target | warps, stages | KiB | registers | spilled | matrix |"]
-        lines += ["|---|---|---|---|---|---|---|---|"]
-        lines += [_line(row) for row in rows if row["family"] == family]
+        own = [row for row in rows if row["family"] == family]
+        lines += ["", f"## {family}", "", *_by_kernel(own)]
+        if spilling := [row for row in own if row["spilled_bytes"]]:
+            lines += ["", "| spills | target | case | warps, stages | registers | bytes |"]
+            lines += ["|---|---|---|---|---|---|", *map(_spill, spilling)]
     return "\n".join(lines) + "\n"
 
 
-def _summary(rows: list[Row], targets: Mapping[str, Target]) -> list[str]:
-    """One line a family and target: how many, the most shared memory, how many spill."""
-    lines = ["| family | target | kernels | most shared (KiB) | most registers | that spill |"]
-    lines += ["|---|---|---|---|---|---|"]
-    for family in dict.fromkeys(row["family"] for row in rows):
-        for target in targets:
-            own = [row for row in rows if (row["family"], row["target"]) == (family, target)]
-            if not own:
-                continue
-            shared = max(row["shared_bytes"] for row in own) / 1024
-            registers = max(row["registers"] for row in own)
-            spill = sum(row["spilled_bytes"] > 0 for row in own)
-            lines.append(
-                f"| {family} | {target} | {len(own)} | {shared:.1f} | {registers} | {spill} |"
-            )
+def _by_kernel(rows: list[Row]) -> list[str]:
+    """One line a kernel and target: the range over its configurations."""
+    lines = ["| kernel | target | configurations | warps | KiB | registers | spill | matrix |"]
+    lines += ["|---|---|---|---|---|---|---|---|"]
+    for kernel, target in dict.fromkeys((row["kernel"], row["target"]) for row in rows):
+        own = [row for row in rows if (row["kernel"], row["target"]) == (kernel, target)]
+        cells = (
+            f"`{kernel}`",
+            target,
+            len(own),
+            _range(row["warps"] for row in own),
+            _range(round(row["shared_bytes"] / 1024, 1) for row in own),
+            _range(row["registers"] for row in own),
+            sum(row["spilled_bytes"] > 0 for row in own),
+            ", ".join(sorted({row["matrix"] for row in own})),
+        )
+        lines.append(f"| {' | '.join(str(cell) for cell in cells)} |")
     return lines
 
 
-def _line(row: Row) -> str:
+def _range(values: Iterable[float]) -> str:
+    found = sorted(values)
+    return f"{found[0]}" if found[0] == found[-1] else f"{found[0]} to {found[-1]}"
+
+
+def _spill(row: Row) -> str:
     cells = (
-        row["case"],
         f"`{row['kernel']}`",
         row["target"],
+        row["case"],
         f"{row['warps']}, {row['stages']}",
-        f"{row['shared_bytes'] / 1024:.1f}",
         row["registers"],
         row["spilled_bytes"],
-        row["matrix"],
     )
     return f"| {' | '.join(str(cell) for cell in cells)} |"

@@ -94,8 +94,9 @@ def test_a_table_is_read_back_and_shows_each_kernel(tmp_path: Path) -> None:
     ahead_table.write(tmp_path, rows, ahead.TARGETS)
     assert list(ahead_table.read(tmp_path).values()) == sorted(rows, key=lambda row: row["case"])
     page = (tmp_path / "compiled.md").read_text("utf-8")
-    assert "| GLA | `states` | sm_90 | 4, 2 | 163.0 | 128 | 16 | mma |" in page
-    assert "| linear | sm_90 | 1 | 163.0 | 128 | 1 |" in page
+    assert "| `states` | sm_80 | 1 | 4 | 163.0 | 128 | 0 | mma |" in page
+    assert "| `states` | sm_90 | 1 | 4 | 163.0 | 128 | 1 | mma |" in page
+    assert "| `states` | sm_90 | GLA | 4, 2 | 128 | 16 |" in page
     text = (tmp_path / "compiled.json").read_text("utf-8")
     (tmp_path / "compiled.json").write_text(text.replace('"triton": "', '"triton": "0.'))
     assert ahead_table.read(tmp_path) == {}, "another Triton compiles anew"
