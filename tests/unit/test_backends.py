@@ -15,7 +15,8 @@ from torch import Tensor
 import xdist
 from xdist import ops
 from xdist.config import load
-from xdist.errors import StrategyError
+from xdist.errors import ShapeError, StrategyError
+from xdist.parallel import recurrent
 from xdist.testing import relative_error
 from xdist.train import loop
 from xdist_kernels import backend
@@ -156,6 +157,35 @@ def test_precision_is_of_the_triton_kernels_of_the_delta_rule() -> None:
         xdist.delta_rule(*given, precision="tf32x3")
     with pytest.raises(StrategyError, match="no precision 'tf32'"):
         xdist.delta_rule(*given, precision="tf32")
+
+
+@pytest.mark.parametrize("cuts", [None, (0, 3, 3, 4, N)])
+def test_both_directions_are_summed_in_one_pass(
+    cuts: tuple[int, ...] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On Triton kernels as by two calls in float64, whose outputs are added."""
+    torch.manual_seed(0)
+    shard = xdist.SequenceShard(xdist.init_mesh(), xdist.Layout.contiguous(N, 1), cuts)
+    given = {"q": tokens(1), "k": tokens(1), "v": tokens(), "log_decay": decay(H).requires_grad_()}
+
+    def outputs(values: dict[str, Tensor], **options: Any) -> list[Tensor]:
+        out = xdist.bidirectional(xdist.linear_attention, values, None, shard, **options)
+        added = out if isinstance(out, Tensor) else out[0] + out[1]
+        return [added, *torch.autograd.grad(added.square().sum(), list(values.values()))]
+
+    narrow = {name: x.detach().float().requires_grad_() for name, x in given.items()}
+    want = outputs(given)
+    for found, exact in zip(outputs(given, merge=True), want, strict=True):
+        assert relative_error(found, exact) < 1e-12
+    monkeypatch.setattr(recurrent, "run_together", None)
+    for found, exact in zip(outputs(narrow, merge=True, backend="triton"), want, strict=True):
+        assert relative_error(found, exact) < 2e-6
+
+
+def test_states_have_no_sum() -> None:
+    given = {"q": tokens(), "k": tokens(), "v": tokens(), "output_final_state": True}
+    with pytest.raises(ShapeError, match="adds outputs"):
+        xdist.bidirectional(xdist.linear_attention, given, merge=True)
 
 
 def test_auto_is_torch_on_a_cpu_and_what_the_process_says() -> None:

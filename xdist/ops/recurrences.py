@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast, overload
 
 from torch import Tensor
 
@@ -20,6 +20,7 @@ from xdist.parallel import recurrent
 from xdist.parallel import selective_scan as selective_scan_parallel
 from xdist.parallel import ssd as ssd_parallel
 from xdist.parallel.backend import check_own
+from xdist.parallel.linear_both_ways import both_ways
 from xdist.parallel.recurrence import Recurrence
 from xdist.shard import SequenceShard, resolve
 
@@ -64,6 +65,34 @@ def recurrence(
     return recurrent.run(request, resolve(shard, length), strategy=strategy, algorithm=algorithm)
 
 
+@overload
+def bidirectional(
+    op: Callable[..., Any] | Recurrence,
+    forward: Mapping[str, Any] | Sequence[Tensor | None],
+    backward: Mapping[str, Any] | Sequence[Tensor | None] | None = None,
+    shard: SequenceShard | None = None,
+    *,
+    strategy: str = "auto",
+    algorithm: str = "auto",
+    backend: str = "auto",
+    merge: Literal[False] = False,
+) -> tuple[Any, Any]: ...
+
+
+@overload
+def bidirectional(
+    op: Callable[..., Any] | Recurrence,
+    forward: Mapping[str, Any] | Sequence[Tensor | None],
+    backward: Mapping[str, Any] | Sequence[Tensor | None] | None = None,
+    shard: SequenceShard | None = None,
+    *,
+    strategy: str = "auto",
+    algorithm: str = "auto",
+    backend: str = "auto",
+    merge: Literal[True],
+) -> Tensor: ...
+
+
 @graph_break
 def bidirectional(
     op: Callable[..., Any] | Recurrence,
@@ -74,7 +103,8 @@ def bidirectional(
     strategy: str = "auto",
     algorithm: str = "auto",
     backend: str = "auto",
-) -> tuple[Any, Any]:
+    merge: bool = False,
+) -> tuple[Any, Any] | Tensor:
     """A recurrence from both ends of the sequence, with ONE exchange for the two directions.
 
     Args:
@@ -86,10 +116,13 @@ def bidirectional(
             gates, another A; None takes the same as forward.
         shard, strategy, algorithm, backend: as in `xdist.linear_attention`; a Recurrence of your
             own takes backend "auto" alone.
+        merge: return the sum of the two outputs, which takes no state. Linear attention without a
+            decay a key dim, of one set of arguments and on one device, then makes it in one pass
+            over q, k and v where it runs on Triton kernels.
 
     Returns:
         (out of the forward direction, out of the backward direction), each as `op` returns it, in
-        the order of this rank's tokens. The current token counts in both.
+        the order of this rank's tokens; with `merge` their sum. The current token counts in both.
 
     Moves what the two calls move; each pair of ranks exchanges one message where two calls would
     exchange two.
@@ -120,12 +153,24 @@ def bidirectional(
         for own, _ in sides:
             _check_arguments(op, own)
         shard = resolve(shard, cast("Any", forward)[tokens_of].shape[1])
+        if merge and op is linear_attention and backward is None:
+            added = both_ways(**cast("Any", forward), shard=shard, backend=backend)
+            if added is not None:
+                return added
         requests = [
             build(**cast("Any", own), shard=shard, reverse=reverse, backend=backend)
             for own, reverse in sides
         ]
     first, second = recurrent.run_together(requests, shard, strategy=strategy, algorithm=algorithm)
-    return first, second
+    if not merge:
+        return first, second
+    if isinstance(first, tuple) or isinstance(second, tuple):
+        raise ShapeError(
+            "bidirectional(merge=True) adds outputs, and states have no sum",
+            "output_final_state was asked for",
+            "leave out merge, or output_final_state",
+        )
+    return first + second
 
 
 def _directed(op: Callable[..., Any]) -> tuple[Callable[..., recurrent.Request], str]:
