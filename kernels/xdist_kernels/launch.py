@@ -101,7 +101,8 @@ def target_of(device: torch.device) -> Target:
         return recorder.target
     if device.type != "cuda":
         return HOPPER
-    properties = torch.cuda.get_device_properties(device)
+    # Any: the stubs of some releases lack an attribute that all releases have.
+    properties: Any = torch.cuda.get_device_properties(device)
     shared = int(properties.shared_memory_per_block_optin)
     return Target(10 * properties.major + properties.minor, shared)
 
