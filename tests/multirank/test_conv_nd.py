@@ -214,7 +214,8 @@ def events() -> Iterator[list[str]]:
     seen: list[str] = []
     names = ("start_edges", "start_edges_adjoint")
     kept = {name: getattr(parallel, name) for name in names}
-    kernels = {n: getattr(parallel.kernel, n) for n in ("conv_forward", "conv_backward")}
+    form = parallel.kernel.kernels("torch")
+    kernels = {n: getattr(form, n) for n in ("conv_forward", "conv_backward")}
 
     def moving(start: Any) -> Any:
         def started(*args: Any, **options: Any) -> Any:
@@ -233,14 +234,14 @@ def events() -> Iterator[list[str]]:
     for name, start in kept.items():
         setattr(parallel, name, moving(start))
     for name, run in kernels.items():
-        setattr(parallel.kernel, name, running(run))
+        setattr(form, name, running(run))
     try:
         yield seen
     finally:
         for name, start in kept.items():
             setattr(parallel, name, start)
         for name, run in kernels.items():
-            setattr(parallel.kernel, name, run)
+            setattr(form, name, run)
 
 
 def order() -> tuple[list[str], list[str], int]:
