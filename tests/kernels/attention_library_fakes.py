@@ -177,6 +177,10 @@ def _checked(*tensors: Tensor) -> None:
         assert x.dtype in (torch.float16, torch.bfloat16)
         assert x.stride(-1) == 1
         assert x.shape[-1] % 8 == 0
+        # They load 16 bytes at once.
+        assert x.data_ptr() % 16 == 0
+        strides = zip(x.shape[:-1], x.stride()[:-1], strict=True)
+        assert all(size == 1 or stride % 8 == 0 for size, stride in strides)
 
 
 def _scores(

@@ -277,8 +277,10 @@ def test_libraries_give_what_blocks_give(
         at = torch.cat([at[:16], at[48:], at[16:48]])
     call = moved(spans_of(n, **mask), at, at)
     x = tensors(n, n, dim, width, torch.float16)
-    # As one of three in a fused projection: the last dim alone is contiguous.
+    # As one of three in a fused projection, and at addresses that kernels cannot load from.
     x[0] = torch.cat([x[0], x[0], x[0]], dim=3)[..., dim : 2 * dim]
+    x[1] = torch.cat([x[1], x[1][..., :1]], dim=3)[..., :dim]
+    x[2] = torch.cat([x[2][..., :4], x[2], x[2][..., :4]], dim=3)[..., 4:-4]
     q, k, v, dout = [t.double() for t in x]
     out, lse = door.attention_forward(q, k, v, scale=0.3, form="blockwise", **call)
     delta = door.attention_delta(out, dout)

@@ -123,8 +123,6 @@ def refusal(name: str, at: Here, x: Shapes, plan: Sequences, softcap: float | No
         return f"it takes float16 and bfloat16, the inputs are {x.dtype}"
     if x.dim % 8 or x.width % 8 or min(x.batch, x.dim, x.width, x.heads) == 0:
         return f"it takes head dims in steps of 8, these are {x.dim} and {x.width}"
-    if plan.idle is not None:
-        return plan.idle
     if name == "cudnn":
         return _cudnn_refusal(at, x, plan, softcap)
     if name == "flash_attn" and (at.flash_attn is None or at.flash_attn < _FLASH_ATTN):
@@ -178,9 +176,12 @@ def choose(
     at: Here, x: Shapes, plan: Sequences | str, *, softcap: float | None = None,
     form: str | None = None,
 ) -> Taken:  # fmt: skip
-    """The library for a call, or why none serves. A `form` that is forced is the only one asked."""
+    """The library for a call, or why none serves. A `form` that is forced is the only one asked,
+    and serves where it is exact, be it slow there."""
     if isinstance(plan, str):
         return Taken(None, None, plan)
+    if form is None and plan.idle is not None:
+        return Taken(None, plan, plan.idle)
     refused = []
     for name in LIBRARIES if form is None else (form,):
         why = refusal(name, at, x, plan, softcap)

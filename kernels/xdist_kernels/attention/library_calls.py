@@ -6,8 +6,8 @@
     back into the order of the caller; keys that nobody sees get gradients of zero
 
 Every query sees a key (library_masks.py sees to it), so no log-sum-exp is infinite. Results are in
-the inputs' dtype. Extra memory: what is ordered otherwise, and backward's copies of out and dout
-where they are not contiguous.
+the inputs' dtype. Extra memory: what is ordered otherwise, or lies at addresses that the kernels
+cannot load from, and backward's copies of out and dout where they are not contiguous.
 """
 
 from __future__ import annotations
@@ -101,10 +101,18 @@ def _unseen(d: Tensor, tokens: int, order: Tensor | None, plan: Sequences) -> Te
 
 def _laid(x: Tensor, plan: Sequences, starts: Tensor) -> Tensor:
     """`[B,n,...]` as `[B * sequences, length, ...]`, or packed `[B * n, ...]`."""
-    x = x if x.stride(-1) == 1 else x.contiguous()
+    x = x if _loadable(x) else x.contiguous()
     if not plan.alike:
         return x.flatten(0, 1)
     return x.unflatten(1, (plan.count, int(starts[1]))).flatten(0, 1)
+
+
+def _loadable(x: Tensor) -> bool:
+    """Whether every row begins at a multiple of 16 bytes, of which the kernels load at once."""
+    step = 16 // x.element_size()
+    strides = zip(x.shape[:-1], x.stride()[:-1], strict=True)
+    rows = all(size == 1 or stride % step == 0 for size, stride in strides)
+    return rows and x.stride(-1) == 1 and x.data_ptr() % 16 == 0
 
 
 def _heads_of(lse: Tensor, plan: Sequences) -> Tensor:

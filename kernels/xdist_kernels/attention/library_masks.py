@@ -30,8 +30,9 @@ from xdist_kernels.attention.blocks import Spans
 _BLOCK = 128
 # Sequences shorter than this on average leave most of a program idle.
 _SHORT = 32
-# A grid has programs for the longest sequence, in every sequence: so many times those needed.
-_MOST_IDLE = 2
+# A grid has programs for the longest sequence, in every sequence: so many times those needed. Idle
+# programs end at once.
+_MOST_IDLE = 4
 
 
 class Placed(NamedTuple):
@@ -104,7 +105,9 @@ class Sequences:
             return f"sequences are {tokens / self.count:.0f} queries long on average: too short"
         blocks = (lengths + _BLOCK - 1) // _BLOCK
         if self.count * int(blocks.max()) > _MOST_IDLE * int(blocks.sum()):
-            return "sequences differ so much in length that most of its programs would be idle"
+            return (
+                "sequences differ so much in length that most programs of a library would be idle"
+            )
         return None
 
     @cached_property
