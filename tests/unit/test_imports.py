@@ -88,6 +88,8 @@ OPTIONAL = {
     "transformers",
     "tensorboard",
 }
+# Kernels of several families; those of one family are in its triton*.py.
+TRITON = {"kernels/xdist_kernels/rows.py"}
 
 
 @dataclass(frozen=True)
@@ -242,13 +244,35 @@ def test_optional_packages_are_imported_in_one_file_inside_a_function() -> None:
         # torch ships this door; it imports tensorboard itself.
         if imported.module.startswith("torch.utils.tensorboard"):
             package = "tensorboard"
-        if package not in OPTIONAL:
+        if package not in OPTIONAL or package == "triton":
             continue
         homes.setdefault(package, set()).add(imported.file)
         if not imported.local:
             wrong.append(f"{imported} at load time")
     wrong += [f"{name} is imported in {sorted(f)}" for name, f in homes.items() if len(f) > 1]
     assert not wrong, "\n".join(wrong)
+
+
+def test_triton_loads_with_the_modules_of_kernels_alone() -> None:
+    # Triton takes functions as their module loads, so its kernels import it there; then whatever
+    # loads such a module is one itself, or does so inside a function.
+    module_of = {p.relative_to(ROOT).as_posix(): _module_name(name, p) for name, p in _sources()}
+    at_load = [imported for _, _, imported in ALL if not imported.local]
+    loads = {i.file for i in at_load if i.module.partition(".")[0] == "triton"}
+    while True:
+        names = tuple(module_of[file] for file in loads)
+        more = {
+            i.file
+            for i in at_load
+            if any(i.module == name or i.module.startswith(f"{name}.") for name in names)
+        }
+        if more <= loads:
+            break
+        loads |= more
+    assert loads
+    wrong = [file for file in loads if file not in TRITON and "/triton" not in file]
+    assert not wrong, wrong
+    assert all(file.startswith("kernels/xdist_kernels/") for file in loads)
 
 
 def test_pickle_is_never_imported() -> None:
