@@ -228,6 +228,7 @@ class _Gradients:
 
     def lend(self, group: Group, call: RowCall, work: Work) -> None:
         """Let a work write where the gradients of the group's rows go."""
+        work.takes_over = False
         parts = self._parts.setdefault(str(group), {})
         for place, i in enumerate(call.inputs):
             grad = work.grads[place]

@@ -127,6 +127,12 @@ class Recurrence(ABC):
     def run(self, tile: Any, state: Tensor) -> tuple[Tensor, Tensor]:
         """Outputs [B, T, H, V] and the state after the tile."""
 
+    def run_into(self, tile: Any, state: Tensor, out: Tensor) -> Tensor:
+        """`run` with its outputs written to `out`, a part of a larger tensor; the state after."""
+        found, after = self.run(tile, state)
+        out.copy_(found)
+        return after
+
     # --- one tile backward ---------------------------------------------------------------------
 
     def adjoint(self, tile: Any, state: Tensor, dout: Tensor, dstate: Tensor) -> Tensor:

@@ -176,8 +176,12 @@ class Work:
             assert state is not None
             self.states[id(tile)] = state
             if not self._idle:
-                out, state = self.op.run(self._prepared(tile), state)
-                tile.put(self.out, out)
+                prepared = self._prepared(tile)
+                if tile.reverse:
+                    out, state = self.op.run(prepared, state)
+                    tile.put(self.out, out)
+                else:
+                    state = self.op.run_into(prepared, state, self.out[:, tile.at])
             if tile.closes is not None:
                 self.finals[tile.closes] = state
         return self.identity if state is None else state
@@ -192,6 +196,9 @@ class Work:
         self.dout, self.dfinal = dout, dfinal
         self.dinitial = None if self.initial is None else torch.zeros_like(self.initial)
         wide = self.identity.dtype
+        # Whether what a tile of all tokens has found may take the place of what was made for it.
+        # Kernels with tiles of their own give tensors of their own, others perhaps their inputs.
+        self.takes_over = self.op.kernel_tile_tokens is not None
         self.grads = [
             None
             if x is None
@@ -266,6 +273,8 @@ class Work:
             assert part is not None
             if index in self.op.whole:
                 grad += part
+            elif self.takes_over and _is_all(tile, part, grad):
+                self.grads[index] = part
             else:
                 tile.put(grad, part.to(grad.dtype))
 
@@ -275,6 +284,12 @@ class Work:
             None if grad is None or x is None else grad.to(x.dtype)
             for grad, x in zip(self.grads, self.inputs, strict=True)
         ]
+
+
+def _is_all(tile: Tile, part: Tensor, grad: Tensor) -> bool:
+    """Whether a tile's part of a gradient is the gradient, as it would be put there."""
+    alike = part.shape == grad.shape and part.dtype == grad.dtype and part.is_contiguous()
+    return alike and not tile.reverse
 
 
 def joined_transitions(kind: str, first: Tensor, second: Tensor | None) -> Tensor:
