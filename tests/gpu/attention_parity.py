@@ -13,7 +13,7 @@ from typing import Any
 import gpu_ops
 import gpu_rivals
 import torch
-from attention_cases import OURS, Case, Inputs, Method, draw, kernels, method
+from attention_cases import OURS, Case, Inputs, Method, draw, kernels, method, rivals
 from torch import Tensor
 
 from xdist_kernels.attention import libraries
@@ -135,7 +135,7 @@ def rows(table: Any, given: Any) -> None:
     """Measures them into `table`, and the ratios to rivals."""
     dtypes = ("float16",) if given.small else ("float32", "float16", "bfloat16")
     # Ours first: what fails is known early.
-    for names in ((OURS, RING), libraries.LIBRARIES):
+    for names in ((OURS, RING), [n for n in rivals() if n in libraries.LIBRARIES]):
         for case in cases(given.small):
             for dtype in dtypes:
                 made = functools.cache(functools.partial(Reference, case, dtype, given.device))
