@@ -39,6 +39,8 @@ from xdist_kernels.ahead_table import Row
 from xdist_kernels.errors import KernelError
 from xdist_kernels.launch import AMPERE, HOPPER, Launch, Target, interpreted, recording
 
+# So many kernels are compiled between two writings of the table.
+BATCH = 64
 TARGETS = {f"sm_{target.capability}": target for target in (AMPERE, HOPPER)}
 
 
@@ -253,23 +255,29 @@ def _compile_all(plans: list[Planned], jobs: int) -> dict[str, Row]:
 def _tabulated(
     plans: list[Planned], targets: list[str], given: argparse.Namespace
 ) -> tuple[list[Row], list[str], int]:
-    """Compiles what the table lacks and writes it anew."""
+    """Compiles what the table lacks and writes it anew, also on the way: it takes minutes."""
     before = ahead_table.read(given.out)
-    held = {} if given.all else before
-    made = _compile_all([plan for plan in plans if plan.key not in held], given.jobs)
-    # A kept row stands under the case that starts it today.
-    rows = [
-        {**(held.get(plan.key) or made[plan.key]), "family": plan.family, "case": plan.case}
-        for plan in plans
-    ]
+    held = {} if given.all else dict(before)
+    missing = [plan for plan in plans if plan.key not in held]
     # What was not asked for this time stays as it was.
     others = [
         row
         for row in before.values()
         if row["target"] not in targets or (given.family and row["family"] not in given.family)
     ]
-    ahead_table.write(given.out, [row for row in rows if "error" not in row] + others, TARGETS)
-    return rows, [], len(made)
+    rows: list[Row] = []
+    for start in range(0, len(missing) or 1, BATCH):
+        made = _compile_all(missing[start : start + BATCH], given.jobs)
+        held |= made
+        # A kept row stands under the case that starts it today.
+        rows = [
+            {**held[plan.key], "family": plan.family, "case": plan.case}
+            for plan in plans
+            if plan.key in held
+        ]
+        ahead_table.write(given.out, [row for row in rows if "error" not in row] + others, TARGETS)
+        print(f"{min(start + BATCH, len(missing))} of {len(missing)} compiled", flush=True)
+    return rows, [], len(missing)
 
 
 def _checked(plans: list[Planned], given: argparse.Namespace) -> tuple[list[Row], list[str], int]:
