@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 import triton
@@ -102,7 +103,7 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         for vocab in vocabularies:
             name = f"cross entropy {vocab} {str(dtype).removeprefix('torch.')}"
-            yield name, lambda vocab=vocab, dtype=dtype: _case(vocab, dtype)
+            yield name, partial(_case, vocab, dtype)
 
 
 def _case(vocab: int, dtype: torch.dtype) -> None:

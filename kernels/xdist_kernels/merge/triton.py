@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 import triton
@@ -191,10 +192,10 @@ def walk(
 def cases() -> Iterator[tuple[str, Callable[[], object]]]:
     """Calls that start every kind of the kernel, on tensors without values, to be recorded."""
     for size in (32, 64, 80, 96, 128, 192, 256, 512):
-        yield f"merge {size}", lambda size=size: _case(size, heads=8)
-    yield "merge, some heads", lambda: _case(128, heads=5)
-    yield "merge sinks", lambda: _sinks_case(128, torch.float32)
-    yield "merge sinks, bfloat16", lambda: _sinks_case(64, torch.bfloat16)
+        yield f"merge {size}", partial(_case, size, heads=8)
+    yield "merge, some heads", partial(_case, 128, heads=5)
+    yield "merge sinks", partial(_sinks_case, 128, torch.float32)
+    yield "merge sinks, bfloat16", partial(_sinks_case, 64, torch.bfloat16)
 
 
 def _case(size: int, heads: int) -> None:

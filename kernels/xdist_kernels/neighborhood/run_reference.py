@@ -78,17 +78,22 @@ def _outputs(
     k, v = (x.repeat_interleave(shared, -2) for x in (k, v))
     found = []
     for place in product(*(_seen(one) for one in runs)):
-        query = q[(slice(None), *(position for position, _ in place))]  # [B,H,D]
+        query = _at(q, [position for position, _ in place])  # [B,H,D]
         keys = list(product(*(seen for _, seen in place)))
-        at = tuple(torch.tensor([[key for key, _ in one] for one in keys]).unbind(-1))
-        scores = scale * torch.einsum("bhd,bmhd->bhm", query, k[(slice(None), *at)])
+        at = torch.tensor([[key for key, _ in one] for one in keys]).unbind(-1)
+        scores = scale * torch.einsum("bhd,bmhd->bhm", query, _at(k, at))
         if bias is not None:
             middles = [size // 2 for size in bias.shape[1:]]
             steps = torch.tensor([[step for _, step in one] for one in keys])
-            places = tuple((steps + torch.tensor(middles)).unbind(-1))
-            scores = scores + bias[(slice(None), *places)]
-        found.append(torch.einsum("bhm,bmhd->bhd", scores.softmax(-1), v[(slice(None), *at)]))
+            scores = scores + _at(bias, (steps + torch.tensor(middles)).unbind(-1))
+        found.append(torch.einsum("bhm,bmhd->bhd", scores.softmax(-1), _at(v, at)))
     return torch.stack(found, 1).unflatten(1, q.shape[1:-2])
+
+
+def _at(x: Tensor, place: Sequence[int | Tensor]) -> Tensor:
+    """x of all rows (heads of a bias) at places of the grid."""
+    index: tuple[slice | int | Tensor, ...] = (slice(None), *place)
+    return x[index]
 
 
 def _seen(runs: Sequence[Run]) -> list[tuple[int, list[Key]]]:
