@@ -46,7 +46,8 @@ def row_decays(p_g, g_t, p_ids, first, o_t, m_t, T, BT: tl.constexpr, REVERSE: t
     if p_g is not None:
         b_g = tl.load(p_g + o_t * g_t, mask=m_t, other=0.0).to(tl.float32) * LOG2_E
         b_c = tl.cumsum(b_g, 0)
-        log = tl.sum(b_g, 0)
+        # Of the running sum itself: one added up in another order differs by a rounding of it.
+        log = tl.sum(tl.where(o_i == BT - 1, b_c, 0.0), 0)
         since = tl.exp2(b_c)
         until = tl.exp2(log - b_c)
         gap = b_c[:, None] - b_c[None, :]

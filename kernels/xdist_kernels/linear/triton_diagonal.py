@@ -50,6 +50,13 @@ def middle_of(o_i, i_level, LEVELS: tl.constexpr):
     return block, second, middle
 
 
+@triton.jit
+def meets(block, second):
+    """[BT, BT] a query of the second half of a block and a key of its first half."""
+    same = block[:, None] == block[None, :]
+    return same & second[:, None] & (second[None, :] == 0)
+
+
 @triton.jit(do_not_specialize=["T"])
 def weigh_chunks(
     q,
@@ -86,7 +93,7 @@ def weigh_chunks(
     #         A += diag(q . k)
     #         for halves h = C/2 .. 1, m = the middle of a token's block of 2h:
     #             f = exp(-|c - c_m|)
-    #             A += (second halves of q * f) (first halves of k * f)^T, of the same block
+    #             A += (q * f) (k * f)^T, of second and first halves of the same block
     #     A = scale * A, where both tokens are of one document
     i_p = tl.program_id(0).to(tl.int64)
     n_c = tl.cdiv(T, BT)
@@ -117,7 +124,7 @@ def weigh_chunks(
         b_g = load_rows(g + i_b * g_b + i_h * g_h, o_t, m_t, o_k, g_t, K).to(tl.float32)
         b_g = b_g * LOG2_E  # [BT, BK]
         b_c = tl.cumsum(b_g, 0)
-        b_total = tl.sum(b_g, 0)  # [BK]
+        b_total = tl.sum(tl.where(o_i[:, None] == BT - 1, b_c, 0.0), 0)  # [BK]
         tl.store(totals + i_chunk * K + o_k, b_total + gone, mask=o_k < K)
         o_out = o_head[:, None] + o_k[None, :]
         if k is not None:
@@ -137,10 +144,10 @@ def weigh_chunks(
                 block, second, middle = middle_of(o_i, i_level, LEVELS)
                 at = tl.broadcast_to(middle[:, None], (BT, BK))
                 b_f = tl.exp2(-tl.abs(b_c - tl.gather(b_c, at, 0)))  # [BT, BK]
-                b_qf = tl.where(second[:, None], b_q * b_f, 0.0).to(inner.dtype.element_ty)
-                b_kf = tl.where(second[:, None], 0.0, b_k * b_f).to(inner.dtype.element_ty)
+                b_qf = (b_q * b_f).to(inner.dtype.element_ty)
+                b_kf = (b_k * b_f).to(inner.dtype.element_ty)
                 b_level = tl.dot(b_qf, tl.trans(b_kf), input_precision=PRECISION)
-                b_a += tl.where(block[:, None] == block[None, :], b_level, 0.0)
+                b_a += tl.where(meets(block, second), b_level, 0.0)
     if inner is not None:
         b_a = tl.where(visible, b_a * scale, 0.0)
         p_a = inner + i_chunk * BT * BT + o_i[:, None] * BT + o_i[None, :]
@@ -197,8 +204,8 @@ def gradients_of_keys(
     # for chunks from the last, c = cumsum(g):
     #     dA = scale * dO V^T, below and on the diagonal
     #     dQ = scale * exp(c) * (dO S^T) + diag(dA) K;   dK = exp(c_C - c) * (V dS^T) + diag(dA) Q
-    #     for halves h, f = exp(-|c - c_m|) as above, of the same block:
-    #         dQ += f * (dA (first halves of k * f));  dK += f * (dA^T (second halves of q * f))
+    #     for halves h, f = exp(-|c - c_m|) and blocks as above, B = dA of second and first halves:
+    #         dQ += f * (B (k * f));  dK += f * (B^T (q * f))
     #     dg = sum over later tokens of (q * dQ - k * dK) + e;   e = dg at the chunk's first token
     #     dS = exp(c_C) dS + (scale * q * exp(c))^T dO
     n_k = tl.cdiv(K, BK)
@@ -233,7 +240,7 @@ def gradients_of_keys(
         b_g = load_rows(g + i_b * g_b + i_h * g_h, o_t, m_t, o_k, g_t, K).to(tl.float32)
         b_g = b_g * LOG2_E  # [BT, BK]
         b_c = tl.cumsum(b_g, 0)
-        b_total = tl.sum(b_g, 0)  # [BK]
+        b_total = tl.sum(tl.where(o_i[:, None] == BT - 1, b_c, 0.0), 0)  # [BK]
         b_since = tl.exp2(b_c) * scale
         b_until = tl.exp2(b_total[None, :] - b_c)
         b_keep = tl.exp2(b_total)
@@ -259,13 +266,11 @@ def gradients_of_keys(
             block, second, middle = middle_of(o_i, i_level, LEVELS)
             at = tl.broadcast_to(middle[:, None], (BT, BK))
             b_f = tl.exp2(-tl.abs(b_c - tl.gather(b_c, at, 0)))  # [BT, BK]
-            b_f1 = tl.where(second[:, None], 0.0, b_f)
-            b_f2 = tl.where(second[:, None], b_f, 0.0)
-            b_level = tl.where(block[:, None] == block[None, :], b_da, 0.0).to(b_q.dtype)
-            b_kf = (b_k * b_f1).to(b_q.dtype)
-            b_qf = (b_q * b_f2).to(b_q.dtype)
-            b_dq += b_f2 * tl.dot(b_level, b_kf, input_precision=PRECISION)
-            b_dk += b_f1 * tl.dot(tl.trans(b_level), b_qf, input_precision=PRECISION)
+            b_level = tl.where(meets(block, second), b_da, 0.0).to(b_q.dtype)
+            b_kf = (b_k * b_f).to(b_q.dtype)
+            b_dq += b_f * tl.dot(b_level, b_kf, input_precision=PRECISION)
+            b_qf = (b_q * b_f).to(b_q.dtype)
+            b_dk += b_f * tl.dot(tl.trans(b_level), b_qf, input_precision=PRECISION)
         tl.store(dq + o_out, b_dq.to(dq.dtype.element_ty), mask=m_k)
         tl.store(dk + o_out, b_dk.to(dk.dtype.element_ty), mask=m_k)
 

@@ -1,0 +1,142 @@
+"""Linear attention from both ends, summed: Triton's merged form and torch's two calls, against two
+float64 token loops."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.kernels.triton_linear_cases import (
+    SCALE,
+    Drawn,
+    compare,
+    drawn,
+    error,
+    narrowed,
+    starts_of,
+    token_loop,
+)
+from xdist_kernels.errors import KernelError
+from xdist_kernels.linear import bidirectional as both
+from xdist_kernels.linear import triton_bidirectional
+from xdist_kernels.linear.reference import linear_attention_reference
+
+
+@pytest.fixture
+def short_spans(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spans of two chunks, so that few tokens have several."""
+    monkeypatch.setattr(triton_bidirectional, "SPAN_TOKENS", 128)
+
+
+def mirrored(given: Drawn, state: Tensor) -> Drawn:
+    """The same tokens from the last to the first, from another state."""
+    flipped = [None if x is None else x.flip(1) for x in given[:4]]
+    return Drawn(*flipped, state)  # type: ignore[arg-type]
+
+
+class Both(NamedTuple):
+    """What two token loops say, the other direction's results in the order of positions."""
+
+    results: tuple[Tensor, ...]  # out, the state behind the last token, the one before the first
+    dout: Tensor
+    dends: both.Sides
+    grads: list[Tensor | None]  # of q, k, v, log_decay and the states of both directions
+    other: Tensor  # the state behind the last token, from which the other direction starts
+
+
+def two_loops(given: Drawn, cuts: tuple[int, ...], dtype: torch.dtype) -> Both:
+    other = torch.randn(given.state.shape).double()
+    forth = token_loop(given, cuts, dtype)
+    flipped = [None if x is None else x.flip(1) for x in given[:4]]
+    mirror = Drawn(*flipped, other)  # type: ignore[arg-type]
+    mirrored_cuts = tuple(cuts[-1] - cut for cut in reversed(cuts))
+    back = token_loop(mirror, mirrored_cuts, dtype, forth.dout.flip(1))
+    grads = [
+        None if a is None or b is None else a + b.flip(1)
+        for a, b in zip(forth.grads[:4], back.grads[:4], strict=True)
+    ]
+    return Both(
+        (forth.out + back.out.flip(1), forth.end, back.end),
+        forth.dout,
+        both.Sides(forth.dend.float(), back.dend.float()),
+        [*grads, forth.grads[4], back.grads[4]],
+        other,
+    )
+
+
+@pytest.mark.parametrize("decay", ["none", "scalar"])
+@pytest.mark.parametrize("packed", [False, True], ids=["one", "documents"])
+@pytest.mark.usefixtures("poisoned", "short_spans")
+def test_the_sum_and_every_gradient(decay: str, packed: bool) -> None:
+    """Several spans, states into and out of both ends, shared heads; memory starts as NaN."""
+    torch.manual_seed(0)
+    n = 141
+    cuts = (0, 3, 4, 64, 127, 128, 140, n) if packed else (0, n)
+    check(drawn(n, decay, torch.float32), cuts, torch.float32, ("merged", "twice"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("decay", ["none", "scalar"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+@pytest.mark.usefixtures("poisoned", "short_spans")
+def test_heads_of_more_than_a_block(decay: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(1)
+    check(drawn(130, decay, dtype, dims=(72, 80)), (0, 100, 130), dtype, ("merged",))
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_float16_of_one_span() -> None:
+    torch.manual_seed(2)
+    given = drawn(66, "scalar", torch.float16, dims=(16, 24), heads=(1, 1))
+    check(given, (0, 66), torch.float16, ("merged",))
+
+
+def check(given: Drawn, cuts: tuple[int, ...], dtype: torch.dtype, ways: tuple[str, ...]) -> None:
+    wanted = two_loops(given, cuts, dtype)
+    *inputs, state = narrowed(given, dtype)
+    sides = both.Sides(state, wanted.other.float())
+    forms = {
+        "merged": (both.run_merged, both.backward_merged),
+        "twice": (both.run_twice, both.backward_twice),
+    }
+    for way in ways:
+        run, back = forms[way]
+        out, ends = run(*inputs, starts_of(cuts), sides, scale=SCALE)
+        compare((out, *ends), wanted.results, dtype, way)
+        dout = wanted.dout.to(dtype)
+        grads, dsides = back(*inputs, starts_of(cuts), sides, dout, wanted.dends, scale=SCALE)
+        assert (grads[3] is None) == (given.log_decay is None)
+        compare((*grads, *dsides), wanted.grads, dtype, way)
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_as_a_function(backend: str) -> None:
+    """A decay a head, gradients by autograd, and no second derivative."""
+    torch.manual_seed(3)
+    q, k, v = (torch.randn(1, 40, 2, 8, requires_grad=True) for _ in range(3))
+    decay = torch.tensor([-0.02, -0.3], requires_grad=True)
+    found = both.bidirectional(q, k, v, decay, backend=backend)
+    wide = [x.detach().double().requires_grad_() for x in (q, k, v, decay)]
+    forth, _ = linear_attention_reference(*wide)
+    back, _ = linear_attention_reference(*(x.flip(1) for x in wide[:3]), wide[3])
+    wanted = forth + back.flip(1)
+    seed = torch.randn(found.shape)
+    grads = torch.autograd.grad(found, (q, k, v, decay), seed)
+    wanted_grads = torch.autograd.grad(wanted, wide, seed.double())
+    for a, b in zip((found, *grads), (wanted, *wanted_grads), strict=True):
+        # One number a head is a sum over all tokens, whose terms are of both signs.
+        assert error(a, b) < (1e-5 if a.dim() == 1 else 2e-6)
+
+
+def test_what_cannot_be_served_says_why() -> None:
+    x = torch.zeros(1, 4, 2, 8)
+    with pytest.raises(KernelError, match="one decay a token and head"):
+        both.bidirectional(x, x, x, torch.zeros(1, 4, 2, 8))
+    with pytest.raises(KernelError, match="no reference form"):
+        both.bidirectional(x, x, x, backend="reference")
+    wide = torch.zeros(1, 4, 2, 300)
+    with pytest.raises(KernelError, match="head dims go up to 256"):
+        both.bidirectional(wide, wide, x, backend="triton")
