@@ -1,0 +1,294 @@
+"""The selective scan's Triton kernels, in the interpreter, against the float64 token loop."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from xdist_kernels import selective_scan
+from xdist_kernels.launch import HOPPER, recording
+from xdist_kernels.selective_scan import triton, triton_cases
+from xdist_kernels.selective_scan.reference import selective_scan_reference
+
+# Law 1 in float32. Half precision: one rounding of the outputs and of du, the inputs are exact.
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3}
+NAMES = ("u", "delta", "A", "B", "C")
+
+
+def error(a: Tensor, b: Tensor) -> float:
+    a, b = a.detach().double().reshape(b.shape), b.detach()
+    return float((a - b).abs().max() / b.abs().max().clamp_min(1e-300))
+
+
+def draw(shape: tuple[int, int, int, int], dtype: torch.dtype) -> dict[str, Tensor]:
+    """u, delta, A, B, C and a state for (batch, tokens, channels, states): values dtype holds."""
+    batch, tokens, channels, states = shape
+    found = {
+        "u": torch.randn(batch, tokens, channels),
+        "delta": 0.1 * torch.rand(batch, tokens, channels),
+        "A": -torch.rand(channels, states),
+        "B": torch.randn(batch, tokens, states),
+        "C": torch.randn(batch, tokens, states),
+        "state": torch.randn(batch, channels, states),
+    }
+    return {name: x.to(dtype).double().requires_grad_() for name, x in found.items()}
+
+
+def kernel_inputs(x: dict[str, Tensor], dtype: torch.dtype) -> list[Tensor]:
+    given = {name: y.detach().to(dtype) for name, y in x.items()}
+    return [
+        given["u"].unsqueeze(3),
+        given["delta"].unsqueeze(3),
+        given["A"],
+        given["B"].unsqueeze(2),
+        given["C"].unsqueeze(2),
+    ]
+
+
+def starts_of(cuts: tuple[int, ...]) -> Tensor | None:
+    if len(cuts) == 2:
+        return None
+    starts = torch.zeros(cuts[-1], dtype=torch.bool)
+    starts[list(cuts[1:-1])] = True
+    return starts
+
+
+def reference(
+    x: dict[str, Tensor], cuts: tuple[int, ...], douts: tuple[Tensor, Tensor]
+) -> dict[str, Tensor]:
+    """Outputs, final state and every gradient of the tile by the loop, float64."""
+    fresh = x["state"].new_zeros(x["state"].shape[0], len(cuts) - 2, *x["state"].shape[1:])
+    initial = torch.cat([x["state"].unsqueeze(1), fresh], 1)
+    out, finals = selective_scan_reference(*(x[name] for name in NAMES), initial, cu_seqlens=cuts)
+    found = {"out": out, "after": finals[:, -1]}
+    grads = torch.autograd.grad((out, found["after"]), list(x.values()), douts)
+    return found | {f"d{name}": grad for name, grad in zip(x, grads, strict=True)}
+
+
+# (batch, tokens, channels, states), document cuts; what the case is for.
+CASES: dict[str, tuple[tuple[int, int, int, int], tuple[int, ...]]] = {
+    "one of everything": ((1, 1, 1, 1), (0, 1)),
+    "a tile of 3 tokens": ((2, 3, 4, 2), (0, 3)),
+    "documents within a mark's tokens": ((2, 37, 5, 3), (0, 3, 4, 8, 20, 37)),
+    "two spans, documents on their borders": ((1, 101, 3, 5), (0, 7, 64, 65, 101)),
+    "two blocks of channels": ((1, 19, 70, 2), (0, 19)),
+}
+
+
+def check(
+    shape: tuple[int, int, int, int], cuts: tuple[int, ...], dtype: torch.dtype, case: str
+) -> None:
+    x = draw(shape, dtype)
+    batch, tokens, channels, states = shape
+    douts = torch.randn(batch, tokens, channels), torch.randn(batch, channels, states)
+    douts = douts[0].to(dtype).double(), douts[1].double()
+    want = reference(x, cuts, douts)
+    given, state = kernel_inputs(x, dtype), x["state"].detach().float().unsqueeze(3)
+    upper = douts[0].to(dtype).unsqueeze(3), douts[1].float().unsqueeze(3)
+    p = triton.prepare(*given, starts_of(cuts))
+    out, after = triton.run(p, state)
+    grads, before = triton.backward(p, state, *upper)
+    assert out.dtype == grads[0].dtype == dtype
+    found = {"out": out, "after": after, "dstate": before}
+    found |= {f"d{name}": grad for name, grad in zip(NAMES, grads, strict=True)}
+    for name, a in found.items():
+        assert error(a, want[name]) <= TOLERANCE[dtype], (case, name)
+    assert error(triton.advance(p, state), want["after"]) <= TOLERANCE[dtype], case
+    assert error(triton.adjoint(p, *upper), want["dstate"]) <= TOLERANCE[dtype], case
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.usefixtures("poisoned")
+def test_forward_states_and_every_gradient(case: str) -> None:
+    torch.manual_seed(0)
+    check(*CASES[case], torch.float32, case)
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_half_precision_is_rounded_once() -> None:
+    torch.manual_seed(1)
+    check((2, 70, 5, 3), (0, 30, 70), torch.float16, "float16")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.usefixtures("poisoned")
+def test_more_shapes(dtype: torch.dtype) -> None:
+    """Five spans; 16 states; so many states that lanes share a channel; many batch rows."""
+    torch.manual_seed(2)
+    check((1, 300, 2, 1), (0, 300), dtype, "five spans")
+    check((2, 90, 33, 16), (0, 1, 89, 90), dtype, "16 states")
+    check((1, 33, 9, 100), (0, 17, 33), dtype, "100 states")
+    check((7, 20, 2, 2), (0, 20), dtype, "7 rows")
+
+
+def test_what_is_made_ahead_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does a batch that goes through backward in pieces; and a tile's ends are made once."""
+    torch.manual_seed(3)
+    x = draw((3, 70, 2, 2), torch.float32)
+    given, state = kernel_inputs(x, torch.float32), x["state"].detach().float().unsqueeze(3)
+    p = triton.prepare(*given)
+    want = triton.run(p, state)
+    assert len(p.made) == 1
+    got = triton.run(triton.ahead(triton.prepare(*given)), state)
+    dout, dstate = torch.randn_like(want[0]), torch.randn_like(state)
+    wanted = triton.backward(p, state, dout, dstate)
+    marked = triton.backward_ahead(p, dout)
+    assert marked.marks is not None
+    found = [triton.backward(marked, state, dout, dstate)]
+    monkeypatch.setattr(triton, "MARK_BYTES", 1)
+    assert triton.backward_ahead(p, dout).marks is None
+    found.append(triton.backward(p, state, dout, dstate))
+    for a, b in zip(tree_leaves([want, wanted, wanted]), tree_leaves([got, found]), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=2e-6 * float(a.abs().max()))
+    for a, b in zip(tree_leaves(wanted), tree_leaves(found[0]), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_transition_is_the_sum_of_delta() -> None:
+    torch.manual_seed(4)
+    x = draw((2, 70, 3, 2), torch.float32)
+    p = triton.prepare(*kernel_inputs(x, torch.float32))
+    state = x["state"].detach().float().unsqueeze(3)
+    assert error(triton.transition(p), x["delta"].detach().sum(1)) < 1e-6
+    log_m = triton.transition(p).unsqueeze(2) * x["A"].detach().float()
+    want = log_m.exp().unsqueeze(3) * state + triton.advance(p, torch.zeros_like(state))
+    assert error(triton.advance(p, state), want.double()) < 2e-6
+
+
+@pytest.mark.parametrize("step", [0.0, 50.0, 1e4])
+def test_any_step_is_stable(step: float) -> None:
+    """From no decay at all to states that forget at once: nothing is divided, nothing overflows."""
+    torch.manual_seed(5)
+    x = draw((1, 70, 2, 2), torch.float32)
+    with torch.no_grad():
+        x["delta"].fill_(step)
+        x["delta"][:, ::3] = 0.01
+    douts = torch.ones(1, 70, 2).double(), torch.zeros(1, 2, 2).double()
+    want = reference(x, (0, 70), douts)
+    p = triton.prepare(*kernel_inputs(x, torch.float32))
+    state = x["state"].detach().float().unsqueeze(3)
+    out, _ = triton.run(p, state)
+    grads, _ = triton.backward(p, state, douts[0].float().unsqueeze(3), torch.zeros_like(state))
+    for name, a in zip(("out", *(f"d{n}" for n in NAMES)), (out, *grads), strict=True):
+        assert error(a, want[name]) < 5e-6, name
+
+
+def test_a_nan_stays_in_its_document() -> None:
+    torch.manual_seed(6)
+    x = draw((2, 100, 2, 2), torch.float32)
+    given = kernel_inputs(x, torch.float32)
+    given[0][0, 70], given[3][0, 71] = torch.nan, torch.inf
+    state = torch.full((2, 2, 2, 1), torch.nan)
+    state[1] = 0.0
+    p = triton.prepare(*given, starts_of((0, 64, 90, 100)))
+    out, after = triton.run(p, state)
+    dout, dstate = torch.ones_like(out), torch.ones_like(state)
+    (du, *_), _ = triton.backward(p, torch.zeros_like(state), dout, dstate)
+    wrong = out[0].isfinite().logical_not().any(2).any(1)
+    assert wrong[:64].all()
+    assert not wrong[64:70].any()
+    assert wrong[70:90].all()
+    assert not wrong[90:].any()
+    # The other row of the batch, the state behind the tile, and gradients of other documents.
+    assert out[1].isfinite().all()
+    assert after.isfinite().all()
+    assert du[:, :64].isfinite().all()
+    assert du[:, 90:].isfinite().all()
+    assert du[1].isfinite().all()
+
+
+def test_offsets_past_two_to_the_31() -> None:
+    """Tokens some 2^31 elements apart, as views of memory that is never touched in between; and
+    channels that do not lie side by side, which are copied."""
+    tokens, channels = 5, 3
+    stride = 2**31 // (tokens - 1) + 1
+    torch.manual_seed(7)
+    x = draw((1, tokens, channels, 2), torch.float16)
+    given, state = kernel_inputs(x, torch.float16), x["state"].detach().float().unsqueeze(3)
+    held = torch.empty((tokens - 1) * stride + channels, dtype=torch.float16)
+    far = held.as_strided((1, tokens, channels, 1), (0, stride, 1, 1))
+    assert (tokens - 1) * far.stride(1) > 2**31
+    apart = given[0].transpose(1, 2).contiguous().transpose(1, 2)
+    assert apart.stride(2) > 1
+    found = []
+    for view in (given[0], far, apart):
+        view.copy_(given[0].clone())
+        p = triton.prepare(view, *given[1:])
+        out, after = triton.run(p, state)
+        far.copy_(out.clone()) if view is far else None
+        dout = far if view is far else out
+        if view is far:
+            p = triton.prepare(given[0], *given[1:])
+        found.append([out, after, *tree_leaves(triton.backward(p, state, dout, after))])
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+def test_no_channels_are_no_work() -> None:
+    """A rank of strategy switch may have no channels."""
+    x, by_state = torch.zeros(2, 5, 0, 1), torch.ones(2, 5, 1, 3)
+    p = triton.prepare(x, x, torch.zeros(0, 3), by_state, by_state)
+    state = torch.zeros(2, 0, 3, 1)
+    out, after = triton.run(p, state)
+    grads, before = triton.backward(p, state, out, after)
+    assert out.shape == grads[0].shape == x.shape
+    assert after.shape == before.shape == state.shape
+    assert all((grad == 0).all() for grad in grads)
+
+
+class _Launched:
+    """The launches of one call on tensors without memory."""
+
+    def __init__(self, batch: int, tokens: int, channels: int) -> None:
+        def new(*shape: int) -> Tensor:
+            return torch.empty(shape, dtype=torch.bfloat16, device="meta")
+
+        by_token = new(batch, tokens, channels, 1), new(batch, tokens, channels, 1)
+        by_state = new(batch, tokens, 1, 16), new(batch, tokens, 1, 16)
+        state = torch.empty(batch, channels, 16, 1, device="meta")
+        with recording(HOPPER) as self.all:
+            p = triton.prepare(*by_token, new(channels, 16), *by_state)
+            triton.run(p, state)
+            triton.backward(p, state, by_token[0], state)
+
+    def of(self, name: str) -> Any:
+        return [one for one in self.all if one.kernel.__name__ == name]
+
+
+def test_few_channels_fill_the_card_and_many_walk_once() -> None:
+    """Time is cut into spans just where channels and batch leave the card empty."""
+    few, many = _Launched(1, 8192, 64), _Launched(64, 2048, 5120)
+    assert len(few.of("walk")) == 3  # ends, outputs; states for backward
+    assert few.of("walk")[0].programs == 2 * 8192 // triton.LEAST_SPAN_TOKENS
+    assert all(one.programs == 64 * 160 for one in many.of("walk")[:1])
+    out = [dict(one.signature)["p_out"] != "constexpr" for one in many.of("walk")]
+    assert out[0]
+    assert not any(out[1:])  # outputs in one walk, then backward's
+    # More programs than a second grid dim could hold.
+    assert max(one.programs for one in many.of("gradients")) > 65535
+    assert sum(one.programs for one in many.of("gradients")) == 64 * 128 * 80
+
+
+def test_refusals_say_what_to_do() -> None:
+    def why(states: int = 2, dtype: torch.dtype = torch.float32) -> str | None:
+        x, by_state = torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, states)
+        return selective_scan.refusal(x, x.to(dtype), torch.zeros(1, states), by_state, by_state)
+
+    assert why() is None
+    for found in (why(dtype=torch.float64), why(states=257)):
+        assert found is not None
+        assert "use backend='torch'" in found
+
+
+def test_cases_start_every_kernel() -> None:
+    names = set()
+    for _, call in triton_cases.cases():
+        with recording(HOPPER) as launches:
+            call()
+        names |= {one.kernel.__name__ for one in launches}
+    assert names == {"walk", "walk_back", "fold", "gradients"}
