@@ -198,7 +198,7 @@ def take(
 ) -> Taken:  # fmt: skip
     """The library for these tensors; `at` is what is installed, found out where it is None.
 
-    Reads no values but those of spans and positions, once for each set of them.
+    Looks at no values but those of spans and positions, once for each set of them.
 
     Raises:
         KernelError: `form` names a library, and it cannot serve.
@@ -278,7 +278,7 @@ def _drops(dropout: Dropped | None) -> bool:
     return dropout is not None and dropout.rate > 0.0
 
 
-# Plans by the tensor they were made of, which is read from the device but once.
+# Plans by the tensor they were made of, so that the host asks the device about it but once.
 _lock = threading.Lock()
 _Kept = tuple[tuple["weakref.ref[Tensor]", ...], tuple[int, ...], "Sequences | str"]
 _plans: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -308,8 +308,7 @@ def sequences_of(spans: Spans, k_positions: Tensor) -> Sequences | str:
 def _found(spans: Spans, k_positions: Tensor) -> Sequences | str:
     if spans[0].dim() == 1:
         return find_sequences(spans, k_positions)
-    lo, hi, prefix_lo, prefix_hi = (s.cpu() for s in spans)
-    sides = (lo, hi, prefix_lo, prefix_hi)
-    if len(lo) == 0 or any(not torch.equal(s, s[:1].expand_as(s)) for s in sides):
+    lo, hi, prefix_lo, prefix_hi = spans
+    if len(lo) == 0 or any(not torch.equal(s, s[:1].expand_as(s)) for s in spans):
         return "heads see different keys"
     return find_sequences((lo[0], hi[0], prefix_lo[0], prefix_hi[0]), k_positions)

@@ -49,8 +49,9 @@ class Sequences:
     """Queries and keys as sequences, one after another.
 
     q_starts, k_starts: int64 `[sequences + 1]`, on the CPU, from 0: where each begins among the
-    queries in the order `q_order`, and among the keys in the order `k_order`, the first of which is
-    number `first_key`; None is the order they lie in. left, right: the window, -1 no limit.
+    queries in the order `q_order`, and among the keys in the order `k_order` (on the device of the
+    spans), the first of which is number `first_key`; None is the order they lie in. left, right:
+    the window, -1 no limit.
     """
 
     q_starts: Tensor
@@ -129,18 +130,18 @@ def _repeated(starts: Tensor, batch: int) -> Tensor:
 def find_sequences(spans: Spans, k_positions: Tensor) -> Sequences | str:
     """The sequences that are exactly this mask, or why there are none.
 
-    spans: four int64 `[n]`; k_positions int64 `[m]`; any device, keys and queries in any order.
+    spans: four int64 `[n]`; k_positions int64 `[m]`; any device, on which the work is done but for
+    some twenty answers; keys and queries in any order.
     """
-    lo, hi, prefix_lo, prefix_hi = (s.cpu() for s in spans)
-    keys = k_positions.cpu()
-    if len(lo) == 0 or len(keys) == 0:
+    keys = k_positions
+    if len(spans[0]) == 0 or len(keys) == 0:
         return "there are no queries or no keys"
     k_order = None
     if not bool((keys.diff() > 0).all()):
         keys, k_order = torch.sort(keys)
         if not bool((keys.diff() > 0).all()):
             return "two keys have one position"
-    runs = _one_run(keys, lo, hi, prefix_lo, prefix_hi)
+    runs = _one_run(keys, spans)
     if isinstance(runs, str):
         return runs
     first, last = runs
@@ -156,13 +157,14 @@ def find_sequences(spans: Spans, k_positions: Tensor) -> Sequences | str:
     return _cut(first, last, q_order, k_order)
 
 
-def _one_run(
-    keys: Tensor, lo: Tensor, hi: Tensor, prefix_lo: Tensor, prefix_hi: Tensor
-) -> tuple[Tensor, Tensor] | str:
+def _one_run(keys: Tensor, spans: Spans) -> tuple[Tensor, Tensor] | str:
     """The keys `[first, last)` each query sees, as numbers of the sorted `keys`."""
-    first, last, p_first, p_last = (
-        torch.searchsorted(keys, x.contiguous()) for x in (lo, hi, prefix_lo, prefix_hi)
-    )
+    begin, end = int(keys[0]), int(keys[-1])
+    if end - begin == len(keys) - 1:
+        # All positions in between are there: no search is needed.
+        first, last, p_first, p_last = ((s - begin).clamp_(0, len(keys)) for s in spans)
+    else:
+        first, last, p_first, p_last = (torch.searchsorted(keys, s.contiguous()) for s in spans)
     own, prefix = first < last, p_first < p_last
     if not bool((own | prefix).all()):
         return "some queries see no key"
@@ -186,23 +188,20 @@ def _cut(
     if not torch.equal(k_begins[1:], k_ends[:-1]):
         return "some keys between those that are seen are seen by none"
     lengths = ends - begins
-    number = torch.repeat_interleave(torch.arange(len(begins)), lengths)
-    start, stop = k_begins[number], k_ends[number]
+    start, stop, offset = (
+        torch.repeat_interleave(x, lengths, output_size=len(first))
+        for x in (k_begins, k_ends, k_ends - ends)
+    )
     # The key that query t is at: its own, where it has one.
-    at = torch.arange(len(first)) - begins[number] + stop - lengths[number]
+    at = torch.arange(len(first), device=first.device) + offset
     right = _limit(last - 1 - at, last < stop, stop - 1 - at)
     left = _limit(at - first, first > start, at - start)
     if right is None or left is None:
         return "what queries see moves by no one window"
-    return Sequences(
-        torch.cat([begins, ends[-1:]]),
-        torch.cat([k_begins, k_ends[-1:]]) - k_begins[0],
-        left,
-        right,
-        int(k_begins[0]),
-        q_order,
-        k_order,
-    )
+    q_starts = torch.cat([begins, ends[-1:]]).cpu()
+    k_starts = torch.cat([k_begins, k_ends[-1:]]).cpu()
+    first_key = int(k_starts[0])
+    return Sequences(q_starts, k_starts - first_key, left, right, first_key, q_order, k_order)
 
 
 def _limit(seen: Tensor, cut: Tensor, whole: Tensor) -> int | None:
@@ -210,7 +209,6 @@ def _limit(seen: Tensor, cut: Tensor, whole: Tensor) -> int | None:
     least `whole` elsewhere; -1 without a limit, None where there is no one number."""
     if not bool(cut.any()):
         return -1
-    limits = seen[cut]
-    limit = int(limits[0])
-    fits = limit >= 0 and bool((limits == limit).all()) and bool((whole[~cut] <= limit).all())
+    limit = int(seen.where(cut, -1).max())
+    fits = limit >= 0 and bool(((seen == limit) & cut | (whole <= limit) & ~cut).all())
     return limit if fits else None
