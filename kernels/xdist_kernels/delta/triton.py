@@ -3,6 +3,7 @@
     prepare_kernel         each chunk:  W, U, and what outputs read of the state     triton_prepare
     forward_chain_kernel   each head:   states over chunks, and outputs on the way     triton_chain
     backward_chain_kernel  each head:   gradients of states, last chunk to first       triton_chain
+    both_chains_kernel     both at once, where nothing has to be waited for            triton_chain
     writes_kernel          each chunk:  what it wrote; dv, dbeta, one decay's gradient  .._gradients
     keys_kernel            each chunk:  dq, dk, a diagonal decay's gradient             .._gradients
 
@@ -156,16 +157,14 @@ def adjoint(p: Tile, dout: Tensor, dstate: Tensor) -> Tensor:
     return launches.backward_chain(p.inputs, parts, _rows(dout), dstate, p.chunk, p.precision)
 
 
-def _states(parts: Parts, x: Inputs, chunk: int) -> Tensor:
-    """Room for one state a chunk."""
-    _, blocks = launches.blocks_for(x, parts.weight.dtype, chunk)
-    return parts.weight.new_empty(*parts.weight.shape[:2], blocks.keys, blocks.values)
+def _saved(p: Tile) -> Parts:
+    return _parts(p, _narrow(p.inputs), entry=True, reads=True, saved=True)
 
 
 def backward_ahead(p: Tile, state: Tensor, dout: Tensor) -> Ready:
     """All of a tile's backward pass before the chain back; state: the one before the tile."""
-    parts = _parts(p, _narrow(p.inputs), entry=True, reads=True, saved=True)
-    states = _states(parts, p.inputs, p.chunk)
+    parts = _saved(p)
+    states = launches.states_of(p.inputs, parts, p.chunk)
     launches.forward_chain(p.inputs, parts, state, p.chunk, p.precision, states=states)
     return Ready(p, parts, states)
 
@@ -178,12 +177,16 @@ def backward(
     narrow: those of q, k and v are rounded to the inputs' dtypes where one head's is all of it;
     half the bytes, for callers that add nothing to them.
     """
-    (x, chunk, precision), parts, states = (
-        p if isinstance(p, Ready) else backward_ahead(p, state, dout)
-    )
     dout = _rows(dout)
-    dstates = torch.empty_like(states)
-    before = launches.backward_chain(x, parts, dout, dstate, chunk, precision, dstates=dstates)
+    if isinstance(p, Ready):
+        (x, chunk, precision), parts, states = p
+        dstates = torch.empty_like(states)
+        before = launches.backward_chain(x, parts, dout, dstate, chunk, precision, dstates=dstates)
+    else:
+        (x, chunk, precision), parts = p, _saved(p)
+        states, dstates, before = launches.both_chains(
+            x, parts, state, dout, dstate, chunk, precision
+        )
     shared = x.k.shape[2] != x.v.shape[2]
     wide = torch.float32
     dtypes = (x.q.dtype, x.k.dtype, x.v.dtype) if narrow else (wide, wide, wide)

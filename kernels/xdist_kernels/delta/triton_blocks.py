@@ -73,17 +73,17 @@ def blocks_of(
     wide = operand == torch.float32
     keys = power_of_two(size.key_dim)
     widest = min(64, power_of_two(size.value_dim))
-    values = -(-size.value_dim // widest) * widest
     block = min(widest, keys, 32 if wide or diagonal else 64)
     chain = min(widest, 32)
-    if not wide and keys <= 128 and size.rows * (values // widest) >= PROGRAMS:
+    if not wide and keys <= 128 and size.rows * -(-size.value_dim // widest) >= PROGRAMS:
         chain = widest
     if wide and keys > 128:
         chain = 16
+    side = max(block, chain)
     return Blocks(
         chunk,
         keys,
-        values,
+        -(-size.value_dim // side) * side,
         block,
         chain,
         prepare=Config(4, 1 if wide else 2),

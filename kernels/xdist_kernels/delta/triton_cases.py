@@ -4,71 +4,97 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import product
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from xdist_kernels.delta import triton as delta
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+KINDS = ("none", "scalar", "diagonal")
+TOKENS = 1000
 
 
-def _everything(tile: delta.Tile, state: Tensor, *, summary: bool) -> None:
-    if summary:
-        delta.transition(tile)
-        delta.advance(tile, state)
-        delta.adjoint(tile, tile.inputs.v, state)
-        return
+class Case(NamedTuple):
+    """A tile: decays, dtype, dims, heads, whether documents start inside, precision of float32."""
+
+    kind: str
+    dtype: str = "bf16"
+    dims: tuple[int, int] = (128, 128)
+    heads: int = 16
+    starts: bool = False
+    precision: str = "ieee"
+
+    @property
+    def name(self) -> str:
+        marked = " documents" if self.starts else ""
+        return (
+            f"{self.kind} {self.dtype} K{self.dims[0]} V{self.dims[1]} H{self.heads}{marked} "
+            f"{self.precision}"
+        )
+
+
+def _tile(case: Case) -> tuple[delta.Tile, torch.Tensor]:
+    def made(*dims: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(*dims, dtype=dtype, device="meta")
+
+    tokens, (key_dim, width) = (1, TOKENS, case.heads), case.dims
+    keys = made(*tokens, key_dim, dtype=DTYPES[case.dtype])
+    values = made(*tokens, width, dtype=DTYPES[case.dtype])
+    decays = {"none": None, "scalar": made(*tokens), "diagonal": made(*tokens, key_dim)}
+    marks = made(TOKENS, dtype=torch.bool) if case.starts else None
+    tile = delta.prepare(
+        keys,
+        keys,
+        values,
+        made(*tokens),
+        decays[case.kind],
+        key_dim**-0.5,
+        marks,
+        precision=case.precision,
+    )
+    return tile, made(1, case.heads, key_dim, width)
+
+
+def _alone(case: Case) -> None:
+    """On one rank: outputs, and gradients in the inputs' dtype."""
+    tile, state = _tile(case)
     delta.run(tile, state)
     delta.backward(tile, state, tile.inputs.v, state, narrow=True)
-    if tile.inputs.v.dtype != torch.float32:
-        delta.backward(tile, state, tile.inputs.v, state)
 
 
-def _tile(
-    heads: int, dims: tuple[int, int], dtype: torch.dtype, decay: str, starts: bool, precision: str
-) -> tuple[delta.Tile, Tensor]:
-    key_dim, width = dims
-    shape = (1, 1000, heads)
-    keys = torch.empty(*shape, key_dim, dtype=dtype, device="meta")
-    values = torch.empty(*shape, width, dtype=dtype, device="meta")
-    beta = torch.empty(shape, device="meta")
-    decays = {
-        "none": None,
-        "scalar": torch.empty(shape, device="meta"),
-        "diagonal": torch.empty(*shape, key_dim, device="meta"),
-    }
-    marks = torch.empty(1000, dtype=torch.bool, device="meta") if starts else None
-    tile = delta.prepare(
-        keys, keys, values, beta, decays[decay], key_dim**-0.5, marks, precision=precision
-    )
-    return tile, torch.empty(1, heads, key_dim, width, device="meta")
+def _waiting(case: Case) -> None:
+    """Where the gradient of the state has to arrive first; gradients in float32."""
+    tile, state = _tile(case)
+    delta.backward(delta.backward_ahead(tile, state, tile.inputs.v), state, tile.inputs.v, state)
+
+
+def _summary(case: Case) -> None:
+    """What other segments need."""
+    tile, state = _tile(case)
+    delta.transition(tile)
+    delta.advance(tile, state)
+    delta.adjoint(tile, tile.inputs.v, state)
 
 
 def cases() -> Iterator[tuple[str, Callable[[], object]]]:
-    """(name, call): head dims, dtypes, decays, documents, few and many heads, both precisions."""
-    sizes = [(16, (64, 64)), (16, (128, 128)), (512, (128, 128)), (16, (256, 256))]
-    for (heads, dims), decay in product(sizes, ("none", "scalar", "diagonal")):
-        for name, dtype in DTYPES.items():
-            # Heads change the blocks of narrow operands alone; float32 is compiled at one number.
-            if (heads == 512 and name != "bf16") or (name == "fp16" and dims != (128, 128)):
-                continue
-            made = partial(_tile, heads, dims, dtype, decay, False, "ieee")
-            case = f"{decay} K{dims[0]} H{heads} {name}"
-            yield case, partial(_call, made, False)
-            if name == "bf16" and heads == 16:
-                yield f"{case} summary", partial(_call, made, True)
-                made = partial(_tile, heads, dims, dtype, decay, False, "tf32x3")
-                yield f"{case} summary tf32x3", partial(_call, made, True)
-    for decay in ("none", "scalar", "diagonal"):
-        for dims in ((64, 128), (96, 80), (16, 16)):
-            made = partial(_tile, 16, dims, torch.bfloat16, decay, True, "ieee")
-            case = f"{decay} K{dims[0]} V{dims[1]} bf16 documents"
-            yield case, partial(_call, made, False)
-            yield f"{case} summary", partial(_call, made, True)
-
-
-def _call(made: Callable[[], tuple[delta.Tile, Tensor]], summary: bool) -> None:
-    tile, state = made()
-    _everything(tile, state, summary=summary)
+    """(name, call): decays, dtypes, head dims, few and many heads, documents, precisions."""
+    alone = [Case(kind, heads=heads) for kind in KINDS for heads in (16, 512)]
+    alone += [Case(kind, "fp32") for kind in KINDS]
+    alone += [Case(kind, dims=(256, 256)) for kind in ("scalar", "diagonal")]
+    alone += [Case(kind, starts=True) for kind in KINDS]
+    alone += [
+        Case("scalar", dims=(64, 64)),
+        Case("none", dims=(96, 80)),
+        Case("scalar", "fp16"),
+        Case("scalar", "fp32", (64, 64)),
+        Case("scalar", "fp32", (256, 256)),
+    ]
+    for case in alone:
+        yield case.name, partial(_alone, case)
+    for kind in KINDS:
+        yield f"{Case(kind).name} waiting", partial(_waiting, Case(kind))
+        yield f"{Case(kind).name} summary", partial(_summary, Case(kind))
+    fast = Case("scalar", precision="tf32x3")
+    yield f"{fast.name} summary", partial(_summary, fast)
+    yield f"{fast.name} fp32", partial(_alone, fast._replace(dtype="fp32"))

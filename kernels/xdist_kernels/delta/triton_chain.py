@@ -22,30 +22,18 @@ def _kept(p_whole: Arg, b_s: Arg, i_n: Arg, KP: tl.constexpr, DECAY: tl.constexp
     return b_s
 
 
-@triton.jit(do_not_specialize=["T"])
-def forward_chain_kernel(
-    p_weight: Arg, p_entry: Arg, p_reads: Arg, p_own: Arg, p_keys: Arg, p_fade: Arg, p_whole: Arg,
-    p_start: Arg, p_states: Arg, p_out: Arg, p_end: Arg,
+@triton.jit
+def _forward(
+    program: Arg, p_weight: Arg, p_entry: Arg, p_reads: Arg, p_own: Arg, p_keys: Arg, p_fade: Arg,
+    p_whole: Arg, p_start: Arg, p_states: Arg, p_out: Arg, p_end: Arg,
     T: Arg, H: Arg, GROUP: Arg, stride_kb: Arg, stride_kt: Arg, stride_kh: Arg,
     K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, C: tl.constexpr,
     BV: tl.constexpr, DECAY: tl.constexpr, PRECISION: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Columns of the state of one head a program.
-
-        S = start
-        for each chunk, in order:
-            states = S                                    where they are asked for
-            R = entry + weight S
-            out = own + reads S                           where it is asked for
-            S = whole * S + keys^T (fade R)
-        end = S
-
-    start, end [B, H, K, V] float32; states [B * H, chunks, KP, VP]; out [B, T, H, V]. Without
-    entry and started from the identity this is the transition.
-    """
+    """`forward_chain_kernel`; what is written may be None."""
     OPERAND: tl.constexpr = p_weight.dtype.element_ty
-    i_v = tl.program_id(0) % tl.cdiv(V, BV)
-    i_row = (tl.program_id(0) // tl.cdiv(V, BV)).to(tl.int64)
+    i_v = program % (VP // BV)
+    i_row = (program // (VP // BV)).to(tl.int64)
     i_b, i_h = i_row // H, i_row % H
     chunks = tl.cdiv(T, C)
     o_c, o_k = tl.arange(0, C), tl.arange(0, KP)
@@ -80,32 +68,23 @@ def forward_chain_kernel(
         b_k = token_block(p_keys, o_t, o_k, stride_kt, T, K).to(OPERAND)  # [C, KP]
         b_s = _kept(p_whole, b_s, i_n, KP, DECAY)
         b_s = tl.dot(tl.trans(b_k), b_n, b_s, input_precision=PRECISION)
-    tl.store(p_end + o_s, b_s, mask=m_s)
+    if p_end is not None:
+        tl.store(p_end + o_s, b_s, mask=m_s)
 
 
-@triton.jit(do_not_specialize=["T"])
-def backward_chain_kernel(
-    p_weight: Arg, p_reads: Arg, p_keys: Arg, p_fade: Arg, p_whole: Arg, p_dout: Arg, p_dend: Arg,
-    p_dstates: Arg, p_dstart: Arg,
+@triton.jit
+def _backward(
+    program: Arg, p_weight: Arg, p_reads: Arg, p_keys: Arg, p_fade: Arg, p_whole: Arg, p_dout: Arg,
+    p_dend: Arg, p_dstates: Arg, p_dstart: Arg,
     T: Arg, H: Arg, GROUP: Arg, stride_kb: Arg, stride_kt: Arg, stride_kh: Arg,
     stride_ob: Arg, stride_ot: Arg, stride_oh: Arg,
     K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, C: tl.constexpr,
     BV: tl.constexpr, DECAY: tl.constexpr, PRECISION: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Columns of the gradient of the state of one head a program.
-
-        dS = dend
-        for each chunk, last to first:
-            dstates = dS                                  where they are asked for
-            X = fade (keys dS)
-            dS = whole * dS + reads^T dO + weight^T X
-        dstart = dS
-
-    Shapes as in `forward_chain_kernel`; dstates: that of the state behind each chunk.
-    """
+    """`backward_chain_kernel`."""
     OPERAND: tl.constexpr = p_weight.dtype.element_ty
-    i_v = tl.program_id(0) % tl.cdiv(V, BV)
-    i_row = (tl.program_id(0) // tl.cdiv(V, BV)).to(tl.int64)
+    i_v = program % (VP // BV)
+    i_row = (program // (VP // BV)).to(tl.int64)
     i_b, i_h = i_row // H, i_row % H
     chunks = tl.cdiv(T, C)
     o_c, o_k = tl.arange(0, C), tl.arange(0, KP)
@@ -133,3 +112,87 @@ def backward_chain_kernel(
         b_weight = tl.load(p_weight + i_n * (C * KP) + o_ck)  # [C, KP]
         b_ds = tl.dot(tl.trans(b_weight), b_x.to(OPERAND), b_ds, input_precision=PRECISION)
     tl.store(p_dstart + o_s, b_ds, mask=m_s)
+
+
+@triton.jit(do_not_specialize=["T"])
+def forward_chain_kernel(
+    p_weight: Arg, p_entry: Arg, p_reads: Arg, p_own: Arg, p_keys: Arg, p_fade: Arg, p_whole: Arg,
+    p_start: Arg, p_states: Arg, p_out: Arg, p_end: Arg,
+    T: Arg, H: Arg, GROUP: Arg, stride_kb: Arg, stride_kt: Arg, stride_kh: Arg,
+    K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, C: tl.constexpr,
+    BV: tl.constexpr, DECAY: tl.constexpr, PRECISION: tl.constexpr,
+) -> None:  # fmt: skip
+    """Columns of the state of one head a program.
+
+        S = start
+        for each chunk, in order:
+            states = S                                    where they are asked for
+            R = entry + weight S
+            out = own + reads S                           where it is asked for
+            S = whole * S + keys^T (fade R)
+        end = S
+
+    start, end [B, H, K, V] float32; states [B * H, chunks, KP, VP]; out [B, T, H, V]. Without
+    entry and started from the identity this is the transition.
+    """
+    _forward(
+        tl.program_id(0), p_weight, p_entry, p_reads, p_own, p_keys, p_fade, p_whole, p_start,
+        p_states, p_out, p_end, T, H, GROUP, stride_kb, stride_kt, stride_kh, K, V, KP, VP, C, BV,
+        DECAY, PRECISION,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["T"])
+def backward_chain_kernel(
+    p_weight: Arg, p_reads: Arg, p_keys: Arg, p_fade: Arg, p_whole: Arg, p_dout: Arg, p_dend: Arg,
+    p_dstates: Arg, p_dstart: Arg,
+    T: Arg, H: Arg, GROUP: Arg, stride_kb: Arg, stride_kt: Arg, stride_kh: Arg,
+    stride_ob: Arg, stride_ot: Arg, stride_oh: Arg,
+    K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, C: tl.constexpr,
+    BV: tl.constexpr, DECAY: tl.constexpr, PRECISION: tl.constexpr,
+) -> None:  # fmt: skip
+    """Columns of the gradient of the state of one head a program.
+
+        dS = dend
+        for each chunk, last to first:
+            dstates = dS                                  where they are asked for
+            X = fade (keys dS)
+            dS = whole * dS + reads^T dO + weight^T X
+        dstart = dS
+
+    Shapes as in `forward_chain_kernel`; dstates: that of the state behind each chunk.
+    """
+    _backward(
+        tl.program_id(0), p_weight, p_reads, p_keys, p_fade, p_whole, p_dout, p_dend, p_dstates,
+        p_dstart, T, H, GROUP, stride_kb, stride_kt, stride_kh, stride_ob, stride_ot, stride_oh,
+        K, V, KP, VP, C, BV, DECAY, PRECISION,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["T", "forward_programs"])
+def both_chains_kernel(
+    p_weight: Arg, p_entry: Arg, p_reads: Arg, p_keys: Arg, p_fade: Arg, p_whole: Arg,
+    p_start: Arg, p_states: Arg, p_dout: Arg, p_dend: Arg, p_dstates: Arg, p_dstart: Arg,
+    forward_programs: Arg, T: Arg, H: Arg, GROUP: Arg,
+    stride_kb: Arg, stride_kt: Arg, stride_kh: Arg, stride_ob: Arg, stride_ot: Arg, stride_oh: Arg,
+    K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, C: tl.constexpr,
+    BV: tl.constexpr, DECAY: tl.constexpr, PRECISION: tl.constexpr,
+) -> None:  # fmt: skip
+    """The states before each chunk, made again, and the gradients of those behind: neither needs
+    the other, and with few heads neither fills the card.
+
+    forward_programs: as many walk forward, as many more back.
+    """
+    program = tl.program_id(0)
+    if program < forward_programs:
+        _forward(
+            program, p_weight, p_entry, None, None, p_keys, p_fade, p_whole, p_start, p_states,
+            None, None, T, H, GROUP, stride_kb, stride_kt, stride_kh, K, V, KP, VP, C, BV, DECAY,
+            PRECISION,
+        )  # fmt: skip
+    else:
+        _backward(
+            program - forward_programs, p_weight, p_reads, p_keys, p_fade, p_whole, p_dout, p_dend,
+            p_dstates, p_dstart, T, H, GROUP, stride_kb, stride_kt, stride_kh, stride_ob,
+            stride_ot, stride_oh, K, V, KP, VP, C, BV, DECAY, PRECISION,
+        )  # fmt: skip

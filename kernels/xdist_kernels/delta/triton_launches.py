@@ -14,7 +14,11 @@ from torch import Tensor
 
 from xdist_kernels.delta.torch import Inputs
 from xdist_kernels.delta.triton_blocks import Blocks, Sizes, blocks_of, sizes_of
-from xdist_kernels.delta.triton_chain import backward_chain_kernel, forward_chain_kernel
+from xdist_kernels.delta.triton_chain import (
+    backward_chain_kernel,
+    both_chains_kernel,
+    forward_chain_kernel,
+)
 from xdist_kernels.delta.triton_gradients import keys_kernel, writes_kernel
 from xdist_kernels.delta.triton_prepare import prepare_kernel
 from xdist_kernels.launch import launch
@@ -171,7 +175,7 @@ def forward_chain(
     end = torch.empty_like(start)
     launch(
         forward_chain_kernel,
-        size.rows * -(-size.value_dim // blocks.chain),
+        size.rows * (blocks.values // blocks.chain),
         blocks.walk,
         device=x.v.device,
         p_weight=parts.weight,
@@ -210,7 +214,7 @@ def backward_chain(
     dstart = torch.empty_like(dend)
     launch(
         backward_chain_kernel,
-        size.rows * -(-size.value_dim // blocks.chain),
+        size.rows * (blocks.values // blocks.chain),
         blocks.walk,
         device=x.v.device,
         p_weight=parts.weight,
@@ -229,6 +233,49 @@ def backward_chain(
         PRECISION=precision,
     )
     return dstart
+
+
+def both_chains(
+    x: Inputs, parts: Parts, start: Tensor, dout: Tensor, dend: Tensor, chunk: int, precision: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """States before each chunk and gradients of those behind, [R,N,KP,VP], and the gradient of
+    the state before the tile [B,H,K,V]: both chains in one launch."""
+    size, blocks = blocks_for(x, parts.weight.dtype, chunk)
+    start, dend = (y.to(torch.float32).contiguous() for y in (start, dend))
+    dstart, states = torch.empty_like(dend), states_of(x, parts, chunk)
+    dstates = torch.empty_like(states)
+    programs = size.rows * (blocks.values // blocks.chain)
+    launch(
+        both_chains_kernel,
+        2 * programs,
+        blocks.walk,
+        device=x.v.device,
+        p_weight=parts.weight,
+        p_entry=parts.entry,
+        p_reads=parts.reads,
+        p_fade=parts.fade,
+        p_whole=parts.whole,
+        p_start=start,
+        p_states=states,
+        p_dout=dout,
+        p_dend=dend,
+        p_dstates=dstates,
+        p_dstart=dstart,
+        forward_programs=programs,
+        **_keys(x, size, parts),
+        **_strides("o", dout),
+        **_dims(size, blocks),
+        BV=blocks.chain,
+        DECAY=decay_of(x),
+        PRECISION=precision,
+    )
+    return states, dstates, dstart
+
+
+def states_of(x: Inputs, parts: Parts, chunk: int) -> Tensor:
+    """Room for one state a chunk [R,N,KP,VP]."""
+    _, blocks = blocks_for(x, parts.weight.dtype, chunk)
+    return parts.weight.new_empty(*parts.weight.shape[:2], blocks.keys, blocks.values)
 
 
 class Found(NamedTuple):
