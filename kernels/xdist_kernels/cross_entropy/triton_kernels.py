@@ -76,6 +76,8 @@ def long_rows_kernel(
     o_tail = even + tl.arange(0, 16)  # [16]
     b_y = tl.load(p_label + i_t * stride_label)
     kept = b_y != ignore_index
+    # Columns to read: none of an ignored row.
+    read = kept.to(tl.int32)
     column = (b_y >= 0) & (b_y < V)
     p_row = p_x + i_t * stride_x
     o_y = b_y.to(tl.int32)
@@ -84,7 +86,7 @@ def long_rows_kernel(
 
     b_m = tl.full([BL], -1e38, tl.float32)  # [BL]
     b_s = tl.zeros([BL], tl.float32)  # [BL]
-    for i in range(tl.where(kept, blocks, 0)):
+    for i in range(blocks * read):
         o_v = i * (BU * BL) + o_u
         b_x = tl.load(p_row + o_v, mask=o_v < even, other=-float("inf")).to(tl.float32)
         b_new = tl.maximum(b_m, tl.max(b_x, 0))
@@ -93,7 +95,7 @@ def long_rows_kernel(
     m = tl.max(b_m, 0)
     if TAIL:
         m_tail = o_tail < V
-        b_t = tl.load(p_row + o_tail, mask=m_tail & kept, other=-float("inf")).to(
+        b_t = tl.load(p_row + o_tail, mask=o_tail < V * read, other=-float("inf")).to(
             tl.float32
         )  # [16]
         m = tl.maximum(m, tl.max(b_t, 0))
@@ -114,9 +116,8 @@ def long_rows_kernel(
         tl.store(p_row + o_tail, b_dt.to(p_x.dtype.element_ty), mask=m_tail)
     for i in range(blocks):
         o_v = (blocks - 1 - i) * (BU * BL) + o_u
-        m_v = o_v < even
-        b_x = tl.load(p_row + o_v, mask=m_v & kept, other=-float("inf")).to(tl.float32)
+        b_x = tl.load(p_row + o_v, mask=o_v < even * read, other=-float("inf")).to(tl.float32)
         b_one = tl.where(o_v == o_y, 1.0, 0.0)
         b_dx = (tl.exp(b_x - m) * inverse - b_one) * weight
         b_dx = tl.where(kept, b_dx, 0.0)
-        tl.store(p_row + o_v, b_dx.to(p_x.dtype.element_ty), mask=m_v)
+        tl.store(p_row + o_v, b_dx.to(p_x.dtype.element_ty), mask=o_v < even)
