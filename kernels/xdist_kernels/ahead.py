@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import functools
 import hashlib
 import importlib
 import json
@@ -108,8 +109,9 @@ def _is_kernel(value: Any) -> bool:
     return hasattr(value, "src") and hasattr(value, "__globals__")
 
 
-def _sources(kernel: Any) -> list[str]:
-    """The syntax trees of a kernel and of all that it calls here, and the constants they read."""
+@functools.cache
+def _sources(kernel: Any) -> str:
+    """The hash of a kernel's syntax tree, of those it calls here, and of constants they read."""
     found: dict[str, str] = {}
     waiting = [kernel]
     while waiting:
@@ -124,7 +126,8 @@ def _sources(kernel: Any) -> list[str]:
                 waiting.append(value)
             elif type(value).__name__ == "constexpr":
                 found[label] = repr(value.value)
-    return [f"{name}: {found[name]}" for name in sorted(found)]
+    text = "\n".join(f"{name}: {found[name]}" for name in sorted(found))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _read_by(tree: ast.AST, names: dict[str, Any]) -> Iterator[tuple[Any, str]]:

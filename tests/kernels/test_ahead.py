@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,13 +21,10 @@ TABLE = ROOT / "docs" / "kernels"
 def _kernel(source: str, **names: Any) -> Any:
     """What ahead reads of a kernel that Triton would compile."""
     name = source.split("(")[0].removeprefix("def ")
-    return SimpleNamespace(
-        src=source,
-        __globals__=names,
-        __module__="xdist_kernels.linear.triton",
-        __qualname__=name,
-        __name__=name,
-    )
+    fields = {"src": source, "__globals__": names, "__qualname__": name, "__name__": name}
+    kernel = type("Kernel", (), {})()
+    vars(kernel).update(fields, __module__="xdist_kernels.linear.triton")
+    return kernel
 
 
 def _launch(kernel: Any, **changed: Any) -> Launch:
