@@ -95,9 +95,9 @@ class _BothWays(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        none = _nothing(saved[1], saved[2])
-        grads, _ = backward_merged(*saved, none, dout, none, scale=ctx.scale)
+        q, k, v, log_decay, starts = ctx.saved_tensors
+        none = _nothing(k, v)
+        grads, _ = backward_merged(q, k, v, log_decay, starts, none, dout, none, scale=ctx.scale)
         return (*grads, None, None)
 
 
