@@ -21,7 +21,7 @@ SECOND = tl.constexpr(0x846CA68B - 2**32)
 @triton.jit
 def tanh(b_x: Arg) -> Arg:
     """tanh to about 1e-7 of its value: an odd polynomial near 0, where 1 - exp would cancel."""
-    b_far = tl.exp2((-2.0 * LOG2E) * tl.abs(b_x))
+    b_far = tl.exp2(tl.abs(b_x) * (-2.0 * LOG2E))
     b_far = (1.0 - b_far) / (1.0 + b_far)
     b_far = tl.where(b_x < 0.0, -b_far, b_far)
     m_near = tl.abs(b_x) < 0.3
