@@ -31,10 +31,9 @@ import triton.language as tl
 from torch import Tensor
 
 from xdist_kernels.attention.reference import Spans
+from xdist_kernels.attention.triton_scores import Arg
 from xdist_kernels.launch import Config, launch
 
-# A pointer, a number or a block.
-Arg = tl.tensor
 # Beyond any position; no span reaches it.
 FAR = tl.constexpr(2**62)
 FAN = 16

@@ -6,11 +6,13 @@ log-sum-exp comes back by ln(2).
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import triton
 import triton.language as tl
 
 # A pointer, a number or a block.
-Arg = tl.tensor
+Arg: TypeAlias = tl.tensor
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 # dropout.py's constants as signed words.
