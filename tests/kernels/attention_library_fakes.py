@@ -78,6 +78,9 @@ class Aten:
         self.calls.append("cudnn backward")
         assert seed.dtype == offset.dtype == torch.int64
         assert out.stride() == dout.stride()
+        # Its strides of out and dout are those that were first met with the strides of q.
+        orders = [sorted(range(4), key=x.stride().__getitem__) for x in (q, out)]
+        assert orders[0] == orders[1]
         assert lse.shape == (*q.shape[:3], 1)
         q, k, v, out, dout = (x.transpose(1, 2) for x in (q, k, v, out, dout))
         window = _cudnn_window(q, k, is_causal)

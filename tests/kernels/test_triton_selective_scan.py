@@ -72,10 +72,9 @@ def reference(
 # (batch, tokens, channels, states), document cuts; what the case is for.
 CASES: dict[str, tuple[tuple[int, int, int, int], tuple[int, ...]]] = {
     "one of everything": ((1, 1, 1, 1), (0, 1)),
-    "a tile of 3 tokens": ((2, 3, 4, 2), (0, 3)),
-    "documents within a mark's tokens": ((2, 37, 5, 3), (0, 3, 4, 8, 20, 37)),
-    "two spans, documents on their borders": ((1, 101, 3, 5), (0, 7, 64, 65, 101)),
-    "two blocks of channels": ((1, 19, 70, 2), (0, 19)),
+    "two rows": ((2, 3, 4, 3), (0, 3)),
+    "documents within a mark's tokens": ((1, 37, 5, 2), (0, 3, 4, 8, 20, 37)),
+    "two spans, documents on their borders": ((1, 70, 2, 2), (0, 7, 64, 65, 70)),
 }
 
 
@@ -111,25 +110,26 @@ def test_forward_states_and_every_gradient(case: str) -> None:
 @pytest.mark.usefixtures("poisoned")
 def test_half_precision_is_rounded_once() -> None:
     torch.manual_seed(1)
-    check((2, 70, 5, 3), (0, 30, 70), torch.float16, "float16")
+    check((1, 35, 3, 1), (0, 30, 35), torch.float16, "float16")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.usefixtures("poisoned")
 def test_more_shapes(dtype: torch.dtype) -> None:
-    """Five spans; 16 states; so many states that lanes share a channel; many batch rows."""
+    """Four spans; 16 states; so many states that lanes share a channel; two blocks of channels."""
     torch.manual_seed(2)
-    check((1, 300, 2, 1), (0, 300), dtype, "five spans")
-    check((2, 90, 33, 16), (0, 1, 89, 90), dtype, "16 states")
-    check((1, 33, 9, 100), (0, 17, 33), dtype, "100 states")
-    check((7, 20, 2, 2), (0, 20), dtype, "7 rows")
+    check((1, 230, 2, 1), (0, 230), dtype, "four spans")
+    check((1, 20, 3, 16), (0, 1, 19, 20), dtype, "16 states")
+    check((1, 3, 18, 40), (0, 2, 3), dtype, "40 states")
+    check((2, 17, 70, 1), (0, 17), dtype, "two blocks of channels")
 
 
+@pytest.mark.slow
 def test_what_is_made_ahead_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor does a batch that goes through backward in pieces; and a tile's ends are made once."""
     torch.manual_seed(3)
-    x = draw((3, 70, 2, 2), torch.float32)
+    x = draw((2, 70, 2, 1), torch.float32)
     given, state = kernel_inputs(x, torch.float32), x["state"].detach().float().unsqueeze(3)
     p = triton.prepare(*given)
     want = triton.run(p, state)
@@ -151,7 +151,7 @@ def test_what_is_made_ahead_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_the_transition_is_the_sum_of_delta() -> None:
     torch.manual_seed(4)
-    x = draw((2, 70, 3, 2), torch.float32)
+    x = draw((1, 66, 3, 2), torch.float32)
     p = triton.prepare(*kernel_inputs(x, torch.float32))
     state = x["state"].detach().float().unsqueeze(3)
     assert error(triton.transition(p), x["delta"].detach().sum(1)) < 1e-6
@@ -160,16 +160,16 @@ def test_the_transition_is_the_sum_of_delta() -> None:
     assert error(triton.advance(p, state), want.double()) < 2e-6
 
 
-@pytest.mark.parametrize("step", [0.0, 50.0, 1e4])
+@pytest.mark.parametrize("step", [0.0, 1e4])
 def test_any_step_is_stable(step: float) -> None:
     """From no decay at all to states that forget at once: nothing is divided, nothing overflows."""
     torch.manual_seed(5)
-    x = draw((1, 70, 2, 2), torch.float32)
+    x = draw((1, 20, 2, 2), torch.float32)
     with torch.no_grad():
         x["delta"].fill_(step)
         x["delta"][:, ::3] = 0.01
-    douts = torch.ones(1, 70, 2).double(), torch.zeros(1, 2, 2).double()
-    want = reference(x, (0, 70), douts)
+    douts = torch.ones(1, 20, 2).double(), torch.zeros(1, 2, 2).double()
+    want = reference(x, (0, 20), douts)
     p = triton.prepare(*kernel_inputs(x, torch.float32))
     state = x["state"].detach().float().unsqueeze(3)
     out, _ = triton.run(p, state)
@@ -178,27 +178,32 @@ def test_any_step_is_stable(step: float) -> None:
         assert error(a, want[name]) < 5e-6, name
 
 
-def test_a_nan_stays_in_its_document() -> None:
+@pytest.mark.parametrize(
+    "cuts", [(0, 17, 30, 36), pytest.param((0, 64, 90, 100), marks=pytest.mark.slow)]
+)
+def test_a_nan_stays_in_its_document(cuts: tuple[int, ...]) -> None:
+    """In the first row's second document; the state before the row is not a number, too."""
     torch.manual_seed(6)
-    x = draw((2, 100, 2, 2), torch.float32)
+    _, one, two, tokens = cuts
+    x = draw((2, tokens, 2, 1), torch.float32)
     given = kernel_inputs(x, torch.float32)
-    given[0][0, 70], given[3][0, 71] = torch.nan, torch.inf
-    state = torch.full((2, 2, 2, 1), torch.nan)
+    given[0][0, one + 4], given[3][0, one + 5] = torch.nan, torch.inf
+    state = torch.full((2, 2, 1, 1), torch.nan)
     state[1] = 0.0
-    p = triton.prepare(*given, starts_of((0, 64, 90, 100)))
+    p = triton.prepare(*given, starts_of(cuts))
     out, after = triton.run(p, state)
     dout, dstate = torch.ones_like(out), torch.ones_like(state)
     (du, *_), _ = triton.backward(p, torch.zeros_like(state), dout, dstate)
     wrong = out[0].isfinite().logical_not().any(2).any(1)
-    assert wrong[:64].all()
-    assert not wrong[64:70].any()
-    assert wrong[70:90].all()
-    assert not wrong[90:].any()
+    assert wrong[:one].all()
+    assert not wrong[one : one + 4].any()
+    assert wrong[one + 4 : two].all()
+    assert not wrong[two:].any()
     # The other row of the batch, the state behind the tile, and gradients of other documents.
     assert out[1].isfinite().all()
     assert after.isfinite().all()
-    assert du[:, :64].isfinite().all()
-    assert du[:, 90:].isfinite().all()
+    assert du[:, :one].isfinite().all()
+    assert du[:, two:].isfinite().all()
     assert du[1].isfinite().all()
 
 

@@ -136,6 +136,9 @@ def _cudnn_backward(
     q: Tensor, k: Tensor, v: Tensor, lse: Tensor, out: Tensor, dout: Tensor, plan: Sequences,
     scale: float,
 ) -> tuple[Tensor, ...]:  # fmt: skip
+    # torch keeps what it built for a backward by the strides of q, k and v alone (cudnn/MHA.cpp):
+    # out and dout must lie in the order of q's dims, as any other caller's do.
+    q = q if q.stride(1) >= q.stride(2) else q.contiguous()
     q, k, v, out, dout = (x.transpose(1, 2) for x in (q, k, v, out, dout))
     # Dropout's seed and offset, of which nothing is drawn.
     seed = torch.zeros((), dtype=torch.int64, device=q.device)
