@@ -5,7 +5,10 @@ No GPU is here: the libraries are stand-ins (attention_library_fakes.py) that kn
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import logging
+import sys
 from typing import Any
 
 import pytest
@@ -15,7 +18,7 @@ from torch import Tensor
 from tests.kernels.attention_library_fakes import HOPPER, install
 from tests.kernels.test_attention_library_masks import moved, spans_of
 from xdist_kernels import backend
-from xdist_kernels.attention import libraries, library_masks
+from xdist_kernels.attention import libraries, library_calls, library_masks
 from xdist_kernels.attention import torch as door
 from xdist_kernels.attention.library_masks import Sequences, find_sequences
 from xdist_kernels.errors import KernelError
@@ -226,6 +229,21 @@ def test_a_mask_is_read_from_the_device_once(monkeypatch: pytest.MonkeyPatch) ->
         libraries.sequences_of(made, at)
         libraries.sequences_of(made, at)
     assert len(asked) == 5
+
+
+def test_a_flash_attn_that_does_not_load_is_said_and_left_out(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    version = library_calls.flash_attn_version.__wrapped__
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "2.8.3")
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    assert version() is None
+    assert "flash-attn 2.8.3 does not load" in caplog.text
+    install(monkeypatch)
+    assert version() == (2, 8)
+    monkeypatch.undo()
+    if importlib.util.find_spec("flash_attn") is None:
+        assert version() is None
 
 
 def test_the_library_is_said_once(

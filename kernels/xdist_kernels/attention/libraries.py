@@ -19,11 +19,8 @@ only the output and the log-sum-exp. Decisions need no GPU; library_calls.py mak
 
 from __future__ import annotations
 
-import importlib.metadata
-import logging
 import threading
 import weakref
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -96,25 +93,9 @@ def here(device: torch.device) -> Here | None:
         launch.target_of(device).capability,
         cudnn,
         cuda.flash_sdp_enabled() and cuda.is_flash_attention_available(),
-        _flash_attn(),
+        library_calls.flash_attn_version(),
         torch.are_deterministic_algorithms_enabled(),
     )
-
-
-@lru_cache(maxsize=1)
-def _flash_attn() -> tuple[int, int] | None:
-    try:
-        version = importlib.metadata.version("flash-attn")
-    except importlib.metadata.PackageNotFoundError:
-        return None
-    try:
-        import flash_attn.flash_attn_interface  # noqa: F401
-    except (ImportError, OSError) as error:
-        # Built for another torch or another CUDA: said, because it was installed to be used.
-        logging.getLogger("xdist").warning("flash-attn %s does not load: %s", version, error)
-        return None
-    major, minor = version.split(".")[:2]
-    return int(major), int(minor)
 
 
 def refusal(name: str, at: Here, x: Shapes, plan: Sequences, softcap: float | None) -> str | None:

@@ -12,6 +12,9 @@ cannot load from, and backward's copies of out and dout where they are not conti
 
 from __future__ import annotations
 
+import importlib.metadata
+import logging
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -20,6 +23,23 @@ from torch import Tensor
 from xdist_kernels.attention.library_masks import Sequences
 
 _aten: Any = torch.ops.aten
+
+
+@lru_cache(maxsize=1)
+def flash_attn_version() -> tuple[int, int] | None:
+    """Of the package flash-attn; None where it is not installed or does not load."""
+    try:
+        version = importlib.metadata.version("flash-attn")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    try:
+        import flash_attn.flash_attn_interface  # noqa: F401
+    except (ImportError, OSError) as error:
+        # Built for another torch or another CUDA: said, because it was installed to be used.
+        logging.getLogger("xdist").warning("flash-attn %s does not load: %s", version, error)
+        return None
+    major, minor = version.split(".")[:2]
+    return int(major), int(minor)
 
 
 def forward(
