@@ -270,7 +270,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     for name, measured in bandwidths.items():
         table.measure("bandwidth", name, functools.partial(measured, copy_gb_s, given))
-    tokens = 80 if small else MI
+    tokens = 40 if small else MI
     sizes = (
         gpu_ops.Sizes(tokens, heads=1, key=16, value=16, state=4, channels=8)
         if small
