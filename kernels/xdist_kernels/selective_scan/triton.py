@@ -242,14 +242,18 @@ def advance(p: Prepared, state: Tensor) -> Tensor:
     return _outer(_fold(p, _ends(p), _inner(state))[1])
 
 
-def run(p: Prepared, state: Tensor) -> tuple[Tensor, Tensor]:
-    """Outputs [B,T,C,1] in the dtype of u, and the state after the tile, float32."""
+def run(p: Prepared, state: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Outputs [B,T,C,1] in the dtype of u, and the state after the tile, float32.
+
+    out: where to write the outputs, contiguous.
+    """
     first = _inner(state)
-    out = torch.empty(p.u.shape, dtype=p.u.dtype, device=p.u.device)
+    if out is None:
+        out = torch.empty((*p.u.shape, 1), dtype=p.u.dtype, device=p.u.device)
     if _spans(p).count > 1:
         first, _ = _fold(p, _ends(p), first)
     ends = _walk(p, first, out, None)
-    return out.unsqueeze(3), _outer(ends.states[:, -1])
+    return out, _outer(ends.states[:, -1])
 
 
 def adjoint(p: Prepared, dout: Tensor, dstate: Tensor) -> Tensor:
