@@ -12,9 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import xdist
+from xdist.cost.model import LOSS_COPIES, LOSS_TILE_TOKENS
 from xdist.errors import StrategyError
 from xdist.memory.answers import counting_answers
 from xdist.memory.loss import TiledCrossEntropy, sum_of_ranks
+from xdist_kernels import cross_entropy
 
 TILE = 16
 
@@ -110,6 +112,13 @@ def test_the_tile_does_not_grow_with_the_tokens(small_tiles: None) -> None:
         sizes.append(largest.nbytes)
     # One tile: gradients take the place of its logits, in whose memory the next tile's lie.
     assert sizes == [TILE * 512 * 4] * 2
+
+
+def test_a_tile_of_triton_takes_what_is_planned() -> None:
+    # Gradients take the place of logits, so one copy of a longer tile.
+    assert cross_entropy.kernels("triton").TILE_TOKENS == LOSS_COPIES * LOSS_TILE_TOKENS
+    for name in ("torch", "reference"):
+        assert cross_entropy.kernels(name).TILE_TOKENS == LOSS_TILE_TOKENS
 
 
 def test_answers_are_counted_alike(small_tiles: None) -> None:

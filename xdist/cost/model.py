@@ -84,7 +84,8 @@ LINEAR_UNITS = 22
 HEAD_DIMS_A_UNIT = 12
 ATTENTION_UNITS = 11
 WINDOW_A_UNIT = 256
-# The loss works on tiles of its own: logits, their logarithms, the gradient and a copy.
+# The loss works on tiles of its own: logits, their logarithms, the gradient and a copy; in Triton
+# on tiles of four times the tokens, in place.
 LOSS_TILE_TOKENS = 2048
 LOSS_COPIES = 4
 
