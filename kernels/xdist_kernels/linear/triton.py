@@ -25,6 +25,7 @@ from xdist_kernels.linear.triton_scan import Decays, Scan, scan
 from xdist_kernels.linear.triton_shapes import (
     LARGEST_DIM,
     cdiv,
+    chunk_tokens,
     scan_blocks,
     span_tokens,
 )
@@ -72,10 +73,15 @@ class Prepared(NamedTuple):
         """Whether every key dim has a decay of its own."""
         return self.log_decay is not None and self.log_decay.shape[3] > 1
 
+    @property
+    def chunk(self) -> int:
+        """Tokens of a chunk."""
+        return chunk_tokens(self.v, max(self.k.shape[3], self.v.shape[3]))
+
     def span(self, *, gated: bool = False) -> int:
         batch, tokens, heads, width = self.v.shape
         key_dim = self.k.shape[3]
-        one = scan_blocks(key_dim, width, self.v.dtype, target_of(self.v.device))
+        one = scan_blocks(key_dim, width, self.v, target_of(self.v.device))
         parts = cdiv(width, one.second)
         return span_tokens(tokens, batch * heads, parts, gated=gated)
 
@@ -112,7 +118,7 @@ def _weighed(p: Prepared) -> Weighed:
     if p.found.weighed is not None:
         return p.found.weighed
     assert p.log_decay is not None
-    return weigh(p.q, p.k, p.log_decay, p.ids, scale=p.scale, inner=True)
+    return weigh(p.q, p.k, p.log_decay, p.ids, scale=p.scale, chunk=p.chunk, inner=True)
 
 
 def _sums(p: Prepared, span: int, weighed: Weighed | None = None) -> Sums:
@@ -126,7 +132,7 @@ def _sums(p: Prepared, span: int, weighed: Weighed | None = None) -> Sums:
         )  # fmt: skip
     assert p.log_decay is not None
     if weighed is None:
-        weighed = weigh(None, p.k, p.log_decay, p.ids, scale=p.scale, inner=False)
+        weighed = weigh(None, p.k, p.log_decay, p.ids, scale=p.scale, chunk=p.chunk, inner=False)
     assert weighed.k is not None
     return sums_of(
         weighed.k, p.v, None, weighed.totals, p.ids,
@@ -143,7 +149,7 @@ def _dsums(p: Prepared, dout: Tensor, span: int, weighed: Weighed | None = None)
         )  # fmt: skip
     assert p.log_decay is not None
     if weighed is None:
-        weighed = weigh(p.q, None, p.log_decay, p.ids, scale=p.scale, inner=False)
+        weighed = weigh(p.q, None, p.log_decay, p.ids, scale=p.scale, chunk=p.chunk, inner=False)
     assert weighed.q is not None
     return sums_of(
         weighed.q, dout, None, weighed.totals, p.ids,

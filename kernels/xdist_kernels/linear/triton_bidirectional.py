@@ -21,8 +21,8 @@ from torch import Tensor
 from xdist_kernels.launch import launch, target_of
 from xdist_kernels.linear.triton_chunk import LOG2_E, load_rows
 from xdist_kernels.linear.triton_shapes import (
-    CHUNK_TOKENS,
     cdiv,
+    chunk_tokens,
     precision,
     scan_blocks,
     sum_blocks,
@@ -311,8 +311,8 @@ def sums_both(
     """What the spans add to S and to R (adjoint: to their gradients, times scale)."""
     batch, tokens, _, first = x.shape
     second = y.shape[3]
-    spans = cdiv(tokens, SPAN_TOKENS)
-    blocks = sum_blocks(first, second, x.dtype, target_of(x.device), accumulators=2)
+    spans, chunk = cdiv(tokens, SPAN_TOKENS), chunk_tokens(x, max(first, second))
+    blocks = sum_blocks(first, second, x, target_of(x.device), accumulators=2)
     shape = (batch, heads, spans, first, second)
     sums, mirrored = (torch.empty(shape, dtype=torch.float32, device=x.device) for _ in range(2))
     logs = mirrored_logs = None
@@ -328,7 +328,7 @@ def sums_both(
         x_b=x_b, x_t=x_t, x_h=x_h, x_group=x_group,
         y_b=y_b, y_t=y_t, y_h=y_h, y_group=y_group,
         T=tokens, H=heads, span=SPAN_TOKENS, spans=spans, scale=scale,
-        D1=first, D2=second, BT=CHUNK_TOKENS, BD1=blocks.first, BD2=blocks.second,
+        D1=first, D2=second, BT=chunk, BD1=blocks.first, BD2=blocks.second,
         ADJOINT=adjoint, PRECISION=precision(x),
     )  # fmt: skip
     return Sums(sums, logs, SPAN_TOKENS), Sums(mirrored, mirrored_logs, SPAN_TOKENS)
@@ -359,8 +359,8 @@ def scans_both(
     x, y, z, states, mirrored, adjoint, transposed = what
     batch, tokens, _, first = x.shape
     second = z.shape[3]
-    spans = cdiv(tokens, SPAN_TOKENS)
-    blocks = scan_blocks(first, second, x.dtype, target_of(x.device))
+    spans, chunk = cdiv(tokens, SPAN_TOKENS), chunk_tokens(x, max(first, second))
+    blocks = scan_blocks(first, second, x, target_of(x.device))
     parts = cdiv(second, blocks.second)
     out = torch.empty((batch, tokens, heads, second), dtype=z.dtype, device=z.device)
     own = None
@@ -373,7 +373,7 @@ def scans_both(
     y_b, y_t, y_h, y_group = strides(y, heads)
     z_b, z_t, z_h, z_group = strides(z, heads)
     launch(
-        scan_both, batch * heads * spans * parts * (SPAN_TOKENS // CHUNK_TOKENS), blocks.config,
+        scan_both, batch * heads * spans * parts * (SPAN_TOKENS // chunk), blocks.config,
         device=x.device, x=x, y=y, z=z, r=rows, c=decay.c, e=decay.e, ids=ids,
         states=states, mirrored=mirrored, out=out, own=own,
         x_b=x_b, x_t=x_t, x_h=x_h, x_group=x_group,
@@ -382,7 +382,7 @@ def scans_both(
         r_b=r_b, r_t=r_t, r_h=r_h, r_group=r_group,
         out_b=out.stride(0), out_t=out.stride(1), out_h=out.stride(2),
         B=batch, T=tokens, H=heads, span=SPAN_TOKENS, spans=spans, scale=scale,
-        D1=first, D2=second, BT=CHUNK_TOKENS, BD1=blocks.first, BD2=blocks.second,
+        D1=first, D2=second, BT=chunk, BD1=blocks.first, BD2=blocks.second,
         TRANSPOSED=transposed, ADJOINT=adjoint, PRECISION=precision(x),
     )  # fmt: skip
     return out, own

@@ -88,5 +88,5 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
     """(name, a call to be made under `recording`)."""
     for case in _listed():
         yield case.name, partial(_tile, case)
-        if case.decay != "diagonal" and not case.lone:
+        if case.decay != "diagonal" and case.group == 1 and not case.lone:
             yield f"both ends, {case.name}", partial(_both, case)

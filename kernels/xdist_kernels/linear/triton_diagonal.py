@@ -15,19 +15,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from xdist_kernels.launch import launch, target_of
+from xdist_kernels.launch import launch
 from xdist_kernels.linear.triton_chunk import LOG2_E, load_documents, load_rows
 from xdist_kernels.linear.triton_shapes import (
-    CHUNK_TOKENS,
     cdiv,
+    chunk_tokens,
     gradient_blocks,
     key_blocks,
     precision,
 )
 from xdist_kernels.linear.triton_states import strides
-
-# Halvings of a chunk down to single tokens.
-LEVELS = CHUNK_TOKENS.bit_length() - 1
 
 
 class Weighed(NamedTuple):
@@ -299,24 +296,25 @@ def weigh(
     ids: Tensor | None,
     *,
     scale: float,
+    chunk: int,
     inner: bool,
 ) -> Weighed:
     """Queries and keys [B,T,Hk,K] weighed by log_decay [B,T,H,K], each where it is given.
 
-    inner: also what is inside chunks; needs both.
+    chunk: tokens of one; inner: also what is inside chunks; needs both.
     """
     like = q if q is not None else k
     assert like is not None
     batch, tokens, heads, key_dim = log_decay.shape
-    chunks = cdiv(tokens, CHUNK_TOKENS)
+    chunks = cdiv(tokens, chunk)
     totals = torch.empty((batch, heads, chunks, key_dim), dtype=torch.float32, device=like.device)
     found = [None if x is None else torch.empty(
         log_decay.shape, dtype=x.dtype, device=x.device
     ) for x in (q, k)]  # fmt: skip
     scores = None
     if inner:
-        scores = like.new_empty((batch, heads, chunks, CHUNK_TOKENS, CHUNK_TOKENS))
-    blocks = key_blocks(key_dim, like.dtype)
+        scores = like.new_empty((batch, heads, chunks, chunk, chunk))
+    blocks = key_blocks(key_dim, like)
     q_b, q_t, q_h, q_group = strides(like if q is None else q, heads)
     k_b, k_t, k_h, k_group = strides(like if k is None else k, heads)
     launch(
@@ -325,8 +323,8 @@ def weigh(
         inner=scores, q_b=q_b, q_t=q_t, q_h=q_h, q_group=q_group,
         k_b=k_b, k_t=k_t, k_h=k_h, k_group=k_group,
         g_b=log_decay.stride(0), g_t=log_decay.stride(1), g_h=log_decay.stride(2),
-        T=tokens, H=heads, scale=scale, K=key_dim, BT=CHUNK_TOKENS, BK=blocks.first,
-        LEVELS=LEVELS, PRECISION=precision(like),
+        T=tokens, H=heads, scale=scale, K=key_dim, BT=chunk, BK=blocks.first,
+        LEVELS=chunk.bit_length() - 1, PRECISION=precision(like),
     )  # fmt: skip
     return Weighed(found[0], found[1], totals, scores)
 
@@ -352,7 +350,7 @@ def gradients(
     batch, tokens, heads, key_dim = log_decay.shape
     width = v.shape[3]
     spans = cdiv(tokens, span)
-    blocks = gradient_blocks(key_dim, width, q.dtype, target_of(q.device))
+    blocks, chunk = gradient_blocks(key_dim, width, q), chunk_tokens(q, max(key_dim, width))
     dq, dk = (torch.empty(log_decay.shape, dtype=q.dtype, device=q.device) for _ in range(2))
     dg = torch.empty(log_decay.shape, dtype=torch.float32, device=q.device)
     q_b, q_t, q_h, q_group = strides(q, heads)
@@ -367,6 +365,7 @@ def gradients(
         v_b=v_b, v_t=v_t, v_h=v_h, v_group=v_group, d_b=d_b, d_t=d_t, d_h=d_h, d_group=d_group,
         g_b=log_decay.stride(0), g_t=log_decay.stride(1), g_h=log_decay.stride(2),
         T=tokens, H=heads, span=span, spans=spans, scale=scale, K=key_dim, V=width,
-        BT=CHUNK_TOKENS, BK=blocks.first, BV=blocks.second, LEVELS=LEVELS, PRECISION=precision(q),
+        BT=chunk, BK=blocks.first, BV=blocks.second, LEVELS=chunk.bit_length() - 1,
+        PRECISION=precision(q),
     )  # fmt: skip
     return dq, dk, dg

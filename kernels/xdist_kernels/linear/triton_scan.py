@@ -23,7 +23,7 @@ from torch import Tensor
 
 from xdist_kernels.launch import launch, target_of
 from xdist_kernels.linear.triton_chunk import load_rows, row_decays
-from xdist_kernels.linear.triton_shapes import CHUNK_TOKENS, cdiv, precision, scan_blocks
+from xdist_kernels.linear.triton_shapes import cdiv, chunk_tokens, precision, scan_blocks
 from xdist_kernels.linear.triton_states import strides
 
 
@@ -206,7 +206,7 @@ def scan(
     batch, tokens, _, first = x.shape
     second = z.shape[3]
     spans = cdiv(tokens, span)
-    blocks = scan_blocks(first, second, x.dtype, target_of(x.device))
+    blocks = scan_blocks(first, second, x, target_of(x.device))
     parts = cdiv(second, blocks.second)
     if out is None:
         out = torch.empty((batch, tokens, heads, second), dtype=z.dtype, device=z.device)
@@ -234,7 +234,8 @@ def scan(
         out_b=out.stride(0), out_t=out.stride(1), out_h=out.stride(2),
         g_b=g_b, g_t=g_t, g_h=g_h, B=batch, T=tokens, H=heads, span=span, spans=spans,
         borders=1 if lone else spans + 1, shift=int(reverse and not lone), scale=scale,
-        D1=first, D2=second, BT=CHUNK_TOKENS, BD1=blocks.first, BD2=blocks.second,
+        D1=first, D2=second, BT=chunk_tokens(x, max(first, second)),
+        BD1=blocks.first, BD2=blocks.second,
         DECAY=decays.kind, TRANSPOSED=transposed, REVERSE=reverse, PRECISION=precision(x),
     )  # fmt: skip
     return out, own

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from xdist_kernels.launch import Config, Target
 
-# Tokens of a chunk: rows of the matrix products inside it.
+# Tokens of a chunk at most: rows of the matrix products inside it. Spans are multiples of it.
 CHUNK_TOKENS = 64
 # Tokens of a span, whose states are kept while a tile is worked on: at least, and at most where
 # gradients of decays are summed along it (rounding piles up with its length).
@@ -41,6 +41,17 @@ def precision(x: Tensor) -> str:
     return "ieee" if x.dtype == torch.float32 else "tf32"
 
 
+def chunk_tokens(x: Tensor, largest_dim: int) -> int:
+    """Tokens of a chunk of x; largest_dim: of keys and values.
+
+    Products in full float32 are spelled out, instruction by instruction: large ones would take
+    minutes to compile and live in local memory.
+    """
+    if x.dtype != torch.float32:
+        return CHUNK_TOKENS
+    return 32 if largest_dim <= 128 else 16
+
+
 def span_tokens(tokens: int, rows: int, blocks: int, *, gated: bool = False) -> int:
     """Tokens that one program goes through in order; a multiple of CHUNK_TOKENS.
 
@@ -61,38 +72,38 @@ def _stages(block_bytes: int, fixed_bytes: int, target: Target) -> int:
 
 
 def sum_blocks(
-    first: int, second: int, dtype: torch.dtype, target: Target, *, accumulators: int = 1
+    first: int, second: int, x: Tensor, target: Target, *, accumulators: int = 1
 ) -> Blocks:
     """Of `sum_spans` and `sum_both`: sums of outer products [first, second]."""
-    width = 4 if dtype == torch.float32 else 2
+    width, chunk = x.element_size(), chunk_tokens(x, max(first, second))
     most = 64 if width == 4 else 128
     one, two = min(padded(first), most // accumulators), min(padded(second), 64)
-    loaded = CHUNK_TOKENS * (one + two) * width
+    loaded = chunk * (one + two) * width
     warps = 4 if one * two >= 2048 else 2
     return Blocks(one, two, Config(warps, _stages(loaded, loaded, target)))
 
 
-def scan_blocks(first: int, second: int, dtype: torch.dtype, target: Target) -> Blocks:
-    """Of `scan_spans`: a state [all of first, a block of second]."""
-    width = 4 if dtype == torch.float32 else 2
+def scan_blocks(first: int, second: int, x: Tensor, target: Target) -> Blocks:
+    """Of `scan_spans` and `scan_both`: a state [all of first, a block of second]."""
+    width, chunk = x.element_size(), chunk_tokens(x, max(first, second))
     one = padded(first)
     most = 16 if width == 4 and one > 128 else 32 if width == 4 or one > 128 else 64
     two = min(padded(second), most)
-    loaded = CHUNK_TOKENS * (2 * one + two) * width
-    fixed = (one * two + CHUNK_TOKENS * CHUNK_TOKENS + CHUNK_TOKENS * two) * width
+    loaded = chunk * (2 * one + two) * width
+    fixed = (one * two + chunk * chunk + chunk * two) * width
     warps = 4 if one * two >= 2048 else 2
     return Blocks(one, two, Config(warps, _stages(loaded, fixed, target)))
 
 
-def key_blocks(first: int, dtype: torch.dtype) -> Blocks:
+def key_blocks(first: int, x: Tensor) -> Blocks:
     """Of `weigh_chunks`: key dims at once."""
-    one = min(padded(first), 32 if dtype == torch.float32 else 64)
+    one = min(padded(first), 32 if x.dtype == torch.float32 else 64)
     return Blocks(one, one, Config(4, 1))
 
 
-def gradient_blocks(first: int, second: int, dtype: torch.dtype, target: Target) -> Blocks:
+def gradient_blocks(first: int, second: int, x: Tensor) -> Blocks:
     """Of `gradients_of_keys`: a state [a block of first, all of second]."""
     two = padded(second)
-    most = 64 if dtype != torch.float32 else 16 if two > 128 else 32
+    most = 64 if x.dtype != torch.float32 else 16 if two > 128 else 32
     one = min(padded(first), most)
     return Blocks(one, two, Config(8 if one * two >= 4096 else 4, 1))

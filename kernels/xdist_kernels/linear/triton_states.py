@@ -16,8 +16,8 @@ from torch import Tensor
 from xdist_kernels.launch import Config, launch, target_of
 from xdist_kernels.linear.triton_chunk import load_rows, row_decays
 from xdist_kernels.linear.triton_shapes import (
-    CHUNK_TOKENS,
     cdiv,
+    chunk_tokens,
     padded,
     precision,
     sum_blocks,
@@ -199,7 +199,7 @@ def sums_of(
     batch, tokens, _, first = x.shape
     second = y.shape[3]
     spans = cdiv(tokens, span)
-    blocks = sum_blocks(first, second, x.dtype, target_of(x.device))
+    blocks = sum_blocks(first, second, x, target_of(x.device))
     entries = torch.empty(
         (batch, heads, spans, first, second), dtype=torch.float32, device=x.device
     )
@@ -219,7 +219,8 @@ def sums_of(
         x_b=x_b, x_t=x_t, x_h=x_h, x_group=x_group,
         y_b=y_b, y_t=y_t, y_h=y_h, y_group=y_group,
         g_b=g_b, g_t=g_t, g_h=g_h, T=tokens, H=heads, span=span, spans=spans, scale=scale,
-        D1=first, D2=second, BT=CHUNK_TOKENS, BD1=blocks.first, BD2=blocks.second,
+        D1=first, D2=second, BT=chunk_tokens(x, max(first, second)),
+        BD1=blocks.first, BD2=blocks.second,
         REVERSE=reverse, PRECISION=precision(x),
     )  # fmt: skip
     return Sums(entries, logs, span)
