@@ -182,6 +182,25 @@ def test_both_directions_are_summed_in_one_pass(
         assert relative_error(found, exact) < 2e-6
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("order", [(1, 0), (1,)], ids=["sequence", "rows"])
+def test_a_grid_is_scanned_by_triton(order: tuple[int, ...]) -> None:
+    """Both directions, whose gradients are added, as by torch in float64."""
+    torch.manual_seed(0)
+    given = [drawn(B, 3, 4, H, D) for _ in range(3)]
+
+    def outputs(tensors: list[Tensor], kernels: str) -> list[Tensor]:
+        inputs = dict(zip("qkv", tensors, strict=True))
+        first, second = xdist.grid_scan(
+            xdist.linear_attention, inputs, order=order, reverse="both", backend=kernels
+        )
+        return [first, second, *torch.autograd.grad((first * second).sum(), tensors)]
+
+    narrow = [x.detach().float().requires_grad_() for x in given]
+    for found, want in zip(outputs(narrow, "triton"), outputs(given, "torch"), strict=True):
+        assert relative_error(found, want) < 2e-6
+
+
 def test_states_have_no_sum() -> None:
     given = {"q": tokens(), "k": tokens(), "v": tokens(), "output_final_state": True}
     with pytest.raises(ShapeError, match="adds outputs"):
