@@ -91,7 +91,7 @@ def scan_blocks(first: int, second: int, x: Tensor, target: Target) -> Blocks:
     two = min(padded(second), most)
     loaded = chunk * (2 * one + two) * width
     fixed = (one * two + chunk * chunk + chunk * two) * width
-    warps = 4 if one * two >= 2048 else 2
+    warps = 8 if one > 128 else 4 if one * two >= 2048 else 2
     return Blocks(one, two, Config(warps, _stages(loaded, fixed, target)))
 
 
@@ -104,6 +104,5 @@ def key_blocks(first: int, x: Tensor) -> Blocks:
 def gradient_blocks(first: int, second: int, x: Tensor) -> Blocks:
     """Of `gradients_of_keys`: a state [a block of first, all of second]."""
     two = padded(second)
-    most = 64 if x.dtype != torch.float32 else 16 if two > 128 else 32
-    one = min(padded(first), most)
+    one = min(padded(first), 64 >> int(x.dtype == torch.float32) >> int(two > 128))
     return Blocks(one, two, Config(8 if one * two >= 4096 else 4, 1))
