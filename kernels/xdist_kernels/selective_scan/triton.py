@@ -76,7 +76,7 @@ class _Spans(NamedTuple):
 
     states: int  # N filled up to a power of two
     channels: int  # of a program
-    count: int
+    number: int
     tokens: int  # of a span, a multiple of MARK_TOKENS
 
 
@@ -101,8 +101,8 @@ def prepare(
     exponents = A.to(torch.float32).t().contiguous() * (1 / math.log(2.0))
     if starts is not None:
         starts = _filled(starts.view(1, -1, 1), torch.uint8).view(-1)
-    by_state = (_filled(x.squeeze(2), torch.float32) for x in (B, C))
-    return Prepared(_rows(u), _rows(delta), exponents, *by_state, starts, [])
+    B, C = (_filled(x.squeeze(2), torch.float32) for x in (B, C))
+    return Prepared(_rows(u), _rows(delta), exponents, B, C, starts, [])
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -140,7 +140,7 @@ def _sizes(p: Prepared, spans: _Spans) -> dict[str, int]:
     """Arguments that both walks take."""
     _, tokens, channels = p.u.shape
     return {
-        "T": tokens, "channels": channels, "spans": spans.count, "span": spans.tokens,
+        "T": tokens, "channels": channels, "spans": spans.number, "span": spans.tokens,
         "N": p.exponents.shape[0], "BN": spans.states, "BC": spans.channels, "BT": MARK_TOKENS,
         "BG": LOADED_ROWS,
     }  # fmt: skip
@@ -148,12 +148,12 @@ def _sizes(p: Prepared, spans: _Spans) -> dict[str, int]:
 
 def _programs(p: Prepared, spans: _Spans) -> int:
     batch, _, channels = p.u.shape
-    return batch * spans.count * _cdiv(channels, spans.channels)
+    return batch * spans.number * _cdiv(channels, spans.channels)
 
 
 def _new_ends(p: Prepared, spans: _Spans) -> Ends:
     batch, _, channels = p.u.shape
-    states, size = p.exponents.shape[0], (batch, spans.count)
+    states, size = p.exponents.shape[0], (batch, spans.number)
     made = p.exponents.new_empty(*size, states, channels)
     return Ends(made, p.exponents.new_empty(*size, channels))
 
@@ -232,7 +232,7 @@ def transition(p: Prepared) -> Tensor:
 
 def ahead(p: Prepared) -> Prepared:
     """With what every span makes of the zero state, where there are several."""
-    if _spans(p).count > 1:
+    if _spans(p).number > 1:
         _ends(p)
     return p
 
@@ -250,7 +250,7 @@ def run(p: Prepared, state: Tensor, out: Tensor | None = None) -> tuple[Tensor, 
     first = _inner(state)
     if out is None:
         out = torch.empty((*p.u.shape, 1), dtype=p.u.dtype, device=p.u.device)
-    if _spans(p).count > 1:
+    if _spans(p).number > 1:
         first, _ = _fold(p, _ends(p), first)
     ends = _walk(p, first, out, None)
     return out, _outer(ends.states[:, -1])
@@ -330,7 +330,7 @@ def _gradients(
         p_starts=p.starts, p_borders=borders, p_marks=marks.states, p_reach=marks.reach, p_du=du,
         p_ddelta=ddelta, p_dBC=parts, u_b=p.u.stride(0), u_t=p.u.stride(1),
         delta_b=p.delta.stride(0), delta_t=p.delta.stride(1), dout_b=dout.stride(0),
-        dout_t=dout.stride(1), batch=batch, T=tokens, channels=channels, spans=spans.count,
+        dout_t=dout.stride(1), batch=batch, T=tokens, channels=channels, spans=spans.number,
         span=spans.tokens, N=states, BT=MARK_TOKENS, BC=GRADIENT_CHANNELS, PER=CHANNELS_A_THREAD,
     )  # fmt: skip
     return parts.sum(1)
