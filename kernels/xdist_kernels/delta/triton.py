@@ -30,7 +30,8 @@ from xdist_kernels.delta.triton_blocks import MOST_KEY_DIMS
 from xdist_kernels.delta.triton_launches import Parts, Wanted
 from xdist_kernels.errors import KernelError
 
-CHUNK_TOKENS = 64
+# Tokens of a chunk, and of one whose products no tensor core takes: fewer of them fit in registers.
+CHUNK_TOKENS, PLAIN_CHUNK_TOKENS = 64, 32
 # Tokens of a tile, of which one state is kept: enough programs for any number of heads.
 TILE_TOKENS = 32768
 PRECISIONS = ("ieee", "tf32x3")
@@ -40,7 +41,7 @@ class Tile(NamedTuple):
     """A tile as it was given: each function makes the parts it needs, in its precision."""
 
     inputs: Inputs
-    chunk: int
+    chunk: int | None
     precision: str
 
 
@@ -85,18 +86,19 @@ def prepare(
     scale: float,
     starts: Tensor | None = None,
     *,
-    chunk: int = CHUNK_TOKENS,
+    chunk: int | None = None,
     precision: str = "ieee",
 ) -> Tile:
     """A tile of T >= 1 tokens; starts nothing yet.
 
     starts: bool [T], True where a document starts inside the tile, never at its first token.
-    chunk: 16, 32, 64 or 128. precision: "ieee" or "tf32x3", of float32 products.
+    chunk: 16, 32, 64 or 128; None: by the products. precision: "ieee" or "tf32x3", of those of
+    float32.
 
     Raises:
         KernelError: another chunk or precision.
     """
-    if chunk not in (16, 32, 64, 128) or precision not in PRECISIONS:
+    if chunk not in (None, 16, 32, 64, 128) or precision not in PRECISIONS:
         raise KernelError(
             f"chunk {chunk} and precision {precision!r} were asked for\n"
             f"a chunk has 16, 32, 64 or 128 tokens, products are taken in {' or '.join(PRECISIONS)}"
@@ -119,7 +121,9 @@ def _narrow(x: Inputs) -> torch.dtype:
 
 
 def _parts(p: Tile, operand: torch.dtype, **wanted: bool) -> Parts:
-    return launches.prepare(p.inputs, operand, p.chunk, p.precision, Wanted(**wanted))
+    plain = operand == torch.float32 and p.precision == "ieee"
+    chunk = p.chunk or (PLAIN_CHUNK_TOKENS if plain else CHUNK_TOKENS)
+    return launches.prepare(p.inputs, operand, chunk, p.precision, Wanted(**wanted))
 
 
 def transition(p: Tile) -> Tensor:
@@ -128,13 +132,13 @@ def transition(p: Tile) -> Tensor:
     key_dim = p.inputs.k.shape[3]
     one = torch.eye(key_dim, device=p.inputs.v.device).expand(batch, heads, -1, -1)
     parts = _parts(p, torch.float32)
-    return launches.forward_chain(p.inputs, parts, one, p.chunk, p.precision)
+    return launches.forward_chain(p.inputs, parts, one, p.precision)
 
 
 def advance(p: Tile, state: Tensor) -> Tensor:
     """The state after the tile [B,H,K,V] from the one before it, in float32 throughout."""
     parts = _parts(p, torch.float32, entry=True)
-    return launches.forward_chain(p.inputs, parts, state, p.chunk, p.precision)
+    return launches.forward_chain(p.inputs, parts, state, p.precision)
 
 
 def ahead(p: Tile) -> Ahead:
@@ -142,19 +146,22 @@ def ahead(p: Tile) -> Ahead:
     return Ahead(p, _parts(p, _narrow(p.inputs), entry=True, reads=True, own=True))
 
 
-def run(p: Tile | Ahead, state: Tensor) -> tuple[Tensor, Tensor]:
-    """out [B,T,H,V] in the dtype of v, and the state after the tile [B,H,K,V]."""
+def run(p: Tile | Ahead, state: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """out [B,T,H,V] in the dtype of v, and the state after the tile [B,H,K,V].
+
+    out: where to write the outputs, contiguous.
+    """
     tile, parts = p if isinstance(p, Ahead) else ahead(p)
-    out = torch.empty(tile.inputs.v.shape, dtype=tile.inputs.v.dtype, device=state.device)
-    chunk, precision = tile.chunk, tile.precision
-    return out, launches.forward_chain(tile.inputs, parts, state, chunk, precision, out=out)
+    if out is None:
+        out = torch.empty(tile.inputs.v.shape, dtype=tile.inputs.v.dtype, device=state.device)
+    return out, launches.forward_chain(tile.inputs, parts, state, tile.precision, out=out)
 
 
 def adjoint(p: Tile, dout: Tensor, dstate: Tensor) -> Tensor:
     """Gradient of the state before the tile, from those of its outputs [B,T,H,V] and of the state
     after it [B,H,K,V], in float32 throughout."""
     parts = _parts(p, torch.float32, reads=True)
-    return launches.backward_chain(p.inputs, parts, _rows(dout), dstate, p.chunk, p.precision)
+    return launches.backward_chain(p.inputs, parts, _rows(dout), dstate, p.precision)
 
 
 def _saved(p: Tile) -> Parts:
@@ -164,8 +171,8 @@ def _saved(p: Tile) -> Parts:
 def backward_ahead(p: Tile, state: Tensor, dout: Tensor) -> Ready:
     """All of a tile's backward pass before the chain back; state: the one before the tile."""
     parts = _saved(p)
-    states = launches.states_of(p.inputs, parts, p.chunk)
-    launches.forward_chain(p.inputs, parts, state, p.chunk, p.precision, states=states)
+    states = launches.states_of(p.inputs, parts)
+    launches.forward_chain(p.inputs, parts, state, p.precision, states=states)
     return Ready(p, parts, states)
 
 
@@ -179,20 +186,18 @@ def backward(
     """
     dout = _rows(dout)
     if isinstance(p, Ready):
-        (x, chunk, precision), parts, states = p
+        (x, _, precision), parts, states = p
         dstates = torch.empty_like(states)
-        before = launches.backward_chain(x, parts, dout, dstate, chunk, precision, dstates=dstates)
+        before = launches.backward_chain(x, parts, dout, dstate, precision, dstates=dstates)
     else:
-        (x, chunk, precision), parts = p, _saved(p)
-        states, dstates, before = launches.both_chains(
-            x, parts, state, dout, dstate, chunk, precision
-        )
+        (x, _, precision), parts = p, _saved(p)
+        states, dstates, before = launches.both_chains(x, parts, state, dout, dstate, precision)
     shared = x.k.shape[2] != x.v.shape[2]
     wide = torch.float32
     dtypes = (x.q.dtype, x.k.dtype, x.v.dtype) if narrow else (wide, wide, wide)
     if shared:
         dtypes = (wide, wide, dtypes[2])
-    found = launches.gradients(x, parts, states, dstates, dout, chunk, precision, dtypes)
+    found = launches.gradients(x, parts, states, dstates, dout, precision, dtypes)
     dq, dk = found.dq, found.dk
     if shared:
         dq, dk = (y.unflatten(2, (x.k.shape[2], -1)).sum(3) for y in (dq, dk))

@@ -36,12 +36,14 @@ class Sizes(NamedTuple):
 
 class Blocks(NamedTuple):
     """chunk: its tokens. keys, values: dims filled up to whole blocks. block: key and value dims
-    of a block of the kernels that have no state; chain: value dims of one that has."""
+    of a block of the kernels that have no state (writes_values: value dims of `writes_kernel`);
+    chain: value dims of one that has."""
 
     chunk: int
     keys: int
     values: int
     block: int
+    writes_values: int
     chain: int
     prepare: Config
     walk: Config
@@ -80,14 +82,20 @@ def blocks_of(
     if wide and keys > 128:
         chain = 16
     side = max(block, chain)
+    # A chunk takes less time than memory takes to answer: two more are under way where they fit.
+    ahead = 3 if hopper and keys <= 128 and chain <= 32 else 2
+    if wide or (keys > 128 and not hopper):
+        ahead = 1
     return Blocks(
         chunk,
         keys,
         -(-size.value_dim // side) * side,
         block,
+        min(block, 32),
         chain,
-        prepare=Config(4, 1 if wide else 2),
-        walk=Config(4, 1 if wide or (keys > 128 and not hopper) else 2),
-        writes=Config(8, 1),
-        grads=Config(4, 1 if wide else 2),
+        # Tiles [64, 64] in float32 take half of the registers of four warps, and prepare has six.
+        prepare=Config(4 if wide else 8, 1 if wide else 2),
+        walk=Config(4, ahead),
+        writes=Config(4 if wide else 8, 1),
+        grads=Config(8 if diagonal and not wide else 4, 1 if wide else 2),
     )

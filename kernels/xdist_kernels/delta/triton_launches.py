@@ -42,6 +42,11 @@ class Parts(NamedTuple):
     lows: Tensor | None
     inverse: Tensor | None
 
+    @property
+    def chunk(self) -> int:
+        """Tokens of a chunk."""
+        return self.weight.shape[2]
+
 
 class Wanted(NamedTuple):
     """Which of the parts."""
@@ -158,7 +163,6 @@ def forward_chain(
     x: Inputs,
     parts: Parts,
     start: Tensor,
-    chunk: int,
     precision: str,
     *,
     out: Tensor | None = None,
@@ -166,11 +170,11 @@ def forward_chain(
 ) -> Tensor:
     """The state after a tile [B,H,K,W] from `start` of that shape; W need not be V where the parts
     have no entry. out [B,T,H,V] and states [R,N,KP,VP] are written where given."""
-    size, blocks = blocks_for(x, parts.weight.dtype, chunk)
+    size, blocks = blocks_for(x, parts.weight.dtype, parts.chunk)
     if parts.entry is None:
         size = size._replace(value_dim=start.shape[3])
         diagonal = parts.keys is not None
-        blocks = blocks_of(size, parts.weight.dtype, x.v.device, chunk, diagonal=diagonal)
+        blocks = blocks_of(size, parts.weight.dtype, x.v.device, parts.chunk, diagonal=diagonal)
     start = start.to(torch.float32).contiguous()
     end = torch.empty_like(start)
     launch(
@@ -202,14 +206,13 @@ def backward_chain(
     parts: Parts,
     dout: Tensor,
     dend: Tensor,
-    chunk: int,
     precision: str,
     *,
     dstates: Tensor | None = None,
 ) -> Tensor:
     """The gradient of the state before a tile [B,H,K,V]; dstates [R,N,KP,VP] is written where
     given."""
-    size, blocks = blocks_for(x, parts.weight.dtype, chunk)
+    size, blocks = blocks_for(x, parts.weight.dtype, parts.chunk)
     dend = dend.to(torch.float32).contiguous()
     dstart = torch.empty_like(dend)
     launch(
@@ -236,13 +239,13 @@ def backward_chain(
 
 
 def both_chains(
-    x: Inputs, parts: Parts, start: Tensor, dout: Tensor, dend: Tensor, chunk: int, precision: str
+    x: Inputs, parts: Parts, start: Tensor, dout: Tensor, dend: Tensor, precision: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """States before each chunk and gradients of those behind, [R,N,KP,VP], and the gradient of
     the state before the tile [B,H,K,V]: both chains in one launch."""
-    size, blocks = blocks_for(x, parts.weight.dtype, chunk)
+    size, blocks = blocks_for(x, parts.weight.dtype, parts.chunk)
     start, dend = (y.to(torch.float32).contiguous() for y in (start, dend))
-    dstart, states = torch.empty_like(dend), states_of(x, parts, chunk)
+    dstart, states = torch.empty_like(dend), states_of(x, parts)
     dstates = torch.empty_like(states)
     programs = size.rows * (blocks.values // blocks.chain)
     launch(
@@ -272,9 +275,9 @@ def both_chains(
     return states, dstates, dstart
 
 
-def states_of(x: Inputs, parts: Parts, chunk: int) -> Tensor:
+def states_of(x: Inputs, parts: Parts) -> Tensor:
     """Room for one state a chunk [R,N,KP,VP]."""
-    _, blocks = blocks_for(x, parts.weight.dtype, chunk)
+    _, blocks = blocks_for(x, parts.weight.dtype, parts.chunk)
     return parts.weight.new_empty(*parts.weight.shape[:2], blocks.keys, blocks.values)
 
 
@@ -294,12 +297,11 @@ def gradients(
     states: Tensor,
     dstates: Tensor,
     dout: Tensor,
-    chunk: int,
     precision: str,
     dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
 ) -> Found:
     """Gradients of a tile's inputs, those of q, k and v in `dtypes`."""
-    size, blocks = blocks_for(x, parts.weight.dtype, chunk)
+    size, blocks = blocks_for(x, parts.weight.dtype, parts.chunk)
     decay, device = decay_of(x), x.v.device
     tokens = (size.batch, size.tokens, size.heads)
     gated = x.log_decay is not None
@@ -340,8 +342,6 @@ def gradients(
         **_strides("o", dout),
         **_strides("g", x.log_decay),
         **_dims(size, blocks),
-        "BK": blocks.block,
-        "BV": blocks.block,
         "DECAY": decay,
         "PRECISION": precision,
     }
@@ -363,6 +363,8 @@ def gradients(
         p_dbeta=found.dbeta,
         **_strides("v", x.v),
         **_strides("b", x.beta),
+        BK=blocks.block,
+        BV=blocks.writes_values,
         **given,
     )
     launch(
@@ -374,6 +376,8 @@ def gradients(
         p_dq=found.dq,
         p_dk=found.dk,
         LEVELS=blocks.levels,
+        BK=blocks.block,
+        BV=blocks.block,
         **given,
     )
     return found
