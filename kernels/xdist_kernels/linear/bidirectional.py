@@ -92,18 +92,18 @@ class _Bidirectional(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(q, k, v, log_decay, starts)
         ctx.scale, ctx.name = scale, name
+        both_sides = run_merged if name == "triton" else run_twice
         zero = _zero(k, v)
-        tensors = (q, k, v, log_decay, starts)
-        run = run_merged if name == "triton" else run_twice
-        return run(*tensors, Sides(zero, zero), scale=scale)[0]
+        return both_sides(q, k, v, log_decay, starts, Sides(zero, zero), scale=scale)[0]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        zero = _zero(*ctx.saved_tensors[1:3])
+        q, k, v, log_decay, starts = ctx.saved_tensors
+        zero = _zero(k, v)
         sides = Sides(zero, zero)
         back = backward_merged if ctx.name == "triton" else backward_twice
-        grads, _ = back(*ctx.saved_tensors, sides, dout, sides, scale=ctx.scale)
+        grads, _ = back(q, k, v, log_decay, starts, sides, dout, sides, scale=ctx.scale)
         return (*grads, None, None, None)
 
 
@@ -265,7 +265,7 @@ def backward_twice(
     forth, back = _tiles((q, k, v, log_decay), starts, scale)
     grads, dfirst = chunked.backward(forth, before.forward, dout, dafter.forward)
     others, dlast = chunked.backward(back, before.backward, dout.flip(1), dafter.backward)
-    found = []
+    found: list[Tensor | None] = []
     for one, other in zip(grads, others, strict=True):
         if one is None or other is None:
             found.append(None)

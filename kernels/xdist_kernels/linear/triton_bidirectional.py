@@ -11,7 +11,7 @@ are sums of the same form, as in triton_scan.py. None or one decay a token (log_
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -41,7 +41,10 @@ class Running(NamedTuple):
 
 
 @triton.jit
-def both_decays(c, e, ids, i_bh, begin, stop, o_t, m_t, T, ADJOINT: tl.constexpr):
+def both_decays(
+    c: Any, e: Any, ids: Any, i_bh: Any, begin: Any, stop: Any, o_t: Any, m_t: Any, T: Any,
+    ADJOINT: tl.constexpr,
+) -> Any:  # fmt: skip
     """Decays of S and of R between a token and the border of its span that they go to, the right
     and the left one (ADJOINT: that they come from, the left and the right one); 0 where a document
     starts between."""
@@ -68,36 +71,12 @@ def both_decays(c, e, ids, i_bh, begin, stop, o_t, m_t, T, ADJOINT: tl.constexpr
 
 @triton.jit(do_not_specialize=["T", "span", "spans"])
 def sum_both(
-    x,
-    y,
-    c,
-    e,
-    ids,
-    sums,
-    mirrored,
-    logs,
-    mirrored_logs,
-    x_b,
-    x_t,
-    x_h,
-    x_group,
-    y_b,
-    y_t,
-    y_h,
-    y_group,
-    T,
-    H,
-    span,
-    spans,
-    scale,
-    D1: tl.constexpr,
-    D2: tl.constexpr,
-    BT: tl.constexpr,
-    BD1: tl.constexpr,
-    BD2: tl.constexpr,
-    ADJOINT: tl.constexpr,
+    x: Any, y: Any, c: Any, e: Any, ids: Any, sums: Any, mirrored: Any, logs: Any,
+    mirrored_logs: Any, x_b: Any, x_t: Any, x_h: Any, x_group: Any, y_b: Any, y_t: Any, y_h: Any,
+    y_group: Any, T: Any, H: Any, span: Any, spans: Any, scale: Any, D1: tl.constexpr,
+    D2: tl.constexpr, BT: tl.constexpr, BD1: tl.constexpr, BD2: tl.constexpr, ADJOINT: tl.constexpr,
     PRECISION: tl.constexpr,
-):
+) -> None:  # fmt: skip
     # of one span of one head:
     #     for chunks:  E += X^T (of_s * Y);  F += X^T (of_r * Y)
     #     E is what the span adds to the state behind it, F to the one before it (ADJOINT: to the
@@ -155,51 +134,13 @@ def sum_both(
 
 @triton.jit(do_not_specialize=["T", "span", "spans"])
 def scan_both(
-    x,
-    y,
-    z,
-    r,
-    c,
-    e,
-    ids,
-    states,
-    mirrored,
-    out,
-    own,
-    x_b,
-    x_t,
-    x_h,
-    x_group,
-    y_b,
-    y_t,
-    y_h,
-    y_group,
-    z_b,
-    z_t,
-    z_h,
-    z_group,
-    r_b,
-    r_t,
-    r_h,
-    r_group,
-    out_b,
-    out_t,
-    out_h,
-    B,
-    T,
-    H,
-    span,
-    spans,
-    scale,
-    D1: tl.constexpr,
-    D2: tl.constexpr,
-    BT: tl.constexpr,
-    BD1: tl.constexpr,
-    BD2: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-    ADJOINT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    x: Any, y: Any, z: Any, r: Any, c: Any, e: Any, ids: Any, states: Any, mirrored: Any, out: Any,
+    own: Any, x_b: Any, x_t: Any, x_h: Any, x_group: Any, y_b: Any, y_t: Any, y_h: Any,
+    y_group: Any, z_b: Any, z_t: Any, z_h: Any, z_group: Any, r_b: Any, r_t: Any, r_h: Any,
+    r_group: Any, out_b: Any, out_t: Any, out_h: Any, B: Any, T: Any, H: Any, span: Any, spans: Any,
+    scale: Any, D1: tl.constexpr, D2: tl.constexpr, BT: tl.constexpr, BD1: tl.constexpr,
+    BD2: tl.constexpr, TRANSPOSED: tl.constexpr, ADJOINT: tl.constexpr, PRECISION: tl.constexpr,
+) -> None:  # fmt: skip
     # of one chunk a of queries, S and R the states at its span's left and right border:
     #     O = of_s * (X S);  P = of_r * (X R)           of_s, of_r: the decays from the borders
     #     for chunks b of the span:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 
@@ -11,14 +13,14 @@ LOG2_E = tl.constexpr(chunks.LOG2_E)
 
 
 @triton.jit
-def load_rows(p_x, o_t, m_t, o_d, stride, D: tl.constexpr):
+def load_rows(p_x: Any, o_t: Any, m_t: Any, o_d: Any, stride: Any, D: tl.constexpr) -> Any:
     """Tokens o_t, dims o_d of one head: [BT, BD], zero behind the last token and dim."""
     inside = m_t[:, None] & (o_d < D)[None, :]
     return tl.load(p_x + o_t[:, None] * stride + o_d[None, :], mask=inside, other=0.0)
 
 
 @triton.jit
-def load_documents(ids, first, o_t, T, BT: tl.constexpr):
+def load_documents(ids: Any, first: Any, o_t: Any, T: Any, BT: tl.constexpr) -> Any:
     """Documents begun up to each token [BT], before the chunk, and at its last token."""
     b_id = tl.load(ids + tl.minimum(o_t, T - 1))
     before = tl.load(ids + first - 1, mask=first > 0, other=0)
@@ -27,7 +29,10 @@ def load_documents(ids, first, o_t, T, BT: tl.constexpr):
 
 
 @triton.jit
-def row_decays(p_g, g_t, p_ids, first, o_t, m_t, T, BT: tl.constexpr, REVERSE: tl.constexpr):
+def row_decays(
+    p_g: Any, g_t: Any, p_ids: Any, first: Any, o_t: Any, m_t: Any, T: Any, BT: tl.constexpr,
+    REVERSE: tl.constexpr,
+) -> Any:  # fmt: skip
     """Of one decay a token, or none (p_g None): what state and chunk do to each other.
 
     Returns since [BT] and until [BT], the decays from the chunk's start and to its end, 0 where a

@@ -8,7 +8,7 @@ each pair of tokens meets at the middle of the smallest aligned block that holds
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -37,7 +37,7 @@ class Weighed(NamedTuple):
 
 
 @triton.jit
-def middle_of(o_i, i_level, LEVELS: tl.constexpr):
+def middle_of(o_i: Any, i_level: Any, LEVELS: tl.constexpr) -> Any:
     """Of each token's block of 2h tokens (h is halved from level to level): its number, whether
     the token is in its second half, and the last token of its first half."""
     shift = LEVELS - i_level
@@ -48,7 +48,7 @@ def middle_of(o_i, i_level, LEVELS: tl.constexpr):
 
 
 @triton.jit
-def meets(block, second):
+def meets(block: Any, second: Any) -> Any:
     """[BT, BT] a query of the second half of a block and a key of its first half."""
     same = block[:, None] == block[None, :]
     return same & second[:, None] & (second[None, :] == 0)
@@ -56,34 +56,11 @@ def meets(block, second):
 
 @triton.jit(do_not_specialize=["T"])
 def weigh_chunks(
-    q,
-    k,
-    g,
-    ids,
-    q_weighed,
-    k_weighed,
-    totals,
-    inner,
-    q_b,
-    q_t,
-    q_h,
-    q_group,
-    k_b,
-    k_t,
-    k_h,
-    k_group,
-    g_b,
-    g_t,
-    g_h,
-    T,
-    H,
-    scale,
-    K: tl.constexpr,
-    BT: tl.constexpr,
-    BK: tl.constexpr,
-    LEVELS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    q: Any, k: Any, g: Any, ids: Any, q_weighed: Any, k_weighed: Any, totals: Any, inner: Any,
+    q_b: Any, q_t: Any, q_h: Any, q_group: Any, k_b: Any, k_t: Any, k_h: Any, k_group: Any,
+    g_b: Any, g_t: Any, g_h: Any, T: Any, H: Any, scale: Any, K: tl.constexpr, BT: tl.constexpr,
+    BK: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr,
+) -> None:  # fmt: skip
     # of one chunk of one head, c = cumsum(g):
     #     for blocks of key dims:
     #         q' = scale * q * exp(c);  k' = k * exp(c_C - c)
@@ -153,50 +130,13 @@ def weigh_chunks(
 
 @triton.jit(do_not_specialize=["T", "span", "spans"])
 def gradients_of_keys(
-    q,
-    k,
-    v,
-    dout,
-    g,
-    ids,
-    states,
-    dstates,
-    dq_before,
-    dq,
-    dk,
-    dg,
-    q_b,
-    q_t,
-    q_h,
-    q_group,
-    k_b,
-    k_t,
-    k_h,
-    k_group,
-    v_b,
-    v_t,
-    v_h,
-    v_group,
-    d_b,
-    d_t,
-    d_h,
-    d_group,
-    g_b,
-    g_t,
-    g_h,
-    T,
-    H,
-    span,
-    spans,
-    scale,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    BT: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    LEVELS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    q: Any, k: Any, v: Any, dout: Any, g: Any, ids: Any, states: Any, dstates: Any, dq_before: Any,
+    dq: Any, dk: Any, dg: Any, q_b: Any, q_t: Any, q_h: Any, q_group: Any, k_b: Any, k_t: Any,
+    k_h: Any, k_group: Any, v_b: Any, v_t: Any, v_h: Any, v_group: Any, d_b: Any, d_t: Any,
+    d_h: Any, d_group: Any, g_b: Any, g_t: Any, g_h: Any, T: Any, H: Any, span: Any, spans: Any,
+    scale: Any, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
+    BV: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr,
+) -> None:  # fmt: skip
     # dS [BK, V] = the gradient of the state behind the span; e = rowsum(S * dS) there
     # for chunks from the last, c = cumsum(g):
     #     dA = scale * dO V^T, below and on the diagonal

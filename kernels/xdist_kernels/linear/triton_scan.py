@@ -14,7 +14,7 @@ Shapes: x, y [B,T,*,D1], z, r, out [B,T,*,D2], each with heads of its own that d
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -29,58 +29,14 @@ from xdist_kernels.linear.triton_states import strides
 
 @triton.jit(do_not_specialize=["T", "span", "spans", "borders", "shift"])
 def scan_spans(
-    x,
-    y,
-    z,
-    r,
-    g,
-    totals,
-    ids,
-    inner,
-    states,
-    out,
-    own,
-    end,
-    x_b,
-    x_t,
-    x_h,
-    x_group,
-    y_b,
-    y_t,
-    y_h,
-    y_group,
-    z_b,
-    z_t,
-    z_h,
-    z_group,
-    r_b,
-    r_t,
-    r_h,
-    r_group,
-    out_b,
-    out_t,
-    out_h,
-    g_b,
-    g_t,
-    g_h,
-    B,
-    T,
-    H,
-    span,
-    spans,
-    borders,
-    shift,
-    scale,
-    D1: tl.constexpr,
-    D2: tl.constexpr,
-    BT: tl.constexpr,
-    BD1: tl.constexpr,
-    BD2: tl.constexpr,
-    DECAY: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-    REVERSE: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    x: Any, y: Any, z: Any, r: Any, g: Any, totals: Any, ids: Any, inner: Any, states: Any,
+    out: Any, own: Any, end: Any, x_b: Any, x_t: Any, x_h: Any, x_group: Any, y_b: Any, y_t: Any,
+    y_h: Any, y_group: Any, z_b: Any, z_t: Any, z_h: Any, z_group: Any, r_b: Any, r_t: Any,
+    r_h: Any, r_group: Any, out_b: Any, out_t: Any, out_h: Any, g_b: Any, g_t: Any, g_h: Any,
+    B: Any, T: Any, H: Any, span: Any, spans: Any, borders: Any, shift: Any, scale: Any,
+    D1: tl.constexpr, D2: tl.constexpr, BT: tl.constexpr, BD1: tl.constexpr, BD2: tl.constexpr,
+    DECAY: tl.constexpr, TRANSPOSED: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
+) -> None:  # fmt: skip
     # S [D1, D2] = the state at the span's border (REVERSE: its gradient), of one head
     # for chunks in order (REVERSE: from the last), since and until the decays to the borders:
     #     O = X S

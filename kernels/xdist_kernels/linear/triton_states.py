@@ -6,7 +6,7 @@ float32. Forward x is k and y is v; REVERSE, for gradients of states, x is q and
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -44,37 +44,12 @@ def contiguous_last(x: Tensor) -> Tensor:
 
 @triton.jit(do_not_specialize=["T", "span", "spans"])
 def sum_spans(
-    x,
-    y,
-    g,
-    totals,
-    ids,
-    sums,
-    logs,
-    x_b,
-    x_t,
-    x_h,
-    x_group,
-    y_b,
-    y_t,
-    y_h,
-    y_group,
-    g_b,
-    g_t,
-    g_h,
-    T,
-    H,
-    span,
-    spans,
-    scale,
-    D1: tl.constexpr,
-    D2: tl.constexpr,
-    BT: tl.constexpr,
-    BD1: tl.constexpr,
-    BD2: tl.constexpr,
-    REVERSE: tl.constexpr,
+    x: Any, y: Any, g: Any, totals: Any, ids: Any, sums: Any, logs: Any, x_b: Any, x_t: Any,
+    x_h: Any, x_group: Any, y_b: Any, y_t: Any, y_h: Any, y_group: Any, g_b: Any, g_t: Any,
+    g_h: Any, T: Any, H: Any, span: Any, spans: Any, scale: Any, D1: tl.constexpr, D2: tl.constexpr,
+    BT: tl.constexpr, BD1: tl.constexpr, BD2: tl.constexpr, REVERSE: tl.constexpr,
     PRECISION: tl.constexpr,
-):
+) -> None:  # fmt: skip
     # S [D1, D2] = 0, for one span of one head:
     #     for chunks in order (REVERSE: from the last):
     #         one decay a token:  S = exp(log) S + X^T (until * Y)     REVERSE: since for until
@@ -134,19 +109,9 @@ def sum_spans(
 
 @triton.jit(do_not_specialize=["spans"])
 def chain_spans(
-    sums,
-    logs,
-    start,
-    borders,
-    end,
-    spans,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    KEYED: tl.constexpr,
-    REVERSE: tl.constexpr,
-):
+    sums: Any, logs: Any, start: Any, borders: Any, end: Any, spans: Any, K: tl.constexpr,
+    V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, KEYED: tl.constexpr, REVERSE: tl.constexpr,
+) -> None:  # fmt: skip
     # S = start
     # for spans in order (REVERSE: from the last):  borders = S;  S = exp(log) S + E
     # end = S, and the last border
