@@ -79,6 +79,12 @@ class DeltaRule(Recurrence):
     def run(self, tile: Any, state: Tensor) -> tuple[Tensor, Tensor]:
         return self.kernels.run(tile, state)
 
+    def run_into(self, tile: Any, state: Tensor, out: Tensor) -> Tensor:
+        if self.backend != "triton" or not out.is_contiguous():
+            return super().run_into(tile, state, out)
+        after: Tensor = self.kernels.run(tile, state, out=out)[1]
+        return after
+
     def adjoint(self, tile: Any, state: Tensor, dout: Tensor, dstate: Tensor) -> Tensor:
         return self.kernels.adjoint(tile, dout, dstate)
 
