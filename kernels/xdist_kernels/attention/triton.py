@@ -101,7 +101,7 @@ def attention_forward(
         lse = q.new_empty(batch, n, heads, dtype=torch.float32)
     else:
         out, lse = _check_into(into, (batch, n, heads, value_dim), dtype)
-    tile = forward_tile(dim, value_dim, q.dtype, target_of(q.device))
+    tile = forward_tile(dim, value_dim, q.dtype, target_of(q.device), precision)
     plans = plans or Plans(spans, k_positions)
     plan = plans.queries(tile.rows, tile.keys)
     q, k, v = _rows(q), _rows(k), _rows(v)
@@ -175,7 +175,7 @@ def _backward_queries(
     q: Tensor, v: Tensor, plans: Plans, made: torch.dtype, shared: dict[str, Any]
 ) -> Tensor:
     batch, n, heads, dim = q.shape
-    tile = dq_tile(dim, v.shape[3], q.dtype, target_of(q.device))
+    tile = dq_tile(dim, v.shape[3], q.dtype, target_of(q.device), shared["PRECISION"])
     plan = plans.queries(tile.rows, tile.keys)
     dq = q.new_empty(batch, n, heads, dim, dtype=made)
     blocks = -(-n // tile.rows)
@@ -191,7 +191,7 @@ def _backward_keys(
     q: Tensor, k: Tensor, v: Tensor, plans: Plans, made: torch.dtype, shared: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
     batch, m, groups, dim = k.shape
-    tile = dkdv_tile(dim, v.shape[3], q.dtype, target_of(q.device))
+    tile = dkdv_tile(dim, v.shape[3], q.dtype, target_of(q.device), shared["PRECISION"])
     plan = plans.keys(tile.rows, tile.keys)
     blocks, per_group = -(-m // tile.keys), _per_group(q, k)
     programs = batch * groups * blocks
