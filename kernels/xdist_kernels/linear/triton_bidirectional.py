@@ -42,8 +42,8 @@ class Running(NamedTuple):
 
 @triton.jit
 def both_decays(
-    c: Any, e: Any, ids: Any, i_bh: Any, begin: Any, stop: Any, o_t: Any, m_t: Any, T: Any,
-    ADJOINT: tl.constexpr,
+    c: tl.tensor, e: tl.tensor, ids: tl.tensor, i_bh: tl.tensor, begin: tl.tensor, stop: tl.tensor,
+    o_t: tl.tensor, m_t: tl.tensor, T: tl.tensor, ADJOINT: tl.constexpr,
 ) -> Any:  # fmt: skip
     """Decays of S and of R between a token and the border of its span that they go to, the right
     and the left one (ADJOINT: that they come from, the left and the right one); 0 where a document
@@ -71,11 +71,12 @@ def both_decays(
 
 @triton.jit(do_not_specialize=["T", "span", "spans"])
 def sum_both(
-    x: Any, y: Any, c: Any, e: Any, ids: Any, sums: Any, mirrored: Any, logs: Any,
-    mirrored_logs: Any, x_b: Any, x_t: Any, x_h: Any, x_group: Any, y_b: Any, y_t: Any, y_h: Any,
-    y_group: Any, T: Any, H: Any, span: Any, spans: Any, scale: Any, D1: tl.constexpr,
-    D2: tl.constexpr, BT: tl.constexpr, BD1: tl.constexpr, BD2: tl.constexpr, ADJOINT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    x: tl.tensor, y: tl.tensor, c: tl.tensor, e: tl.tensor, ids: tl.tensor, sums: tl.tensor,
+    mirrored: tl.tensor, logs: tl.tensor, mirrored_logs: tl.tensor, x_b: tl.tensor, x_t: tl.tensor,
+    x_h: tl.tensor, x_group: tl.tensor, y_b: tl.tensor, y_t: tl.tensor, y_h: tl.tensor,
+    y_group: tl.tensor, T: tl.tensor, H: tl.tensor, span: tl.tensor, spans: tl.tensor,
+    scale: tl.tensor, D1: tl.constexpr, D2: tl.constexpr, BT: tl.constexpr, BD1: tl.constexpr,
+    BD2: tl.constexpr, ADJOINT: tl.constexpr, PRECISION: tl.constexpr,
 ) -> None:  # fmt: skip
     # of one span of one head:
     #     for chunks:  E += X^T (of_s * Y);  F += X^T (of_r * Y)
@@ -134,12 +135,15 @@ def sum_both(
 
 @triton.jit(do_not_specialize=["T", "span", "spans"])
 def scan_both(
-    x: Any, y: Any, z: Any, r: Any, c: Any, e: Any, ids: Any, states: Any, mirrored: Any, out: Any,
-    own: Any, x_b: Any, x_t: Any, x_h: Any, x_group: Any, y_b: Any, y_t: Any, y_h: Any,
-    y_group: Any, z_b: Any, z_t: Any, z_h: Any, z_group: Any, r_b: Any, r_t: Any, r_h: Any,
-    r_group: Any, out_b: Any, out_t: Any, out_h: Any, B: Any, T: Any, H: Any, span: Any, spans: Any,
-    scale: Any, D1: tl.constexpr, D2: tl.constexpr, BT: tl.constexpr, BD1: tl.constexpr,
-    BD2: tl.constexpr, TRANSPOSED: tl.constexpr, ADJOINT: tl.constexpr, PRECISION: tl.constexpr,
+    x: tl.tensor, y: tl.tensor, z: tl.tensor, r: tl.tensor, c: tl.tensor, e: tl.tensor,
+    ids: tl.tensor, states: tl.tensor, mirrored: tl.tensor, out: tl.tensor, own: tl.tensor,
+    x_b: tl.tensor, x_t: tl.tensor, x_h: tl.tensor, x_group: tl.tensor, y_b: tl.tensor,
+    y_t: tl.tensor, y_h: tl.tensor, y_group: tl.tensor, z_b: tl.tensor, z_t: tl.tensor,
+    z_h: tl.tensor, z_group: tl.tensor, r_b: tl.tensor, r_t: tl.tensor, r_h: tl.tensor,
+    r_group: tl.tensor, out_b: tl.tensor, out_t: tl.tensor, out_h: tl.tensor, B: tl.tensor,
+    T: tl.tensor, H: tl.tensor, span: tl.tensor, spans: tl.tensor, scale: tl.tensor,
+    D1: tl.constexpr, D2: tl.constexpr, BT: tl.constexpr, BD1: tl.constexpr, BD2: tl.constexpr,
+    TRANSPOSED: tl.constexpr, ADJOINT: tl.constexpr, PRECISION: tl.constexpr,
 ) -> None:  # fmt: skip
     # of one chunk a of queries, S and R the states at its span's left and right border:
     #     O = of_s * (X S);  P = of_r * (X R)           of_s, of_r: the decays from the borders

@@ -13,14 +13,19 @@ LOG2_E = tl.constexpr(chunks.LOG2_E)
 
 
 @triton.jit
-def load_rows(p_x: Any, o_t: Any, m_t: Any, o_d: Any, stride: Any, D: tl.constexpr) -> Any:
+def load_rows(
+    p_x: tl.tensor, o_t: tl.tensor, m_t: tl.tensor, o_d: tl.tensor, stride: tl.tensor,
+    D: tl.constexpr,
+) -> Any:  # fmt: skip
     """Tokens o_t, dims o_d of one head: [BT, BD], zero behind the last token and dim."""
     inside = m_t[:, None] & (o_d < D)[None, :]
     return tl.load(p_x + o_t[:, None] * stride + o_d[None, :], mask=inside, other=0.0)
 
 
 @triton.jit
-def load_documents(ids: Any, first: Any, o_t: Any, T: Any, BT: tl.constexpr) -> Any:
+def load_documents(
+    ids: tl.tensor, first: tl.tensor, o_t: tl.tensor, T: tl.tensor, BT: tl.constexpr,
+) -> Any:  # fmt: skip
     """Documents begun up to each token [BT], before the chunk, and at its last token."""
     b_id = tl.load(ids + tl.minimum(o_t, T - 1))
     before = tl.load(ids + first - 1, mask=first > 0, other=0)
@@ -30,8 +35,8 @@ def load_documents(ids: Any, first: Any, o_t: Any, T: Any, BT: tl.constexpr) -> 
 
 @triton.jit
 def row_decays(
-    p_g: Any, g_t: Any, p_ids: Any, first: Any, o_t: Any, m_t: Any, T: Any, BT: tl.constexpr,
-    REVERSE: tl.constexpr,
+    p_g: tl.tensor, g_t: tl.tensor, p_ids: tl.tensor, first: tl.tensor, o_t: tl.tensor,
+    m_t: tl.tensor, T: tl.tensor, BT: tl.constexpr, REVERSE: tl.constexpr,
 ) -> Any:  # fmt: skip
     """Of one decay a token, or none (p_g None): what state and chunk do to each other.
 

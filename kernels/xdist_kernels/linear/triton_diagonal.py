@@ -37,7 +37,7 @@ class Weighed(NamedTuple):
 
 
 @triton.jit
-def middle_of(o_i: Any, i_level: Any, LEVELS: tl.constexpr) -> Any:
+def middle_of(o_i: tl.tensor, i_level: tl.tensor, LEVELS: tl.constexpr) -> Any:
     """Of each token's block of 2h tokens (h is halved from level to level): its number, whether
     the token is in its second half, and the last token of its first half."""
     shift = LEVELS - i_level
@@ -48,7 +48,7 @@ def middle_of(o_i: Any, i_level: Any, LEVELS: tl.constexpr) -> Any:
 
 
 @triton.jit
-def meets(block: Any, second: Any) -> Any:
+def meets(block: tl.tensor, second: tl.tensor) -> Any:
     """[BT, BT] a query of the second half of a block and a key of its first half."""
     same = block[:, None] == block[None, :]
     return same & second[:, None] & (second[None, :] == 0)
@@ -56,10 +56,12 @@ def meets(block: Any, second: Any) -> Any:
 
 @triton.jit(do_not_specialize=["T"])
 def weigh_chunks(
-    q: Any, k: Any, g: Any, ids: Any, q_weighed: Any, k_weighed: Any, totals: Any, inner: Any,
-    q_b: Any, q_t: Any, q_h: Any, q_group: Any, k_b: Any, k_t: Any, k_h: Any, k_group: Any,
-    g_b: Any, g_t: Any, g_h: Any, T: Any, H: Any, scale: Any, K: tl.constexpr, BT: tl.constexpr,
-    BK: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr,
+    q: tl.tensor, k: tl.tensor, g: tl.tensor, ids: tl.tensor, q_weighed: tl.tensor,
+    k_weighed: tl.tensor, totals: tl.tensor, inner: tl.tensor, q_b: tl.tensor, q_t: tl.tensor,
+    q_h: tl.tensor, q_group: tl.tensor, k_b: tl.tensor, k_t: tl.tensor, k_h: tl.tensor,
+    k_group: tl.tensor, g_b: tl.tensor, g_t: tl.tensor, g_h: tl.tensor, T: tl.tensor, H: tl.tensor,
+    scale: tl.tensor, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, LEVELS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ) -> None:  # fmt: skip
     # of one chunk of one head, c = cumsum(g):
     #     for blocks of key dims:
@@ -130,12 +132,15 @@ def weigh_chunks(
 
 @triton.jit(do_not_specialize=["T", "span", "spans"])
 def gradients_of_keys(
-    q: Any, k: Any, v: Any, dout: Any, g: Any, ids: Any, states: Any, dstates: Any, dq_before: Any,
-    dq: Any, dk: Any, dg: Any, q_b: Any, q_t: Any, q_h: Any, q_group: Any, k_b: Any, k_t: Any,
-    k_h: Any, k_group: Any, v_b: Any, v_t: Any, v_h: Any, v_group: Any, d_b: Any, d_t: Any,
-    d_h: Any, d_group: Any, g_b: Any, g_t: Any, g_h: Any, T: Any, H: Any, span: Any, spans: Any,
-    scale: Any, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
-    BV: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr,
+    q: tl.tensor, k: tl.tensor, v: tl.tensor, dout: tl.tensor, g: tl.tensor, ids: tl.tensor,
+    states: tl.tensor, dstates: tl.tensor, dq_before: tl.tensor, dq: tl.tensor, dk: tl.tensor,
+    dg: tl.tensor, q_b: tl.tensor, q_t: tl.tensor, q_h: tl.tensor, q_group: tl.tensor,
+    k_b: tl.tensor, k_t: tl.tensor, k_h: tl.tensor, k_group: tl.tensor, v_b: tl.tensor,
+    v_t: tl.tensor, v_h: tl.tensor, v_group: tl.tensor, d_b: tl.tensor, d_t: tl.tensor,
+    d_h: tl.tensor, d_group: tl.tensor, g_b: tl.tensor, g_t: tl.tensor, g_h: tl.tensor,
+    T: tl.tensor, H: tl.tensor, span: tl.tensor, spans: tl.tensor, scale: tl.tensor,
+    K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    LEVELS: tl.constexpr, PRECISION: tl.constexpr,
 ) -> None:  # fmt: skip
     # dS [BK, V] = the gradient of the state behind the span; e = rowsum(S * dS) there
     # for chunks from the last, c = cumsum(g):

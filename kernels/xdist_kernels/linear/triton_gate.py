@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -16,9 +14,10 @@ from xdist_kernels.linear.triton_shapes import CHUNK_TOKENS, cdiv, padded
 
 @triton.jit(do_not_specialize=["T", "span", "spans", "N_Q", "N_K"])
 def gate_gradients(
-    q_rows: Any, k_rows: Any, states: Any, dstates: Any, ids: Any, dg: Any, N_Q: Any, N_K: Any,
-    B: Any, T: Any, H: Any, span: Any, spans: Any, K: tl.constexpr, V: tl.constexpr,
-    BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, MIRRORED: tl.constexpr,
+    q_rows: tl.tensor, k_rows: tl.tensor, states: tl.tensor, dstates: tl.tensor, ids: tl.tensor,
+    dg: tl.tensor, N_Q: tl.tensor, N_K: tl.tensor, B: tl.tensor, T: tl.tensor, H: tl.tensor,
+    span: tl.tensor, spans: tl.tensor, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, MIRRORED: tl.constexpr,
 ) -> None:  # fmt: skip
     # e = <S, dS> behind the span
     # for chunks from the last:  dg = sum over later tokens of (q . dq - k . dk) + e, of a document

@@ -14,7 +14,7 @@ Shapes: x, y [B,T,*,D1], z, r, out [B,T,*,D2], each with heads of its own that d
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -29,11 +29,14 @@ from xdist_kernels.linear.triton_states import strides
 
 @triton.jit(do_not_specialize=["T", "span", "spans", "borders", "shift"])
 def scan_spans(
-    x: Any, y: Any, z: Any, r: Any, g: Any, totals: Any, ids: Any, inner: Any, states: Any,
-    out: Any, own: Any, end: Any, x_b: Any, x_t: Any, x_h: Any, x_group: Any, y_b: Any, y_t: Any,
-    y_h: Any, y_group: Any, z_b: Any, z_t: Any, z_h: Any, z_group: Any, r_b: Any, r_t: Any,
-    r_h: Any, r_group: Any, out_b: Any, out_t: Any, out_h: Any, g_b: Any, g_t: Any, g_h: Any,
-    B: Any, T: Any, H: Any, span: Any, spans: Any, borders: Any, shift: Any, scale: Any,
+    x: tl.tensor, y: tl.tensor, z: tl.tensor, r: tl.tensor, g: tl.tensor, totals: tl.tensor,
+    ids: tl.tensor, inner: tl.tensor, states: tl.tensor, out: tl.tensor, own: tl.tensor,
+    end: tl.tensor, x_b: tl.tensor, x_t: tl.tensor, x_h: tl.tensor, x_group: tl.tensor,
+    y_b: tl.tensor, y_t: tl.tensor, y_h: tl.tensor, y_group: tl.tensor, z_b: tl.tensor,
+    z_t: tl.tensor, z_h: tl.tensor, z_group: tl.tensor, r_b: tl.tensor, r_t: tl.tensor,
+    r_h: tl.tensor, r_group: tl.tensor, out_b: tl.tensor, out_t: tl.tensor, out_h: tl.tensor,
+    g_b: tl.tensor, g_t: tl.tensor, g_h: tl.tensor, B: tl.tensor, T: tl.tensor, H: tl.tensor,
+    span: tl.tensor, spans: tl.tensor, borders: tl.tensor, shift: tl.tensor, scale: tl.tensor,
     D1: tl.constexpr, D2: tl.constexpr, BT: tl.constexpr, BD1: tl.constexpr, BD2: tl.constexpr,
     DECAY: tl.constexpr, TRANSPOSED: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
 ) -> None:  # fmt: skip

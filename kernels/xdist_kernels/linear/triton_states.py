@@ -6,7 +6,7 @@ float32. Forward x is k and y is v; REVERSE, for gradients of states, x is q and
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -44,11 +44,12 @@ def contiguous_last(x: Tensor) -> Tensor:
 
 @triton.jit(do_not_specialize=["T", "span", "spans"])
 def sum_spans(
-    x: Any, y: Any, g: Any, totals: Any, ids: Any, sums: Any, logs: Any, x_b: Any, x_t: Any,
-    x_h: Any, x_group: Any, y_b: Any, y_t: Any, y_h: Any, y_group: Any, g_b: Any, g_t: Any,
-    g_h: Any, T: Any, H: Any, span: Any, spans: Any, scale: Any, D1: tl.constexpr, D2: tl.constexpr,
-    BT: tl.constexpr, BD1: tl.constexpr, BD2: tl.constexpr, REVERSE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    x: tl.tensor, y: tl.tensor, g: tl.tensor, totals: tl.tensor, ids: tl.tensor, sums: tl.tensor,
+    logs: tl.tensor, x_b: tl.tensor, x_t: tl.tensor, x_h: tl.tensor, x_group: tl.tensor,
+    y_b: tl.tensor, y_t: tl.tensor, y_h: tl.tensor, y_group: tl.tensor, g_b: tl.tensor,
+    g_t: tl.tensor, g_h: tl.tensor, T: tl.tensor, H: tl.tensor, span: tl.tensor, spans: tl.tensor,
+    scale: tl.tensor, D1: tl.constexpr, D2: tl.constexpr, BT: tl.constexpr, BD1: tl.constexpr,
+    BD2: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
 ) -> None:  # fmt: skip
     # S [D1, D2] = 0, for one span of one head:
     #     for chunks in order (REVERSE: from the last):
@@ -109,8 +110,9 @@ def sum_spans(
 
 @triton.jit(do_not_specialize=["spans"])
 def chain_spans(
-    sums: Any, logs: Any, start: Any, borders: Any, end: Any, spans: Any, K: tl.constexpr,
-    V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, KEYED: tl.constexpr, REVERSE: tl.constexpr,
+    sums: tl.tensor, logs: tl.tensor, start: tl.tensor, borders: tl.tensor, end: tl.tensor,
+    spans: tl.tensor, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    KEYED: tl.constexpr, REVERSE: tl.constexpr,
 ) -> None:  # fmt: skip
     # S = start
     # for spans in order (REVERSE: from the last):  borders = S;  S = exp(log) S + E
