@@ -261,9 +261,9 @@ def test_delta_rule_on_two_ranks(pool2: RankPool) -> None:
     check(DELTA, pool2, 2, ("zigzag", "scalar", "scan", "gather", "packed"))
 
 
-def test_selective_scan_and_ssd_on_three_ranks(pool3: RankPool) -> None:
-    check(SELECTIVE, pool3, 3, ("zigzag", "", "scan", "gather", "packed"))
-    check(SSD, pool3, 3, ("uneven", "", "scan", "pipelined", "packed", "reverse"))
+def test_selective_scan_and_ssd_on_two_ranks(pool2: RankPool) -> None:
+    check(SELECTIVE, pool2, 2, ("zigzag", "", "scan", "gather", "packed"))
+    check(SSD, pool2, 2, ("uneven", "", "scan", "pipelined", "packed", "reverse"))
 
 
 @pytest.mark.slow
@@ -291,17 +291,23 @@ def test_recurrences_on_three_and_four_ranks(pool3: RankPool, pool4: RankPool) -
 # --- convolution, the reference, and what cannot be served --------------------------------------
 
 
+def check_conv(
+    pool: RankPool, parts: int, kind: str, packed: bool, width: int, **rest: Any
+) -> None:
+    layout = segments(layouts(test_conv1d.N, parts)[kind])
+    case = test_conv1d.Case(layout, packed, width, rest["activation"], rest["bias"], torch.float32)
+    test_conv1d.check([case], OnTriton(pool))  # type: ignore[arg-type]
+
+
+def test_causal_conv1d_on_two_ranks(pool2: RankPool) -> None:
+    """Uneven shares, and documents that start anywhere."""
+    check_conv(pool2, 2, "uneven", True, 3, activation="silu", bias=True)
+
+
+@pytest.mark.slow
 def test_causal_conv1d_on_three_ranks(pool3: RankPool) -> None:
-    """Wider than a segment, documents that start anywhere, and uneven shares."""
-    held = layouts(test_conv1d.N, 3)
-    cases = [
-        test_conv1d.Case(segments(held[kind]), packed, width, activation, bias, torch.float32)
-        for kind, packed, width, activation, bias in (
-            ("zigzag", True, 4, "silu", True),
-            ("uneven", False, 9, None, False),
-        )
-    ]
-    test_conv1d.check(cases, OnTriton(pool3))  # type: ignore[arg-type]
+    """Several segments a rank, and a convolution wider than they are."""
+    check_conv(pool3, 3, "zigzag", True, 6, activation=None, bias=False)
 
 
 def on_reference(function: Callable[..., Any], *args: Any) -> Any:
