@@ -95,7 +95,8 @@ def blocks_of(
         chain,
         # Tiles [64, 64] in float32 take half of the registers of four warps, and prepare has six.
         prepare=Config(4 if wide else 8, 1 if wide else 2),
-        walk=Config(4, ahead),
+        # Before Hopper operands of products are held in registers too.
+        walk=Config(4 if wide or hopper else 8, ahead),
         writes=Config(4 if wide else 8, 1),
         grads=Config(8 if diagonal and not wide else 4, 1 if wide else 2),
     )

@@ -187,6 +187,16 @@ def keys_kernel(
     o_n = i_n * C + o_c  # [C]
     o_cc = i_n * (C * C) + o_c[:, None] * C + o_c[None, :]  # [C, C]
 
+    b_da, b_dl = tl.load(p_dscores + o_cc), tl.load(p_dlows + o_cc)  # [C, C]
+    if DECAY == 1:
+        b_since, b_until = tl.load(p_since + o_n)[:, None], tl.load(p_until + o_n)[:, None]
+    if DECAY == 2:
+        p_g += i_b * stride_gb + i_h * stride_gh
+        b_qi, b_ai, b_si, b_since, b_until = _pairs(
+            p_q, p_k, p_g, p_starts, b_da, b_dl, o_t, o_k, stride_qt, stride_kt, stride_gt, T, K,
+            C, LEVELS, BK, OPERAND, PRECISION,
+        )  # fmt: skip
+
     b_dq = tl.zeros([C, BK], dtype=tl.float32)
     b_asks = tl.zeros([C, BK], dtype=tl.float32)
     b_seen = tl.zeros([C, BK], dtype=tl.float32)
@@ -205,55 +215,61 @@ def keys_kernel(
             b_through += tl.sum(b_s.to(tl.float32) * b_ds.to(tl.float32), 1)
     b_dq *= scale
     b_asks = -b_asks
-    if DECAY == 1:
-        b_since, b_until = tl.load(p_since + o_n)[:, None], tl.load(p_until + o_n)[:, None]
+    if DECAY > 0:
         b_dq *= b_since
         b_asks *= b_since
         b_seen *= b_until
 
-    b_da, b_dl = tl.load(p_dscores + o_cc), tl.load(p_dlows + o_cc)  # [C, C]
+    o_head = i_b * T * H * K + i_h * K
+    b_q = token_block(p_q, o_t, o_k, stride_qt, T, K)  # [C, BK]
+    b_k = token_block(p_k, o_t, o_k, stride_kt, T, K)
     if DECAY == 2:
-        b_dq, b_dk = _diagonal(
-            p_q, p_k, p_g, p_starts, p_whole, p_dg, b_dq, b_asks, b_seen, b_through, b_da, b_dl,
-            i_n, i_b, i_h, o_t, o_k, stride_qt, stride_kt, stride_gb, stride_gt, stride_gh,
-            T, H, K, KP, C, LEVELS, BK, OPERAND, PRECISION,
-        )  # fmt: skip
+        b_q, b_k = b_q.to(tl.float32), b_k.to(tl.float32)
+        b_dg = b_q * (b_dq + b_qi) + b_k * (b_asks + b_ai - b_si)
+        b_early = b_k * b_seen
+        b_dg = tl.cumsum(b_dg, 0, reverse=True) + (tl.cumsum(b_early, 0) - b_early)
+        b_dg += (tl.load(p_whole + i_n * KP + o_k) * b_through)[None, :]
+        if p_starts is not None:
+            # A document's first decay acts on nothing.
+            m_start = tl.load(p_starts + o_t, mask=o_t < T, other=0) != 0
+            b_dg = tl.where(m_start[:, None], 0.0, b_dg)
+        store_tokens(p_dg + o_head, b_dg, o_t, o_k, H * K, T, K)
+        # A token that sees itself, without a decay between.
+        m_self = o_c[:, None] == o_c[None, :]
+        b_self = tl.sum(tl.where(m_self, b_da.to(tl.float32), 0.0), 1)[:, None]  # [C, 1]
+        b_dq += b_qi + b_self * b_k
+        b_dk = b_asks + b_ai + b_seen + b_si + b_self * b_q
     else:
-        b_q = token_block(p_q, o_t, o_k, stride_qt, T, K).to(OPERAND)  # [C, BK]
-        b_k = token_block(p_k, o_t, o_k, stride_kt, T, K).to(OPERAND)
+        b_q, b_k = b_q.to(OPERAND), b_k.to(OPERAND)
         b_dq = tl.dot(b_da, b_k, b_dq, input_precision=PRECISION)
         b_dk = tl.dot(b_dl, b_k, b_asks + b_seen, input_precision=PRECISION)
         b_dk = tl.dot(tl.trans(b_da), b_q, b_dk, input_precision=PRECISION)
         b_dk = tl.dot(tl.trans(b_dl), b_k, b_dk, input_precision=PRECISION)
-    o_head = i_b * T * H * K + i_h * K
     store_tokens(p_dq + o_head, b_dq, o_t, o_k, H * K, T, K)
     store_tokens(p_dk + o_head, b_dk, o_t, o_k, H * K, T, K)
 
 
 @triton.jit
-def _diagonal(
-    p_q: Arg, p_k: Arg, p_g: Arg, p_starts: Arg, p_whole: Arg, p_dg: Arg, b_dq: Arg, b_asks: Arg,
-    b_seen: Arg, b_through: Arg, b_da: Arg, b_dl: Arg, i_n: Arg, i_b: Arg, i_h: Arg, o_t: Arg,
-    o_k: Arg, stride_qt: Arg, stride_kt: Arg, stride_gb: Arg, stride_gt: Arg, stride_gh: Arg,
-    T: Arg, H: Arg, K: tl.constexpr, KP: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr,
-    BK: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+def _pairs(
+    p_q: Arg, p_k: Arg, p_g: Arg, p_starts: Arg, b_da: Arg, b_dl: Arg, o_t: Arg, o_k: Arg,
+    stride_qt: Arg, stride_kt: Arg, stride_gt: Arg, T: Arg, K: tl.constexpr, C: tl.constexpr,
+    LEVELS: tl.constexpr, BK: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ) -> Arg:  # fmt: skip
-    """dQ and dK of one decay a key dim, from what comes through the states; writes dg.
+    """What pairs of different tokens add to dQ, asks and seen with one decay a key dim, and the
+    decays from the chunk's start and to its end: five [C, BK].
 
-    for half = 1, 2, .. C/2:                             x as in `_seen_diagonal`
-        dQ   += x (dA (K x)),  asks += x (dL (K x))      second halves from first ones
-        seen += x (dA^T (Q x) + dL^T (K x))              the way back
+        for half = 1, 2, .. C/2:                             x as in `_seen_diagonal`
+            dQ   += x (dA (K x)),  asks += x (dL (K x))      second halves from first ones
+            seen += x (dA^T (Q x) + dL^T (K x))              the way back
     """
     o_c = tl.arange(0, C)
-    m_t = o_t < T
     b_q = token_block(p_q, o_t, o_k, stride_qt, T, K).to(tl.float32)  # [C, BK]
     b_k = token_block(p_k, o_t, o_k, stride_kt, T, K).to(tl.float32)
-    p_g += i_b * stride_gb + i_h * stride_gh
-    b_g = log_decay_block(p_g, p_starts, o_t, m_t, o_k, stride_gt, K)  # [C, BK]
+    b_g = log_decay_block(p_g, p_starts, o_t, o_t < T, o_k, stride_gt, K)  # [C, BK]
     b_since, b_until = b_g, tl.zeros([C, BK], dtype=tl.float32)
-    b_qi = tl.zeros([C, BK], dtype=tl.float32)  # dQ, asks and seen of pairs
-    b_ai = tl.zeros([C, BK], dtype=tl.float32)
-    b_si = tl.zeros([C, BK], dtype=tl.float32)
+    b_dq = tl.zeros([C, BK], dtype=tl.float32)
+    b_asks = tl.zeros([C, BK], dtype=tl.float32)
+    b_seen = tl.zeros([C, BK], dtype=tl.float32)
     b_zero = tl.zeros([C, C], dtype=OPERAND)
     for level in tl.static_range(0, LEVELS):
         m_late = ((o_c // (1 << level)) % 2 == 1)[:, None]  # [C, 1]
@@ -261,29 +277,12 @@ def _diagonal(
         b_x = tl.exp2(tl.where(m_late, b_since, b_until))  # [C, BK]
         b_kx, b_qx = (b_k * b_x).to(OPERAND), (b_q * b_x).to(OPERAND)
         b_dam, b_dlm = tl.where(m_meet, b_da, b_zero), tl.where(m_meet, b_dl, b_zero)
-        b_qi += b_x * tl.dot(b_dam, b_kx, input_precision=PRECISION)
-        b_ai += b_x * tl.dot(b_dlm, b_kx, input_precision=PRECISION)
+        b_dq += b_x * tl.dot(b_dam, b_kx, input_precision=PRECISION)
+        b_asks += b_x * tl.dot(b_dlm, b_kx, input_precision=PRECISION)
         b_back = tl.dot(tl.trans(b_dam), b_qx, input_precision=PRECISION)
         b_back = tl.dot(tl.trans(b_dlm), b_kx, b_back, input_precision=PRECISION)
-        b_si += b_x * b_back
+        b_seen += b_x * b_back
         b_other = sibling(b_g, 1 << level, C, BK)
         b_since += tl.where(m_late, b_other, 0.0)
         b_until += tl.where(m_late, 0.0, b_other)
-    b_since, b_until = tl.exp2(b_since), tl.exp2(b_until)  # those of the whole chunk
-    b_dq, b_asks, b_seen = b_dq * b_since, b_asks * b_since, b_seen * b_until
-
-    b_dg = b_q * (b_dq + b_qi) + b_k * (b_asks + b_ai - b_si)
-    b_early = b_k * b_seen
-    b_dg = tl.cumsum(b_dg, 0, reverse=True) + (tl.cumsum(b_early, 0) - b_early)
-    b_dg += (tl.load(p_whole + i_n * KP + o_k) * b_through)[None, :]
-    if p_starts is not None:
-        # A document's first decay acts on nothing.
-        m_start = tl.load(p_starts + o_t, mask=m_t, other=0) != 0
-        b_dg = tl.where(m_start[:, None], 0.0, b_dg)
-    store_tokens(p_dg + i_b * T * H * K + i_h * K, b_dg, o_t, o_k, H * K, T, K)
-
-    # A token that sees itself, without a decay between.
-    m_self = o_c[:, None] == o_c[None, :]
-    b_self = tl.sum(tl.where(m_self, b_da.to(tl.float32), 0.0), 1)[:, None]  # [C, 1]
-    b_dq += b_qi + b_self * b_k
-    return b_dq, b_asks + b_ai + b_seen + b_si + b_self * b_q
+    return b_dq, b_asks, b_seen, tl.exp2(b_since), tl.exp2(b_until)
