@@ -146,10 +146,10 @@ def ahead(p: Tile) -> Ahead:
     return Ahead(p, _parts(p, _narrow(p.inputs), entry=True, reads=True, own=True))
 
 
-def run(p: Tile | Ahead, state: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def run(p: Tile | Ahead, state: Tensor, *, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """out [B,T,H,V] in the dtype of v, and the state after the tile [B,H,K,V].
 
-    out: where to write the outputs, contiguous.
+    out: where the outputs go, contiguous and of that shape and dtype; None: into a new tensor.
     """
     tile, parts = p if isinstance(p, Ahead) else ahead(p)
     if out is None:
