@@ -261,6 +261,25 @@ def test_partial_results_are_updated_in_place_over_the_steps_of_a_ring(small_blo
     assert worst(pairs) <= 2e-6
 
 
+def test_every_option_at_once_adds_into_what_is_there(small_blocks: None) -> None:
+    """Dropout's scale is that of the new part alone; soft-cap and sinks as without `into`."""
+    case = Case("causal", n=9)
+    q, k, v, _ = inputs_of(case, torch.float32)
+    spans, keys, own = spans_of(case)
+    options: dict[str, Any] = {
+        "scale": 0.7, "spans": spans, "softcap": 1.5,
+        "dropout": Dropped(0.4, 0x0123456789ABCDEF, 7, 1, own),
+    }  # fmt: skip
+    sinks = drawn(case.heads, seed=5)
+    want, want_lse = attention_reference(q, k, v, k_positions=keys, sinks=sinks, **options)
+    first, second = slice(0, 20), slice(20, 37)
+    into = door.attention_forward(q, k[:, first], v[:, first], k_positions=keys[first], **options)
+    out, lse = door.attention_forward(
+        q, k[:, second], v[:, second], k_positions=keys[second], sinks=sinks, into=into, **options
+    )
+    assert worst([("out", out, want), ("lse", lse, want_lse)]) <= 2e-6
+
+
 def test_strided_views_are_read_where_they_lie(small_blocks: None) -> None:
     """q, k, v of one projection, heads before tokens, a gradient that is one number."""
     case = Case("causal", n=20, m=20, heads=2, groups=1, dim=8, value_dim=8)

@@ -110,7 +110,7 @@ def test_causal_blocks_below_the_diagonal_have_no_mask_and_those_above_are_not_v
 def test_heads_that_see_differently_have_plans_of_their_own() -> None:
     own, zero = torch.arange(64), torch.zeros(64, dtype=torch.int64)
     lo = (own[None] - torch.tensor([0, 16, 64])[:, None]).clamp(min=0)
-    plan = Plans((lo, (own + 1).expand(3, -1), zero.expand(3, -1), zero.expand(3, -1)), own)
+    plan = Plans((lo, own + 1, zero.int(), zero), own)
     found = plan.queries(16, 16)
     assert [len(visits(found, head, 3)) for head in range(3)] == [1, 2, 4]
     found = plan.keys(16, 16)

@@ -57,14 +57,14 @@ class Plan(NamedTuple):
 class Plans:
     """The plans of one set of spans and key positions, each made when it is first asked for.
 
-    spans four int64 `[n]` or `[H, n]`, k_positions int64 `[m]`. Forward and backward, and calls
+    spans four integer `[n]` or `[H, n]`, k_positions integer `[m]`. Forward and backward, and calls
     whose tensors see alike, may share one.
     """
 
     def __init__(self, spans: Spans, k_positions: Tensor) -> None:
-        whole = torch.stack(spans)
+        whole = torch.stack(torch.broadcast_tensors(*spans)).to(torch.int64)
         self.spans = whole.unsqueeze(1) if whole.dim() == 2 else whole
-        self.at = k_positions.contiguous()
+        self.at = k_positions.to(torch.int64).contiguous()
         self._made: dict[tuple[bool, int, int], Plan] = {}
 
     def queries(self, rows: int, keys: int) -> Plan:
