@@ -183,15 +183,9 @@ def gradients_of_keys(
         b_g = b_g * LOG2_E  # [BT, BK]
         b_c = tl.cumsum(b_g, 0)
         b_total = tl.sum(tl.where(o_i[:, None] == BT - 1, b_c, 0.0), 0)  # [BK]
-        b_since = tl.exp2(b_c) * scale
-        b_until = tl.exp2(b_total[None, :] - b_c)
-        b_keep = tl.exp2(b_total)
         if ids is not None:
             b_id, before, last = load_documents(ids, first, o_t, T, BT)
             visible = visible & (b_id[:, None] == b_id[None, :])
-            b_since = tl.where((b_id == before)[:, None], b_since, 0.0)
-            b_until = tl.where((b_id == last)[:, None], b_until, 0.0)
-            b_keep = tl.where(last == before, b_keep, 0.0)
 
         b_q = load_rows(p_q, o_t, m_t, o_k, q_t, K)  # [BT, BK]
         b_k = load_rows(p_k, o_t, m_t, o_k, k_t, K)  # [BT, BK]
@@ -200,10 +194,8 @@ def gradients_of_keys(
         b_da = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)  # [BT, BT]
         b_da = tl.where(visible, b_da * scale, 0.0)
         own = tl.sum(tl.where(diagonal, b_da, 0.0), 1)[:, None]
-        b_dk = tl.dot(b_v, tl.trans(b_ds.to(b_v.dtype)), input_precision=PRECISION) * b_until
-        b_dk += own * b_q
-        b_dq = tl.load(dq_before + o_out, mask=m_k, other=0.0).to(tl.float32) * b_since
-        b_dq += own * b_k
+        b_dq = own * b_k
+        b_dk = own * b_q
         for i_level in range(LEVELS):
             block, second, middle = middle_of(o_i, i_level, LEVELS)
             at = tl.broadcast_to(middle[:, None], (BT, BK))
@@ -213,6 +205,17 @@ def gradients_of_keys(
             b_dq += b_f * tl.dot(b_level, b_kf, input_precision=PRECISION)
             b_qf = (b_q * b_f).to(b_q.dtype)
             b_dk += b_f * tl.dot(tl.trans(b_level), b_qf, input_precision=PRECISION)
+
+        # What the borders' states give comes behind the loop: it would fill registers inside.
+        b_since = tl.exp2(b_c) * scale
+        b_until = tl.exp2(b_total[None, :] - b_c)
+        b_keep = tl.exp2(b_total)
+        if ids is not None:
+            b_since = tl.where((b_id == before)[:, None], b_since, 0.0)
+            b_until = tl.where((b_id == last)[:, None], b_until, 0.0)
+            b_keep = tl.where(last == before, b_keep, 0.0)
+        b_dq += tl.load(dq_before + o_out, mask=m_k, other=0.0).to(tl.float32) * b_since
+        b_dk += tl.dot(b_v, tl.trans(b_ds.to(b_v.dtype)), input_precision=PRECISION) * b_until
         tl.store(dq + o_out, b_dq.to(dq.dtype.element_ty), mask=m_k)
         tl.store(dk + o_out, b_dk.to(dk.dtype.element_ty), mask=m_k)
 
