@@ -9,11 +9,13 @@ Shapes: C tokens of a chunk; names ending in _c index them.
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import triton
 import triton.language as tl
 
 # A pointer, a number or a block.
-Arg = tl.tensor
+Arg: TypeAlias = tl.tensor
 LOG2E = tl.constexpr(1.4426950408889634)
 
 # What `DECAY` of the kernels says: none, one a token, one a key dim.
