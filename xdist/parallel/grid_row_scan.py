@@ -23,7 +23,7 @@ from xdist.parallel.grid_rows import Group, Rows
 from xdist.parallel.recurrence import Recurrence
 from xdist.parallel.recurrent_scan import backward_together, forward_together
 from xdist.parallel.recurrent_tiles import Share
-from xdist.parallel.recurrent_work import KEPT_BYTES, Work
+from xdist.parallel.recurrent_work import Work
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def _with_states(work: Work, states: Sequence[Tensor]) -> int:
 def _share_room(works: Sequence[Work]) -> None:
     """All works together keep as many prepared tiles as one would."""
     for work in works:
-        work.kept.bytes = KEPT_BYTES - KEPT_BYTES // len(works)
+        work.kept.bytes = work.kept.room - work.kept.room // len(works)
 
 
 def _same_memory(x: Tensor, y: Tensor) -> bool:

@@ -20,8 +20,9 @@ from torch import Tensor
 from xdist.parallel.recurrence import Inputs, Recurrence
 from xdist.parallel.recurrent_tiles import Segment, Share, Tile
 
-# Prepared tiles kept while a state travels: a few tiles, about half a second of a CPU core.
-KEPT_BYTES = 256 << 20
+# Prepared tiles kept while a state travels: a few tiles, about half a second of a CPU core. Tiles
+# of a GPU are larger, and so is its memory.
+KEPT_BYTES, TIMES_ON_A_GPU = 256 << 20, 16
 
 
 def tensors_in(tree: Any) -> Iterator[Tensor]:
@@ -38,7 +39,9 @@ class Kept:
 
     def __init__(self, inputs: Inputs) -> None:
         self._tiles: dict[int, Any] = {}
-        self._own = {_memory(x) for x in inputs if x is not None}
+        given = [x for x in inputs if x is not None]
+        self._own = {_memory(x) for x in given}
+        self.room = KEPT_BYTES * (TIMES_ON_A_GPU if given[0].device.type == "cuda" else 1)
         self.bytes = 0
 
     def _size(self, prepared: Any) -> int:
@@ -48,7 +51,7 @@ class Kept:
     def offer(self, tile: Tile, prepared: Any) -> bool:
         """Keep a prepared tile if there is room; whether it was kept."""
         size = self._size(prepared)
-        if self.bytes + size > KEPT_BYTES:
+        if self.bytes + size > self.room:
             return False
         self.bytes += size
         self._tiles[id(tile)] = prepared
