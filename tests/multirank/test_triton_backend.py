@@ -49,10 +49,12 @@ def on_triton() -> Iterator[list[int]]:
         return call(*args, **arguments)
 
     before = backend.set_default("triton")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(GridExecutor, "__call__", counted)
-        yield started
-    backend.set_default(before)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(GridExecutor, "__call__", counted)
+            yield started
+    finally:
+        backend.set_default(before)
 
 
 def run_on(function: Callable[..., Any], *args: Any) -> tuple[int, Any]:

@@ -216,6 +216,24 @@ def test_auto_is_torch_on_a_cpu_and_what_the_process_says() -> None:
     assert torch.equal(same(), same(backend="reference"))
 
 
+@pytest.mark.parametrize("name", ["gla", "attention"])
+def test_layers_take_what_the_process_says(name: str) -> None:
+    """On Triton kernels as by torch in float64."""
+    torch.manual_seed(0)
+    mixer = xdist.nn.build_mixer(name, 16, head_dim=8)
+    x = torch.randn(B, N, 16)
+
+    def outputs(kernels: str, dtype: torch.dtype) -> list[Tensor]:
+        backend.set_default(kernels)
+        own = mixer.to(dtype)
+        y = own(x.to(dtype), None)
+        return [y, *torch.autograd.grad(y.square().sum(), list(own.parameters()))]
+
+    found = [one.clone() for one in outputs("triton", torch.float32)]
+    for one, want in zip(found, outputs("torch", torch.float64), strict=True):
+        assert relative_error(one, want) < 5e-6
+
+
 class OwnRecurrence(xdist.Recurrence):
     """A sum."""
 
