@@ -308,10 +308,11 @@ def test_no_heads_are_no_work() -> None:
 
 
 @pytest.mark.usefixtures("poisoned")
-def test_retention_and_mamba2_through_the_public_functions() -> None:
-    """A fixed decay a head, and ssd, on Triton kernels: outputs, final states, all gradients."""
+def test_retention_hgrn2_and_mamba2_through_the_public_functions() -> None:
+    """A fixed decay a head, HGRN-2's keys 1 - exp(log_decay), and ssd, on Triton kernels: outputs,
+    final states, all gradients."""
     torch.manual_seed(9)
-    n, heads, dim = 70, 2, 8
+    n, heads, dim = 50, 2, 8
     q, k, v = (torch.randn(1, n, heads, dim, requires_grad=True) for _ in range(3))
     decay = torch.tensor([-0.02, -0.3], requires_grad=True)
     _agree(
@@ -320,6 +321,14 @@ def test_retention_and_mamba2_through_the_public_functions() -> None:
         ),
         linear_attention_reference,
         (q, k, v, decay),
+    )
+    gates = (-torch.rand(1, n, heads, dim)).requires_grad_()
+    _agree(
+        lambda q, v, g: xdist.linear_attention(
+            q, 1 - g.exp(), v, log_decay=g, output_final_state=True, backend="triton"
+        ),
+        lambda q, v, g: linear_attention_reference(q, 1 - g.exp(), v, g),
+        (q, v, gates),
     )
     x, B, C = (torch.randn(1, n, size, dim, requires_grad=True) for size in (heads, 1, 1))
     dt = torch.rand(1, n, heads, requires_grad=True)
