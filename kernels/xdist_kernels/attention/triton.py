@@ -202,7 +202,7 @@ def _backward_keys(
     dv = v.new_empty(parts, batch, m, groups, v.shape[3], dtype=wide)
     launch(
         attention_dkdv_kernel, programs * parts, tile.config, device=q.device,
-        p_dk=dk, p_dv=dv,
+        p_dk=dk, p_dv=dv, p_prefixed=plans.prefixed,
         p_spans=plan.spans, p_at=plan.at, p_visits=plan.visits, p_counts=plan.counts,
         n_keys=blocks, per_part=per_group // parts, sets=plan.spans.shape[1],
         ROWS=tile.rows, KEYS=tile.keys, **shared,

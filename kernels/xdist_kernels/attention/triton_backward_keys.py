@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from xdist_kernels.attention.triton_plan import FAR
-from xdist_kernels.attention.triton_scores import LOG2E, Arg, block, kept, tanh
+from xdist_kernels.attention.triton_scores import BOTH, LOG2E, NONE, OWN, Arg, block, kept, tanh
 
 
 @triton.jit(
@@ -17,7 +17,7 @@ from xdist_kernels.attention.triton_scores import LOG2E, Arg, block, kept, tanh
 )  # fmt: skip
 def attention_dkdv_kernel(
     p_q: Arg, p_k: Arg, p_v: Arg, p_dout: Arg, p_lse: Arg, p_delta: Arg, p_dk: Arg, p_dv: Arg,
-    p_spans: Arg, p_at: Arg, p_visits: Arg, p_counts: Arg,
+    p_spans: Arg, p_prefixed: Arg, p_at: Arg, p_visits: Arg, p_counts: Arg,
     p_drop_a: Arg, p_drop_c: Arg, p_drop_key: Arg,
     scale: Arg, cap: Arg, keep_scale: Arg, threshold: Arg,
     n: Arg, m: Arg, n_keys: Arg, heads: Arg, per_group: Arg, per_part: Arg, sets: Arg,
@@ -61,6 +61,7 @@ def attention_dkdv_kernel(
         p_delta_ = p_delta + i_b * s_eb + i_h * s_eh
         p_lo = p_spans + i_set * n
         to_word = (i_b * heads + i_h) * n
+        prefixed = tl.load(p_prefixed + i_set) != 0
         i_plan = i_set * n_keys + i_key
         p_visit = p_visits + i_plan * (4 * MOST)
         for i_piece in range(tl.load(p_counts + i_plan)):
@@ -68,17 +69,26 @@ def attention_dkdv_kernel(
             full = tl.load(p_visit + 4 * i_piece + 1)
             partial = tl.load(p_visit + 4 * i_piece + 2)
             stop = tl.load(p_visit + 4 * i_piece + 3)
+            # One of the first two loops is empty: a branch would hold buffers for both.
+            end = full + stop - partial
+            own = tl.where(prefixed, end, start)
             b_dk, b_dv = _to_keys(
-                b_dk, b_dv, b_k, b_v, b_at, b_word, p_q_, p_do_, p_lse_, p_delta_, p_lo, to_span,
-                p_drop_a, p_drop_c, to_word, start, full + stop - partial, full, partial - full,
+                b_dk, b_dv, b_k, b_v, b_at, b_word, p_q_, p_do_, p_lse_, p_delta_, p_lo,
+                to_span, p_drop_a, p_drop_c, to_word, start, own, full, partial - full,
                 scale, cap, keep_scale, threshold, n, s_qt, s_gt, s_lt, s_et,
-                D, E, BD, BE, ROWS, True, SOFTCAP, DROPOUT, PRECISION,
+                D, E, BD, BE, ROWS, BOTH, SOFTCAP, DROPOUT, PRECISION,
             )  # fmt: skip
             b_dk, b_dv = _to_keys(
-                b_dk, b_dv, b_k, b_v, b_at, b_word, p_q_, p_do_, p_lse_, p_delta_, p_lo, to_span,
-                p_drop_a, p_drop_c, to_word, full, partial, full, 0,
+                b_dk, b_dv, b_k, b_v, b_at, b_word, p_q_, p_do_, p_lse_, p_delta_, p_lo,
+                to_span, p_drop_a, p_drop_c, to_word, own, end, full, partial - full,
                 scale, cap, keep_scale, threshold, n, s_qt, s_gt, s_lt, s_et,
-                D, E, BD, BE, ROWS, False, SOFTCAP, DROPOUT, PRECISION,
+                D, E, BD, BE, ROWS, OWN, SOFTCAP, DROPOUT, PRECISION,
+            )  # fmt: skip
+            b_dk, b_dv = _to_keys(
+                b_dk, b_dv, b_k, b_v, b_at, b_word, p_q_, p_do_, p_lse_, p_delta_, p_lo,
+                to_span, p_drop_a, p_drop_c, to_word, full, partial, full, 0,
+                scale, cap, keep_scale, threshold, n, s_qt, s_gt, s_lt, s_et,
+                D, E, BD, BE, ROWS, NONE, SOFTCAP, DROPOUT, PRECISION,
             )  # fmt: skip
     if DROPOUT:
         b_dv = b_dv * keep_scale
@@ -99,24 +109,24 @@ def _to_keys(
     scale: Arg, cap: Arg, keep_scale: Arg, threshold: Arg, n: Arg,
     s_qt: Arg, s_gt: Arg, s_lt: Arg, s_et: Arg,
     D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, ROWS: tl.constexpr,
-    MASKED: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    MASK: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ) -> Arg:  # fmt: skip
-    """Blocks of queries `[start, stop)` of one head, those from `turn` on `skip` further."""
+    """Blocks of queries `[start, stop)` of one head, from `turn` on `skip` further, under MASK."""
     s_qt, s_gt = tl.cast(s_qt, tl.int64), tl.cast(s_gt, tl.int64)
     o_i, o_d, o_e = tl.arange(0, ROWS), tl.arange(0, BD), tl.arange(0, BE)
     o_q = o_i[:, None] * s_qt + o_d[None, :]
     o_do = o_i[:, None] * s_gt + o_e[None, :]
     for i_visit in range(start, stop):
         i_row = i_visit
-        if MASKED:
+        if MASK != NONE:
             i_row = i_visit + tl.where(i_visit < turn, 0, skip)
         o_row = i_row * ROWS + o_i
         m_row = o_row < n
         t_row = o_row.to(tl.int64)
         p_q_ = p_q + i_row * ROWS * s_qt
         p_do_ = p_dout + i_row * ROWS * s_gt
-        b_q = block(p_q_ + o_q, o_row, o_d, n, D, BD, MASKED)  # [ROWS, BD]
-        b_do = block(p_do_ + o_do, o_row, o_e, n, E, BE, MASKED)  # [ROWS, BE]
+        b_q = block(p_q_ + o_q, o_row, o_d, n, D, BD, MASK)  # [ROWS, BD]
+        b_do = block(p_do_ + o_do, o_row, o_e, n, E, BE, MASK)  # [ROWS, BE]
         b_lse = tl.load(p_lse + t_row * s_lt, mask=m_row, other=0.0)
         b_lse = tl.where(b_lse == float("-inf"), 0.0, b_lse * LOG2E)
         b_delta = tl.load(p_delta + t_row * s_et, mask=m_row, other=0.0)
@@ -127,13 +137,14 @@ def _to_keys(
             b_s = b_s * (cap * LOG2E)
         else:
             b_s = b_s * (scale * LOG2E)
-        if MASKED:
+        if MASK != NONE:
             b_lo = tl.load(p_lo + o_row, mask=m_row, other=FAR)[None, :]
             b_hi = tl.load(p_lo + to_span + o_row, mask=m_row, other=-FAR)[None, :]
-            b_plo = tl.load(p_lo + 2 * to_span + o_row, mask=m_row, other=FAR)[None, :]
-            b_phi = tl.load(p_lo + 3 * to_span + o_row, mask=m_row, other=-FAR)[None, :]
             m_seen = (b_at[:, None] >= b_lo) & (b_at[:, None] < b_hi)
-            m_seen = m_seen | ((b_at[:, None] >= b_plo) & (b_at[:, None] < b_phi))
+            if MASK == BOTH:
+                b_lo = tl.load(p_lo + 2 * to_span + o_row, mask=m_row, other=FAR)[None, :]
+                b_hi = tl.load(p_lo + 3 * to_span + o_row, mask=m_row, other=-FAR)[None, :]
+                m_seen = m_seen | ((b_at[:, None] >= b_lo) & (b_at[:, None] < b_hi))
             b_s = tl.where(m_seen, b_s, float("-inf"))
         b_p = tl.exp2(b_s - b_lse[None, :])
         b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)

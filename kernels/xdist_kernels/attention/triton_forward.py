@@ -22,7 +22,17 @@ import triton
 import triton.language as tl
 
 from xdist_kernels.attention.triton_plan import FAR
-from xdist_kernels.attention.triton_scores import LN2, LOG2E, Arg, block, kept, tanh
+from xdist_kernels.attention.triton_scores import (
+    BOTH,
+    LN2,
+    LOG2E,
+    NONE,
+    OWN,
+    Arg,
+    block,
+    kept,
+    tanh,
+)
 
 
 @triton.jit(
@@ -85,15 +95,23 @@ def attention_forward_kernel(
         full = tl.load(p_visit + 4 * i_piece + 1)
         partial = tl.load(p_visit + 4 * i_piece + 2)
         stop = tl.load(p_visit + 4 * i_piece + 3)
+        # One of the first two loops is empty: a branch would hold buffers for both.
+        end = full + stop - partial
+        own = tl.where(prefixed, end, start)
         b_acc, b_l, b_m = _attend(
-            b_acc, b_l, b_m, b_q, p_k, p_v, p_at, p_drop_key, b_lo, b_hi, b_plo, b_phi, prefixed,
-            b_a, b_c, start, full + stop - partial, full, partial - full, scale, cap, threshold,
-            m, s_kt, s_vt, D, E, BD, BE, KEYS, True, SOFTCAP, DROPOUT, PRECISION,
+            b_acc, b_l, b_m, b_q, p_k, p_v, p_at, p_drop_key, b_lo, b_hi, b_plo, b_phi, b_a, b_c,
+            start, own, full, partial - full, scale, cap, threshold,
+            m, s_kt, s_vt, D, E, BD, BE, KEYS, BOTH, SOFTCAP, DROPOUT, PRECISION,
         )  # fmt: skip
         b_acc, b_l, b_m = _attend(
-            b_acc, b_l, b_m, b_q, p_k, p_v, p_at, p_drop_key, b_lo, b_hi, b_plo, b_phi, prefixed,
-            b_a, b_c, full, partial, full, 0, scale, cap, threshold,
-            m, s_kt, s_vt, D, E, BD, BE, KEYS, False, SOFTCAP, DROPOUT, PRECISION,
+            b_acc, b_l, b_m, b_q, p_k, p_v, p_at, p_drop_key, b_lo, b_hi, b_plo, b_phi, b_a, b_c,
+            own, end, full, partial - full, scale, cap, threshold,
+            m, s_kt, s_vt, D, E, BD, BE, KEYS, OWN, SOFTCAP, DROPOUT, PRECISION,
+        )  # fmt: skip
+        b_acc, b_l, b_m = _attend(
+            b_acc, b_l, b_m, b_q, p_k, p_v, p_at, p_drop_key, b_lo, b_hi, b_plo, b_phi, b_a, b_c,
+            full, partial, full, 0, scale, cap, threshold,
+            m, s_kt, s_vt, D, E, BD, BE, KEYS, NONE, SOFTCAP, DROPOUT, PRECISION,
         )  # fmt: skip
 
     # What is here, what `into` holds and the sink are three parts of one softmax.
@@ -132,37 +150,37 @@ def attention_forward_kernel(
 @triton.jit
 def _attend(
     b_acc: Arg, b_l: Arg, b_m: Arg, b_q: Arg, p_k: Arg, p_v: Arg, p_at: Arg, p_drop_key: Arg,
-    b_lo: Arg, b_hi: Arg, b_plo: Arg, b_phi: Arg, prefixed: Arg, b_a: Arg, b_c: Arg,
+    b_lo: Arg, b_hi: Arg, b_plo: Arg, b_phi: Arg, b_a: Arg, b_c: Arg,
     start: Arg, stop: Arg, turn: Arg, skip: Arg, scale: Arg, cap: Arg, threshold: Arg,
     m: Arg, s_kt: Arg, s_vt: Arg,
     D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, KEYS: tl.constexpr,
-    MASKED: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    MASK: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ) -> Arg:  # fmt: skip
-    """Blocks of keys `[start, stop)`, those from `turn` on `skip` blocks further."""
+    """Blocks of keys `[start, stop)`, those from `turn` on `skip` blocks further, under MASK."""
     s_kt, s_vt = tl.cast(s_kt, tl.int64), tl.cast(s_vt, tl.int64)
     o_n, o_d, o_e = tl.arange(0, KEYS), tl.arange(0, BD), tl.arange(0, BE)
     o_k = o_n[:, None] * s_kt + o_d[None, :]
     o_v = o_n[:, None] * s_vt + o_e[None, :]
     for i_visit in range(start, stop):
         i_key = i_visit
-        if MASKED:
+        if MASK != NONE:
             i_key = i_visit + tl.where(i_visit < turn, 0, skip)
         o_key = i_key * KEYS + o_n
         p_k_ = p_k + i_key * KEYS * s_kt
         p_v_ = p_v + i_key * KEYS * s_vt
-        b_k = block(p_k_ + o_k, o_key, o_d, m, D, BD, MASKED)  # [KEYS, BD]
-        b_v = block(p_v_ + o_v, o_key, o_e, m, E, BE, MASKED)  # [KEYS, BE]
+        b_k = block(p_k_ + o_k, o_key, o_d, m, D, BD, MASK)  # [KEYS, BD]
+        b_v = block(p_v_ + o_v, o_key, o_e, m, E, BE, MASK)  # [KEYS, BE]
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [ROWS, KEYS]
         b_s = tanh(b_s * (scale / cap)) * (cap * LOG2E) if SOFTCAP else b_s * (scale * LOG2E)
-        if MASKED:
+        if MASK != NONE:
             b_at = tl.load(p_at + o_key, mask=o_key < m, other=-FAR)[None, :]
             m_seen = (b_at >= b_lo[:, None]) & (b_at < b_hi[:, None])
-            if prefixed:
+            if MASK == BOTH:
                 m_seen = m_seen | ((b_at >= b_plo[:, None]) & (b_at < b_phi[:, None]))
             b_s = tl.where(m_seen, b_s, float("-inf"))
         b_new = tl.maximum(b_m, tl.max(b_s, axis=1))
         b_base = b_new
-        if MASKED:
+        if MASK != NONE:
             b_base = tl.where(b_new == float("-inf"), 0.0, b_new)
         b_p = tl.exp2(b_s - b_base[:, None])
         b_keep = tl.exp2(b_m - b_base)

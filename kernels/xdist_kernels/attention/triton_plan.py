@@ -23,6 +23,7 @@ end of one segment and the start of another meets what these see, not all that l
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -66,6 +67,11 @@ class Plans:
         self.spans = whole.unsqueeze(1) if whole.dim() == 2 else whole
         self.at = k_positions.to(torch.int64).contiguous()
         self._made: dict[tuple[bool, int, int], Plan] = {}
+
+    @cached_property
+    def prefixed(self) -> Tensor:
+        """Whether any query of each set has a prefix, int32 `[sets]`, on the device."""
+        return (self.spans[2] < self.spans[3]).any(-1).to(torch.int32)
 
     def queries(self, rows: int, keys: int) -> Plan:
         """What blocks of `rows` queries visit of blocks of `keys` keys."""

@@ -15,6 +15,8 @@ import triton.language as tl
 Arg: TypeAlias = tl.tensor
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+# What a loop over visits hides: nothing; what is out of the own span; out of it and the prefix.
+NONE, OWN, BOTH = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 # dropout.py's constants as signed words.
 FIRST = tl.constexpr(0x7FEB352D)
 SECOND = tl.constexpr(0x846CA68B - 2**32)
@@ -47,10 +49,10 @@ def kept(b_a: Arg, b_c: Arg, b_key: Arg, threshold: Arg) -> Arg:
 @triton.jit
 def block(
     p_x: Arg, o_row: Arg, o_d: Arg, rows: Arg,
-    D: tl.constexpr, BD: tl.constexpr, MASKED: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, MASK: tl.constexpr,
 ) -> Arg:  # fmt: skip
-    """A block of rows; zero past the last row (MASKED) and in the columns from D to BD."""
-    if MASKED:
+    """A block of rows; zero past the last row (under a mask) and in the columns from D to BD."""
+    if MASK != NONE:
         b_x = tl.load(p_x, mask=(o_row < rows)[:, None] & (o_d < D)[None, :], other=0.0)
     elif D == BD:
         b_x = tl.load(p_x)

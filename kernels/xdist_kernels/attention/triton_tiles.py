@@ -41,7 +41,8 @@ def forward_tile(
             return Tile(64, 32, Config(4, 2))
         return _by_width(width, (64, 32, 8, 2), (32, 16, 8, 1), (16, 32, 8, 1))
     wide = (128, 64, 8, 2) if large else (64, 32, 8, 2)
-    return _by_width(width, (128, 64, 4, 3), (128, 64, 8, 3 if large else 2), wide)
+    narrow = (128, 64, 4, 3) if large else (128, 64, 8, 2)
+    return _by_width(width, narrow, (128, 64, 8, 3 if large else 2), wide)
 
 
 def dq_tile(
