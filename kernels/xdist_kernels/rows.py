@@ -2,9 +2,9 @@
 
 A block [BT, BC] with all its rows in the registers of the threads that own its channels is an array
 of registers: `row(b, o_t, i)` with a constant i is a name for one of them and costs nothing. For
-that the channels must be on lanes: BC is 32 * warps * PER, and `lanes` tells the compiler that only
-PER channels in a row belong to one thread (left alone, it would give a thread 16 bytes of a row and
-spread the rows over lanes).
+that the channels must be on lanes: BC is 32 * warps * PER, and `lanes` lets the compiler load no
+more than PER neighbours at once (left alone, it would give a thread 16 bytes of a row and spread
+the rows over lanes).
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import triton.language as tl
 @triton.jit
 def lanes(i_0: tl.tensor, BC: tl.constexpr, PER: tl.constexpr) -> tl.tensor:
     """i_0 + 0 .. BC - 1, PER neighbours to a thread: [BC], in the type of i_0."""
-    return tl.max_contiguous(i_0 + tl.arange(0, BC), PER)
+    # Said to be contiguous by PER, a row would lose its order as well (Triton 3.6).
+    return tl.multiple_of(i_0 + tl.arange(0, BC), PER)
 
 
 @triton.jit

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -314,6 +317,37 @@ def test_few_channels_fill_the_card_and_many_walk_once(monkeypatch: pytest.Monke
     few = walks(1, 8192, 64)
     assert few == [("walk", 2 * spans, False), ("fold", 16, False), ("walk", 2 * spans, True)]
     assert walks(64, 2048, 5120) == [("walk", 64 * 160, True)]
+
+
+_COMPILE = """
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from xdist_kernels.launch import HOPPER, recording
+from xdist_kernels.selective_scan import triton_cases
+with recording(HOPPER) as launches:
+    dict(triton_cases.cases())["bf16 delta fp32 N16"]()
+walk = next(one for one in launches if dict(one.signature).get("p_out") == "*bf16")
+places = {name: (i,) for i, (name, _) in enumerate(walk.signature)}
+source = ASTSource(
+    walk.kernel, dict(walk.signature), {places[name]: value for name, value in walk.constants},
+    {places[name]: [["tt.divisibility", 16]] for name in walk.aligned},
+)
+ptx = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 1}).asm["ptx"]
+print(ptx.count("shfl"), ptx.count("bar.sync"), ptx.count("ld.global.v4") >= 2 * 4 * 8)
+"""
+
+
+@pytest.mark.slow
+def test_states_stay_in_the_registers_of_their_thread() -> None:
+    """The code for sm_90 exchanges nothing between threads, and loads B and C 16 bytes at a time:
+    the compiler could as well spread a channel's states over lanes, three times slower."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = os.pathsep.join(sys.path)
+    command = [sys.executable, "-c", _COMPILE]
+    made = subprocess.run(
+        command, env=env, capture_output=True, text=True, timeout=250, check=False
+    )
+    assert made.stdout.split() == ["0", "0", "True"], made.stderr[-2000:]
 
 
 def test_refusals_say_what_to_do() -> None:
