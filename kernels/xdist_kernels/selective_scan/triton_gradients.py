@@ -48,6 +48,7 @@ def gradients(
     i_p = tl.program_id(0).to(tl.int64)
     n_c = tl.cdiv(channels, BC)
     n_m = tl.cdiv(T, BT)
+    rows = tl.cast(batch, tl.int64)
     i_c = i_p % n_c
     i_b = i_p // n_c // n_m
     t_0 = ((i_p // n_c) % n_m) * BT
@@ -69,7 +70,7 @@ def gradients(
     b_dx = tl.zeros([BT, BC], tl.float32)
     b_de = tl.zeros([BT, BC], tl.float32)
     b_behind = tl.load(p_reach + i_bm * channels + o_c, mask=m_c, other=0.0)  # [BC]
-    b_ahead = tl.load(p_reach + (batch * n_m + i_bm) * channels + o_c, mask=m_c, other=0.0)
+    b_ahead = tl.load(p_reach + (rows * n_m + i_bm) * channels + o_c, mask=m_c, other=0.0)
     if p_starts is not None:
         b_starts = tl.load(p_starts + o_t).to(tl.int32)  # [BT]
     for n in range(N):
@@ -77,7 +78,7 @@ def gradients(
         o_m = (i_bm * N + n) * channels + o_c
         o_s = (i_bs * N + n) * channels + o_c
         b_h = entering(p_marks + o_m, p_borders + o_s, b_behind, b_e, m_c)
-        o_2 = batch * N * channels
+        o_2 = rows * N * channels
         b_r = entering(p_marks + o_2 * n_m + o_m, p_borders + o_2 * spans + o_s, b_ahead, b_e, m_c)
         o_n = (i_bm * BT + o_r) * N + n  # [BT]
         b_b = tl.load(p_B + o_n)
@@ -91,9 +92,9 @@ def gradients(
                 b_row = tl.where(tl.sum(tl.where(o_r == i, b_starts, 0), 0) != 0, 0.0, b_row)
             b_s = with_row(b_s, o_r, i, b_row)
             b_h = b_row + row(b_in, o_r, i)
-        p_dn = p_dBC + ((i_c * batch + i_b) * N + n) * T + o_t  # [BT]
+        p_dn = p_dBC + ((i_c * rows + i_b) * N + n) * T + o_t  # [BT]
         b_dc = tl.sum((b_s + b_in) * b_dy, 1)
-        tl.store(p_dn + tl.cast(n_c, tl.int64) * batch * N * T, b_dc, mask=m_t)
+        tl.store(p_dn + rows * n_c * N * T, b_dc, mask=m_t)
         b_q = b_dy * b_c[:, None]
         b_g = tl.zeros([BT, BC], tl.float32)
         for k in tl.static_range(BT):
