@@ -1,23 +1,23 @@
-"""Linear attention from both ends of a sequence, summed: one device, none or one decay a token.
+"""Linear attention from both ends of a sequence, summed, on one device.
 
     out_a = scale * q_a^T (S_a + R_a)         S_t = exp(g_t) S_{t-1} + k_t v_t^T
                                               R_t = exp(g_t) R_{t+1} + k_t v_t^T
 
 The current token counts in both directions. As a non-causal layer: Zhu et al., "Vision Mamba"
-(2024), section 3.3. Triton makes the sum in one go (triton_bidirectional.py), torch two calls.
+(2024), section 3.3. Triton makes the sum in one go (triton_bidirectional.py) where there is none or
+one decay a token and head; a decay for every key dim, and the other forms, take two calls.
 """
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from xdist_kernels import backend as backends
-from xdist_kernels.errors import KernelError
-from xdist_kernels.launch import why_not
-from xdist_kernels.linear import torch as chunked
+from xdist_kernels import linear
 from xdist_kernels.linear.chunks import collect, state_dtype
 from xdist_kernels.linear.inputs import canonical_decay, check
 
@@ -41,25 +41,19 @@ def bidirectional(
 ) -> Tensor:
     """The sum of both directions, [B,n,H,V] in the dtype of v; states start at zero.
 
-    q, k [B,n,Hk,K], v [B,n,H,V]; log_decay None, [H] or [B,n,H]; scale None is K**-0.5; starts
-    bool [n]: True where a document starts (never the first token); backend: triton, torch or auto.
+    q, k [B,n,Hk,K], v [B,n,H,V]; log_decay None, [H], [B,n,H] or [B,n,H,K]; scale None is K**-0.5;
+    starts bool [n]: True where a document starts (never the first token); backend: triton, torch,
+    reference or auto.
 
     Saved for backward: the inputs.
 
     Raises:
-        KernelError: shapes that do not fit, a decay for every key dim, or a backend that cannot
-            serve.
+        KernelError: shapes that do not fit, or a backend that cannot serve.
     """
     check(q, k, v, log_decay)
-    if log_decay is not None and log_decay.dim() == 4:
-        raise KernelError(
-            "the sum of both directions takes one decay a token and head\n"
-            f"log_decay is {tuple(log_decay.shape)}\n"
-            "call both directions and add them: xdist.bidirectional"
-        )
-    name = backends.choose("bidirectional", backend, v.device, lambda: refusal(q, k, v))
-    if name == "reference":
-        raise KernelError("the sum of both directions has no reference form\nuse backend='torch'")
+    name = backends.choose(
+        "bidirectional", backend, v.device, lambda: linear.refusal(q, k, v, log_decay)
+    )
     decay = None if log_decay is None else log_decay.to(state_dtype(q))
     scale = q.shape[3] ** -0.5 if scale is None else scale
     found: Tensor = _Bidirectional.apply(
@@ -68,14 +62,8 @@ def bidirectional(
     return found
 
 
-def refusal(q: Tensor, k: Tensor, v: Tensor) -> str | None:
-    """Why Triton cannot serve such tensors; None: it can."""
-    why = why_not(v.device, v.dtype)
-    if why is not None:
-        return why
-    from xdist_kernels.linear import triton
-
-    return triton.refusal(q, k, v, None)
+def _merges(name: str, log_decay: Tensor | None) -> bool:
+    return name == "triton" and (log_decay is None or log_decay.shape[3] == 1)
 
 
 class _Bidirectional(torch.autograd.Function):
@@ -92,9 +80,11 @@ class _Bidirectional(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(q, k, v, log_decay, starts)
         ctx.scale, ctx.name = scale, name
-        both_sides = run_merged if name == "triton" else run_twice
         zero = _zero(k, v)
-        return both_sides(q, k, v, log_decay, starts, Sides(zero, zero), scale=scale)[0]
+        sides = Sides(zero, zero)
+        if _merges(name, log_decay):
+            return run_merged(q, k, v, log_decay, starts, sides, scale=scale)[0]
+        return run_twice(q, k, v, log_decay, starts, sides, scale=scale, backend=name)[0]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -102,8 +92,14 @@ class _Bidirectional(torch.autograd.Function):
         q, k, v, log_decay, starts = ctx.saved_tensors
         zero = _zero(k, v)
         sides = Sides(zero, zero)
-        back = backward_merged if ctx.name == "triton" else backward_twice
-        grads, _ = back(q, k, v, log_decay, starts, sides, dout, sides, scale=ctx.scale)
+        if _merges(ctx.name, log_decay):
+            grads, _ = backward_merged(
+                q, k, v, log_decay, starts, sides, dout, sides, scale=ctx.scale
+            )
+        else:
+            grads, _ = backward_twice(
+                q, k, v, log_decay, starts, sides, dout, sides, scale=ctx.scale, backend=ctx.name
+            )
         return (*grads, None, None, None)
 
 
@@ -225,24 +221,26 @@ def run_twice(
     before: Sides,
     *,
     scale: float,
+    backend: str,
 ) -> tuple[Tensor, Sides]:
-    """torch: as `run_merged`, one direction after the other."""
-    forth, back = _tiles((q, k, v, log_decay), starts, scale)
-    out, last = chunked.run(forth, before.forward)
-    other, first = chunked.run(back, before.backward)
+    """As `run_merged`, one direction after the other, on triton, torch or reference."""
+    form = linear.kernels(backend)
+    forth, back = _tiles(form, (q, k, v, log_decay), starts, scale)
+    out, last = form.run(forth, before.forward)
+    other, first = form.run(back, before.backward)
     wide = state_dtype(v)
     return (out.to(wide) + other.flip(1).to(wide)).to(v.dtype), Sides(last, first)
 
 
 def _tiles(
-    inputs: tuple[Tensor | None, ...], starts: Tensor | None, scale: float
-) -> tuple[chunked.Prepared, chunked.Prepared]:
+    form: ModuleType, inputs: tuple[Tensor | None, ...], starts: Tensor | None, scale: float
+) -> tuple[Any, Any]:
     q, k, v, log_decay = inputs
     assert q is not None
     assert k is not None
     assert v is not None
-    forth = chunked.prepare(q, k, v, log_decay, scale=scale, starts=starts)
-    back = chunked.prepare(
+    forth = form.prepare(q, k, v, log_decay, scale=scale, starts=starts)
+    back = form.prepare(
         q.flip(1), k.flip(1), v.flip(1), _mirror(log_decay),
         scale=scale, starts=_mirrored_starts(starts),
     )  # fmt: skip
@@ -260,11 +258,13 @@ def backward_twice(
     dafter: Sides,
     *,
     scale: float,
+    backend: str,
 ) -> tuple[tuple[Tensor | None, ...], Sides]:
-    """torch: as `backward_merged`, one direction after the other."""
-    forth, back = _tiles((q, k, v, log_decay), starts, scale)
-    grads, dfirst = chunked.backward(forth, before.forward, dout, dafter.forward)
-    others, dlast = chunked.backward(back, before.backward, dout.flip(1), dafter.backward)
+    """As `backward_merged`, one direction after the other."""
+    form = linear.kernels(backend)
+    forth, back = _tiles(form, (q, k, v, log_decay), starts, scale)
+    grads, dfirst = form.backward(forth, before.forward, dout, dafter.forward)
+    others, dlast = form.backward(back, before.backward, dout.flip(1), dafter.backward)
     found: list[Tensor | None] = []
     for one, other in zip(grads, others, strict=True):
         if one is None or other is None:
