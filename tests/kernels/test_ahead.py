@@ -109,7 +109,7 @@ def test_every_kernel_and_config_compiles_within_the_shared_memory_of_sm_80_and_
         check=False,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=900,
         env=environment,
     )
     assert result.returncode == 0, result.stdout + result.stderr

@@ -172,7 +172,7 @@ def test_errors_are_measured_from_a_plain_copy_without_optional_packages(tmp_pat
         check=False,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=900,
         env={
             **os.environ,
             "PYTHONPATH": os.pathsep.join([str(tmp_path), *tree]),
