@@ -140,9 +140,11 @@ def test_half_precision_is_rounded_once() -> None:
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.usefixtures("poisoned")
 def test_more_shapes(dtype: torch.dtype) -> None:
-    """Four spans; 16 states; so many states that lanes share a channel; two blocks of channels."""
+    """Ten spans; 16 states; so many states that lanes share a channel; two blocks of channels."""
     torch.manual_seed(2)
-    check((1, 230, 2, 1), (0, 230), dtype, "four spans")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton, "LEAST_SPAN_TOKENS", 16)
+        check((1, 150, 2, 1), (0, 150), dtype, "ten spans")
     check((1, 20, 3, 16), (0, 1, 19, 20), dtype, "16 states")
     check((1, 3, 18, 40), (0, 2, 3), dtype, "40 states")
     check((2, 17, 70, 1), (0, 17), dtype, "two blocks of channels")
@@ -315,7 +317,7 @@ def test_few_channels_fill_the_card_and_many_walk_once(monkeypatch: pytest.Monke
 
     spans = 8192 // triton.LEAST_SPAN_TOKENS
     few = walks(1, 8192, 64)
-    assert few == [("walk", 2 * spans, False), ("fold", 16, False), ("walk", 2 * spans, True)]
+    assert few == [("walk", 2 * spans, False), ("fold", 2 * 16, False), ("walk", 2 * spans, True)]
     assert walks(64, 2048, 5120) == [("walk", 64 * 160, True)]
 
 

@@ -26,19 +26,19 @@ from xdist_kernels.selective_scan.triton_walk import fold, walk, walk_back
 
 # Tokens between the states that a layer keeps for backward.
 TILE_TOKENS = 8192
-# Tokens between the marks of backward; rows that `walk` loads at once.
+# Tokens between the marks of backward; tokens that `walk`, and spans that `fold` loads at once.
 MARK_TOKENS, LOADED_ROWS = 16, 8
 # Two neighbours a thread halve the sums over lanes; with four, registers run out.
 CHANNELS_A_THREAD = 2
 GRADIENT_CHANNELS = 32 * CHANNELS_A_THREAD
-FOLD_CHANNELS = 128
+FOLD_CHANNELS = 32
 # Programs of one warp that fill an H200 (132 x 12 at 156 registers) twice over, and the shortest
 # span worth a program of its own.
 PROGRAMS, LEAST_SPAN_TOKENS = 3168, 64
 MOST_STATES = 256
 # Of marks and partial sums; a batch that needs more goes through backward in pieces.
 MARK_BYTES = 1 << 30
-ONE_WARP, FOLD_WARPS = Config(1, 2), Config(4, 2)
+ONE_WARP = Config(1, 2)
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -200,10 +200,10 @@ def _fold(
     first = torch.empty_like(ends.states) if first is None else first
     last = torch.empty_like(state)
     launch(
-        fold, batch * states * _cdiv(channels, FOLD_CHANNELS), FOLD_WARPS, device=p.u.device,
+        fold, batch * states * _cdiv(channels, FOLD_CHANNELS), ONE_WARP, device=p.u.device,
         p_exponents=p.exponents, p_own=ends.states, p_sums=ends.sums, p_state=state,
         p_first=first, p_last=last, channels=channels, spans=spans, N=states, BC=FOLD_CHANNELS,
-        REVERSE=reverse,
+        BG=LOADED_ROWS, REVERSE=reverse,
     )  # fmt: skip
     return first, last
 

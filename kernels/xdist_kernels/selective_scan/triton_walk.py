@@ -176,7 +176,7 @@ def walk_back(
 def fold(
     p_exponents: tl.tensor, p_own: tl.tensor, p_sums: tl.tensor, p_state: tl.tensor,
     p_first: tl.tensor, p_last: tl.tensor, channels: tl.tensor, spans: tl.tensor,
-    N: tl.constexpr, BC: tl.constexpr, REVERSE: tl.constexpr,
+    N: tl.constexpr, BC: tl.constexpr, BG: tl.constexpr, REVERSE: tl.constexpr,
 ) -> None:  # fmt: skip
     """The states before each span and behind the last, from what each makes of zero.
 
@@ -187,21 +187,31 @@ def fold(
                 h = own[span] + exp2(exponents sums[span]) h    own[span] alone if sums is inf
             last = h
 
-    state, last [B, N, channels]; first and own [B, spans, N, channels].
+    state, last [B, N, channels]; first and own [B, spans, N, channels]. Spans are loaded BG at a
+    time: their memory, not the chain over them, is what takes long.
     """
     i_p = tl.program_id(0).to(tl.int64)
     n_c = tl.cdiv(channels, BC)
     i_n = (i_p // n_c) % N
     i_b = i_p // n_c // N
-    o_c = (i_p % n_c) * BC + tl.arange(0, BC)  # [BC]
+    o_c = lanes((i_p % n_c) * BC, BC, 1)  # [BC]
+    o_g = tl.arange(0, BG)
     m_c = o_c < channels
     b_e = tl.load(p_exponents + i_n * channels + o_c, mask=m_c, other=0.0)
     b_h = tl.load(p_state + (i_b * N + i_n) * channels + o_c, mask=m_c, other=0.0)
-    for j in range(spans):
-        i_bs = i_b * spans + (spans - 1 - j if REVERSE else j)
-        o_h = (i_bs * N + i_n) * channels + o_c
-        tl.store(p_first + o_h, b_h, mask=m_c)
-        b_own = tl.load(p_own + o_h, mask=m_c, other=0.0)
-        b_s = tl.load(p_sums + i_bs * channels + o_c, mask=m_c, other=0.0)
-        b_h = b_own + tl.where(b_s == float("inf"), 0.0, tl.exp2(b_e * b_s) * b_h)
+    for j_0 in range(0, spans, BG):
+        o_j = j_0 + o_g
+        m_jc = (o_j < spans)[:, None] & m_c[None, :]
+        o_bs = i_b * spans + (spans - 1 - o_j if REVERSE else o_j)  # [BG]
+        o_h = (o_bs[:, None] * N + i_n) * channels + o_c[None, :]  # [BG, BC]
+        # Behind the last span nothing is added and nothing decays.
+        b_own = tl.load(p_own + o_h, mask=m_jc, other=0.0)
+        b_s = tl.load(p_sums + o_bs[:, None] * channels + o_c[None, :], mask=m_jc, other=0.0)
+        b_first = tl.zeros([BG, BC], tl.float32)
+        for i in tl.static_range(BG):
+            b_first = with_row(b_first, o_g, i, b_h)
+            b_sum = row(b_s, o_g, i)  # [BC]
+            b_h = tl.where(b_sum == float("inf"), 0.0, tl.exp2(b_e * b_sum) * b_h)
+            b_h += row(b_own, o_g, i)
+        tl.store(p_first + o_h, b_first, mask=m_jc)
     tl.store(p_last + (i_b * N + i_n) * channels + o_c, b_h, mask=m_c)
