@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from xdist_kernels.launch import launch, target_of
+from xdist_kernels.launch import Config, launch, target_of
 from xdist_kernels.linear.triton_chunk import LOG2_E, load_rows
 from xdist_kernels.linear.triton_shapes import (
     cdiv,
@@ -38,6 +38,26 @@ class Running(NamedTuple):
 
     c: Tensor | None
     e: Tensor | None
+
+
+@triton.jit(do_not_specialize=["T", "spans"])
+def running_sums(
+    g: tl.tensor, c: tl.tensor, e: tl.tensor, g_b: tl.tensor, g_t: tl.tensor, g_h: tl.tensor,
+    T: tl.tensor, H: tl.tensor, spans: tl.tensor, SPAN: tl.constexpr,
+) -> None:  # fmt: skip
+    # of one span of one head:  c = cumsum(g), e = c - g, to base 2
+    i_p = tl.program_id(0).to(tl.int64)
+    i_h = i_p % H
+    i_s = i_p // H % spans
+    i_b = i_p // H // spans
+    o_t = i_s * SPAN + tl.arange(0, SPAN)
+    m_t = o_t < T
+    b_g = tl.load(g + i_b * g_b + i_h * g_h + o_t * g_t, mask=m_t, other=0.0).to(tl.float32)
+    b_g = b_g * LOG2_E
+    b_c = tl.cumsum(b_g, 0)
+    o_out = (i_b * H + i_h) * T + o_t
+    tl.store(c + o_out, b_c, mask=m_t)
+    tl.store(e + o_out, b_c - b_g, mask=m_t)
 
 
 @triton.jit
@@ -236,11 +256,17 @@ def running(log_decay: Tensor | None) -> Running:
     """The sums of log_decay [B,T,H,1] inside spans."""
     if log_decay is None:
         return Running(None, None)
-    tokens = log_decay.shape[1]
-    g = log_decay.squeeze(-1).transpose(1, 2).float() * LOG2_E.value  # [B, H, T]
-    spans = torch.nn.functional.pad(g, (0, -tokens % SPAN_TOKENS)).unflatten(-1, (-1, SPAN_TOKENS))
-    c = spans.cumsum(-1).flatten(-2)[..., :tokens].contiguous()
-    return Running(c, c - g)
+    batch, tokens, heads, _ = log_decay.shape
+    shape = (batch, heads, tokens)
+    c, e = (torch.empty(shape, dtype=torch.float32, device=log_decay.device) for _ in range(2))
+    spans = cdiv(tokens, SPAN_TOKENS)
+    g_b, g_t, g_h = log_decay.stride()[:3]
+    launch(
+        running_sums, batch * heads * spans, Config(4, 1), device=log_decay.device,
+        g=log_decay, c=c, e=e, g_b=g_b, g_t=g_t, g_h=g_h, T=tokens, H=heads, spans=spans,
+        SPAN=SPAN_TOKENS,
+    )  # fmt: skip
+    return Running(c, e)
 
 
 def sums_both(
