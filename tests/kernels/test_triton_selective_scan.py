@@ -99,19 +99,28 @@ CASES: dict[str, tuple[tuple[int, int, int, int], tuple[int, ...]]] = {
 
 
 def check(
-    shape: tuple[int, int, int, int], cuts: tuple[int, ...], dtype: torch.dtype, case: str
+    shape: tuple[int, int, int, int],
+    cuts: tuple[int, ...],
+    dtype: torch.dtype,
+    case: str,
+    *,
+    wide_steps: bool = False,
 ) -> None:
+    """wide_steps: delta and A in float32 beside inputs of `dtype`, as behind a softplus."""
     x = draw(shape, dtype)
     batch, tokens, channels, states = shape
     douts = torch.randn(batch, tokens, channels), torch.randn(batch, channels, states)
     douts = douts[0].to(dtype).double(), douts[1].double()
     want = reference(x, cuts, douts)
     given, state = kernel_inputs(x, dtype), x["state"].detach().float().unsqueeze(3)
+    if wide_steps:
+        given[1:3] = given[1].float(), given[2].float()
     upper = douts[0].to(dtype).unsqueeze(3), douts[1].float().unsqueeze(3)
     p = triton.prepare(*given, starts_of(cuts))
     out, after = triton.run(p, state)
     grads, before = triton.backward(p, state, *upper)
     assert out.dtype == grads[0].dtype == dtype
+    assert grads[1].dtype == given[1].dtype
     found = {"out": out, "after": after, "dstate": before}
     found |= {f"d{name}": grad for name, grad in zip(NAMES, grads, strict=True)}
     scales = {"dA": sum_of_terms(x, cuts, *douts)}
@@ -134,6 +143,7 @@ def test_forward_states_and_every_gradient(case: str) -> None:
 def test_half_precision_is_rounded_once() -> None:
     torch.manual_seed(1)
     check((1, 35, 3, 1), (0, 30, 35), torch.float16, "float16")
+    check((1, 3, 2, 2), (0, 3), torch.float16, "float32 steps", wide_steps=True)
 
 
 @pytest.mark.slow
