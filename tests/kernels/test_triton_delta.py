@@ -126,7 +126,9 @@ def test_everything_equals_the_token_loop(kind: str, packed: bool) -> None:
     torch.manual_seed(0)
     cuts = (0, 3, 4, 16, 19, 21) if packed else (0, 21)
     x = draw(21, kind, shared=2, dims=(20, 7) if packed else (16, 6))
-    for name, size in errors(x, cuts, chunk=16).items():
+    # The interpreter multiplies in full either way; kernels differ where tensor cores would.
+    precision = "tf32x3" if packed else "ieee"
+    for name, size in errors(x, cuts, chunk=16, precision=precision).items():
         assert size <= 2e-6, (name, size)
 
 

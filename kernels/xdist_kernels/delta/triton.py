@@ -120,9 +120,13 @@ def _narrow(x: Inputs) -> torch.dtype:
     return torch.promote_types(torch.promote_types(x.q.dtype, x.k.dtype), x.v.dtype)
 
 
+def _plain(p: Tile, operand: torch.dtype) -> bool:
+    """Whether products of `operand` are taken without tensor cores."""
+    return operand == torch.float32 and p.precision == "ieee"
+
+
 def _parts(p: Tile, operand: torch.dtype, **wanted: bool) -> Parts:
-    plain = operand == torch.float32 and p.precision == "ieee"
-    chunk = p.chunk or (PLAIN_CHUNK_TOKENS if plain else CHUNK_TOKENS)
+    chunk = p.chunk or (PLAIN_CHUNK_TOKENS if _plain(p, operand) else CHUNK_TOKENS)
     return launches.prepare(p.inputs, operand, chunk, p.precision, Wanted(**wanted))
 
 
@@ -171,7 +175,7 @@ def _saved(p: Tile) -> Parts:
 def backward_ahead(p: Tile, state: Tensor, dout: Tensor) -> Ready:
     """All of a tile's backward pass before the chain back; state: the one before the tile."""
     parts = _saved(p)
-    states = launches.states_of(p.inputs, parts)
+    states = launches.states_of(p.inputs, parts, p.precision)
     launches.forward_chain(p.inputs, parts, state, p.precision, states=states)
     return Ready(p, parts, states)
 
@@ -185,6 +189,9 @@ def backward(
     half the bytes, for callers that add nothing to them.
     """
     dout = _rows(dout)
+    if isinstance(p, Tile) and _plain(p, _narrow(p.inputs)):
+        # Each chain fills a multiprocessor's registers by itself.
+        p = backward_ahead(p, state, dout)
     if isinstance(p, Ready):
         (x, _, precision), parts, states = p
         dstates = torch.empty_like(states)

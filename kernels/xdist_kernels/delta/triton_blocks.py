@@ -37,7 +37,7 @@ class Sizes(NamedTuple):
 class Blocks(NamedTuple):
     """chunk: its tokens. keys, values: dims filled up to whole blocks. block: key and value dims
     of a block of the kernels that have no state (writes_values: value dims of `writes_kernel`);
-    chain: value dims of one that has."""
+    chain, chain_keys: value and key dims of one that has."""
 
     chunk: int
     keys: int
@@ -45,6 +45,7 @@ class Blocks(NamedTuple):
     block: int
     writes_values: int
     chain: int
+    chain_keys: int
     prepare: Config
     walk: Config
     writes: Config
@@ -68,9 +69,15 @@ def sizes_of(k: Tensor, v: Tensor) -> Sizes:
 
 
 def blocks_of(
-    size: Sizes, operand: torch.dtype, device: torch.device, chunk: int, *, diagonal: bool
+    size: Sizes,
+    operand: torch.dtype,
+    precision: str,
+    device: torch.device,
+    chunk: int,
+    *,
+    diagonal: bool,
 ) -> Blocks:
-    """Blocks for products of `operand` on what `device` is."""
+    """Blocks for products of `operand`, float32 ones in `precision`, on what `device` is."""
     hopper = target_of(device).capability >= 90
     wide = operand == torch.float32
     keys = power_of_two(size.key_dim)
@@ -86,6 +93,7 @@ def blocks_of(
     ahead = 3 if hopper and keys <= 128 and chain <= 32 else 2
     if wide or (keys > 128 and not hopper):
         ahead = 1
+    plain = wide and precision == "ieee"
     return Blocks(
         chunk,
         keys,
@@ -93,10 +101,11 @@ def blocks_of(
         block,
         min(block, 32),
         chain,
+        min(keys, 32) if plain else keys,
         # Tiles [64, 64] in float32 take half of the registers of four warps, and prepare has six.
         prepare=Config(4 if wide else 8, 1 if wide else 2),
-        # Before Hopper operands of products are held in registers too.
-        walk=Config(4 if wide or hopper else 8, ahead),
+        # Operands of products are held in registers, but for those of Hopper's tensor cores.
+        walk=Config(4 if hopper and not wide else 8, ahead),
         writes=Config(4 if wide else 8, 1),
         grads=Config(8 if diagonal and not wide else 4, 1 if wide else 2),
     )

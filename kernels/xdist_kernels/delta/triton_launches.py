@@ -64,11 +64,11 @@ def decay_of(x: Inputs) -> int:
     return DIAGONAL if x.log_decay.dim() == 4 else SCALAR
 
 
-def blocks_for(x: Inputs, operand: torch.dtype, chunk: int) -> tuple[Sizes, Blocks]:
+def blocks_for(x: Inputs, operand: torch.dtype, precision: str, chunk: int) -> tuple[Sizes, Blocks]:
     """Sizes and blocks of a tile."""
     size = sizes_of(x.k, x.v)
     diagonal = decay_of(x) == DIAGONAL
-    return size, blocks_of(size, operand, x.v.device, chunk, diagonal=diagonal)
+    return size, blocks_of(size, operand, precision, x.v.device, chunk, diagonal=diagonal)
 
 
 def _strides(letter: str, x: Tensor | None) -> dict[str, int]:
@@ -95,7 +95,7 @@ def _marks(x: Inputs) -> Tensor | None:
 
 def prepare(x: Inputs, operand: torch.dtype, chunk: int, precision: str, wanted: Wanted) -> Parts:
     """The parts of a tile that are wanted."""
-    size, blocks = blocks_for(x, operand, chunk)
+    size, blocks = blocks_for(x, operand, precision, chunk)
     decay, grid = decay_of(x), (size.rows, -(-size.tokens // chunk))
 
     def made(*dims: int, when: bool = True, dtype: torch.dtype = operand) -> Tensor | None:
@@ -170,11 +170,13 @@ def forward_chain(
 ) -> Tensor:
     """The state after a tile [B,H,K,W] from `start` of that shape; W need not be V where the parts
     have no entry. out [B,T,H,V] and states [R,N,KP,VP] are written where given."""
-    size, blocks = blocks_for(x, parts.weight.dtype, parts.chunk)
+    size, blocks = blocks_for(x, parts.weight.dtype, precision, parts.chunk)
     if parts.entry is None:
         size = size._replace(value_dim=start.shape[3])
         diagonal = parts.keys is not None
-        blocks = blocks_of(size, parts.weight.dtype, x.v.device, parts.chunk, diagonal=diagonal)
+        blocks = blocks_of(
+            size, parts.weight.dtype, precision, x.v.device, parts.chunk, diagonal=diagonal
+        )
     start = start.to(torch.float32).contiguous()
     end = torch.empty_like(start)
     launch(
@@ -194,6 +196,7 @@ def forward_chain(
         p_end=end,
         **_keys(x, size, parts),
         **_dims(size, blocks),
+        BK=blocks.chain_keys,
         BV=blocks.chain,
         DECAY=decay_of(x),
         PRECISION=precision,
@@ -212,7 +215,7 @@ def backward_chain(
 ) -> Tensor:
     """The gradient of the state before a tile [B,H,K,V]; dstates [R,N,KP,VP] is written where
     given."""
-    size, blocks = blocks_for(x, parts.weight.dtype, parts.chunk)
+    size, blocks = blocks_for(x, parts.weight.dtype, precision, parts.chunk)
     dend = dend.to(torch.float32).contiguous()
     dstart = torch.empty_like(dend)
     launch(
@@ -231,6 +234,7 @@ def backward_chain(
         **_keys(x, size, parts),
         **_strides("o", dout),
         **_dims(size, blocks),
+        BK=blocks.chain_keys,
         BV=blocks.chain,
         DECAY=decay_of(x),
         PRECISION=precision,
@@ -243,9 +247,9 @@ def both_chains(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """States before each chunk and gradients of those behind, [R,N,KP,VP], and the gradient of
     the state before the tile [B,H,K,V]: both chains in one launch."""
-    size, blocks = blocks_for(x, parts.weight.dtype, parts.chunk)
+    size, blocks = blocks_for(x, parts.weight.dtype, precision, parts.chunk)
     start, dend = (y.to(torch.float32).contiguous() for y in (start, dend))
-    dstart, states = torch.empty_like(dend), states_of(x, parts)
+    dstart, states = torch.empty_like(dend), states_of(x, parts, precision)
     dstates = torch.empty_like(states)
     programs = size.rows * (blocks.values // blocks.chain)
     launch(
@@ -268,6 +272,7 @@ def both_chains(
         **_keys(x, size, parts),
         **_strides("o", dout),
         **_dims(size, blocks),
+        BK=blocks.chain_keys,
         BV=blocks.chain,
         DECAY=decay_of(x),
         PRECISION=precision,
@@ -275,9 +280,9 @@ def both_chains(
     return states, dstates, dstart
 
 
-def states_of(x: Inputs, parts: Parts) -> Tensor:
+def states_of(x: Inputs, parts: Parts, precision: str) -> Tensor:
     """Room for one state a chunk [R,N,KP,VP]."""
-    _, blocks = blocks_for(x, parts.weight.dtype, parts.chunk)
+    _, blocks = blocks_for(x, parts.weight.dtype, precision, parts.chunk)
     return parts.weight.new_empty(*parts.weight.shape[:2], blocks.keys, blocks.values)
 
 
@@ -301,7 +306,7 @@ def gradients(
     dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
 ) -> Found:
     """Gradients of a tile's inputs, those of q, k and v in `dtypes`."""
-    size, blocks = blocks_for(x, parts.weight.dtype, parts.chunk)
+    size, blocks = blocks_for(x, parts.weight.dtype, precision, parts.chunk)
     decay, device = decay_of(x), x.v.device
     tokens = (size.batch, size.tokens, size.heads)
     gated = x.log_decay is not None
