@@ -49,7 +49,7 @@ def chunk_tokens(x: Tensor, largest_dim: int) -> int:
     """
     if x.dtype != torch.float32:
         return CHUNK_TOKENS
-    return 32 if largest_dim <= 128 else 16
+    return 32 if largest_dim <= 64 else 16
 
 
 def span_tokens(tokens: int, rows: int, blocks: int, *, gated: bool = False) -> int:
@@ -66,8 +66,13 @@ def span_tokens(tokens: int, rows: int, blocks: int, *, gated: bool = False) -> 
     return span
 
 
-def _stages(block_bytes: int, fixed_bytes: int, target: Target) -> int:
-    """Two where two programs then still fit on a multiprocessor, or one program with room left."""
+def _stages(x: Tensor, block_bytes: int, fixed_bytes: int, target: Target) -> int:
+    """Two where two programs then still fit on a multiprocessor, or one program with room left.
+
+    Spelled-out products read operands of two stages by way of local memory.
+    """
+    if x.dtype == torch.float32:
+        return 1
     return 2 if 2 * block_bytes + fixed_bytes <= target.shared_bytes * 2 // 3 else 1
 
 
@@ -79,8 +84,8 @@ def sum_blocks(
     most = 64 if width == 4 else 128
     one, two = min(padded(first), most // accumulators), min(padded(second), 64)
     loaded = chunk * (one + two) * width
-    warps = 4 if one * two >= 2048 else 2
-    return Blocks(one, two, Config(warps, _stages(loaded, loaded, target)))
+    warps = 8 if width == 4 else 4 if one * two >= 2048 else 2
+    return Blocks(one, two, Config(warps, _stages(x, loaded, loaded, target)))
 
 
 def scan_blocks(first: int, second: int, x: Tensor, target: Target) -> Blocks:
@@ -91,8 +96,8 @@ def scan_blocks(first: int, second: int, x: Tensor, target: Target) -> Blocks:
     two = min(padded(second), most)
     loaded = chunk * (2 * one + two) * width
     fixed = (one * two + chunk * chunk + chunk * two) * width
-    warps = 8 if one > 128 else 4 if one * two >= 2048 else 2
-    return Blocks(one, two, Config(warps, _stages(loaded, fixed, target)))
+    warps = 8 if width == 4 or one > 128 else 4 if one * two >= 2048 else 2
+    return Blocks(one, two, Config(warps, _stages(x, loaded, fixed, target)))
 
 
 def key_blocks(first: int, x: Tensor) -> Blocks:
