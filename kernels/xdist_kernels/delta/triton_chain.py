@@ -46,7 +46,7 @@ def _forward(
     o_cv = o_c[:, None] * VP + o_v[None, :]  # [C, BV]
     if p_out is not None:
         p_out += i_b * T * H * V + i_h * V
-    b_s = ()  # blocks [BK, BV]
+    b_s: Arg = ()  # blocks [BK, BV]
     for j in tl.static_range(KP // BK):
         m_s = (j * BK + o_k < K)[:, None] & (o_v < V)[None, :]
         b_s += (tl.load(p_start + o_s + j * BK * V, mask=m_s, other=0.0),)
@@ -72,7 +72,7 @@ def _forward(
             store_tokens(p_out, b_o, o_t, o_v, H * V, T, V)
         b_fade = tl.load(p_fade + i_n * C + o_c)  # [C]
         b_n = (b_r * b_fade[:, None]).to(OPERAND)
-        b_after = ()
+        b_after: Arg = ()
         for j in tl.static_range(KP // BK):
             b_k = token_block(p_keys, o_t, j * BK + o_k, stride_kt, T, K).to(OPERAND)  # [C, BK]
             b_kept = _kept(p_whole, b_s[j], i_n, j * BK + o_k, KP, DECAY)
@@ -106,7 +106,7 @@ def _backward(
     o_s = i_row * (K * V) + o_k[:, None] * V + o_v[None, :]  # [BK, BV]
     o_kv = o_k[:, None] * VP + o_v[None, :]  # [BK, BV]
     o_ck = o_c[:, None] * KP + o_k[None, :]  # [C, BK]
-    b_ds = ()  # blocks [BK, BV]
+    b_ds: Arg = ()  # blocks [BK, BV]
     for j in tl.static_range(KP // BK):
         m_s = (j * BK + o_k < K)[:, None] & (o_v < V)[None, :]
         b_ds += (tl.load(p_dend + o_s + j * BK * V, mask=m_s, other=0.0),)
@@ -123,13 +123,16 @@ def _backward(
         b_x *= tl.load(p_fade + i_n * C + o_c)[:, None]
         b_x = b_x.to(OPERAND)
         b_do = token_block(p_dout, o_t, o_v, stride_ot, T, V).to(OPERAND)  # [C, BV]
-        b_before = ()
+        # A loop for each factor on the right: blocks then share its registers.
+        b_asked: Arg = ()
         for j in tl.static_range(KP // BK):
             b_reads = tl.load(p_reads + i_n * (C * KP) + j * BK + o_ck)  # [C, BK]
-            b_weight = tl.load(p_weight + i_n * (C * KP) + j * BK + o_ck)  # [C, BK]
             b_kept = _kept(p_whole, b_ds[j], i_n, j * BK + o_k, KP, DECAY)
-            b_kept = tl.dot(tl.trans(b_reads), b_do, b_kept, input_precision=PRECISION)
-            b_before += (tl.dot(tl.trans(b_weight), b_x, b_kept, input_precision=PRECISION),)
+            b_asked += (tl.dot(tl.trans(b_reads), b_do, b_kept, input_precision=PRECISION),)
+        b_before: Arg = ()
+        for j in tl.static_range(KP // BK):
+            b_weight = tl.load(p_weight + i_n * (C * KP) + j * BK + o_ck)  # [C, BK]
+            b_before += (tl.dot(tl.trans(b_weight), b_x, b_asked[j], input_precision=PRECISION),)
         b_ds = b_before
     for j in tl.static_range(KP // BK):
         m_s = (j * BK + o_k < K)[:, None] & (o_v < V)[None, :]
