@@ -95,11 +95,10 @@ def scan_spans(
             elif REVERSE:
                 b_z = (b_z * scale).to(b_z.dtype)
         elif DECAY == "weighed":
-            p_a = inner + i_chunk * BT * BT
+            p_a = inner + i_chunk * BT * BT + o_i[:, None] * BT + o_i[None, :]
+            b_a = tl.load(p_a)  # [BT, BT]
             if REVERSE:
-                b_a = tl.load(p_a + o_i[None, :] * BT + o_i[:, None])  # [BT, BT]
-            else:
-                b_a = tl.load(p_a + o_i[:, None] * BT + o_i[None, :])  # [BT, BT]
+                b_a = tl.trans(b_a)
             b_o = tl.dot(b_a, b_z, acc=b_o, input_precision=PRECISION)
             b_log = tl.load(totals + i_chunk * D1 + o_1, mask=o_1 < D1, other=0.0)
             b_s = b_s * tl.exp2(b_log)[:, None]
