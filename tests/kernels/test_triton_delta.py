@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 
 from tests.kernels.test_delta import DECAYS, error, low_rank_keys, marks, names
 from xdist_kernels import delta
-from xdist_kernels.delta import triton_cases, triton_launches
+from xdist_kernels.delta import triton_cases, triton_gradient_launches, triton_launches
 from xdist_kernels.delta.reference import delta_rule_reference
 from xdist_kernels.errors import KernelError
 from xdist_kernels.launch import Config
@@ -113,7 +113,8 @@ def only_listed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict]]:
     def launch(kernel: Any, programs: int, config: Config, *, device: Any, **given: Any) -> None:
         started.append((kernel.__name__, given))
 
-    monkeypatch.setattr(triton_launches, "launch", launch)
+    for module in (triton_launches, triton_gradient_launches):
+        monkeypatch.setattr(module, "launch", launch)
     return started
 
 

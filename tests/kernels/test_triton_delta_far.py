@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests.kernels.test_delta import DECAYS
 from xdist_kernels import delta
-from xdist_kernels.delta import triton_launches
+from xdist_kernels.delta import triton_gradient_launches, triton_launches
 from xdist_kernels.delta.torch import Inputs
 from xdist_kernels.launch import Config
 
@@ -69,7 +69,8 @@ def last_program(monkeypatch: pytest.MonkeyPatch) -> list[int]:
             inner.setattr(interpreter_builder, "set_grid_idx", last)
             kernel[(1,)](**given, num_warps=config.warps, num_stages=config.stages)
 
-    monkeypatch.setattr(triton_launches, "launch", launch)
+    for module in (triton_launches, triton_gradient_launches):
+        monkeypatch.setattr(module, "launch", launch)
     return started
 
 

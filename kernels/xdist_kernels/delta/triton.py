@@ -27,6 +27,7 @@ from xdist_kernels.delta import triton_launches as launches
 from xdist_kernels.delta.backward import Gradients
 from xdist_kernels.delta.torch import Inputs
 from xdist_kernels.delta.triton_blocks import MOST_KEY_DIMS
+from xdist_kernels.delta.triton_gradient_launches import Chains, gradients
 from xdist_kernels.delta.triton_launches import Parts, Wanted
 from xdist_kernels.errors import KernelError
 
@@ -204,7 +205,7 @@ def backward(
     dtypes = (x.q.dtype, x.k.dtype, x.v.dtype) if narrow else (wide, wide, wide)
     if shared:
         dtypes = (wide, wide, dtypes[2])
-    found = launches.gradients(x, parts, states, dstates, dout, precision, dtypes)
+    found = gradients(x, parts, Chains(states, dstates), dout, precision, dtypes)
     dq, dk = found.dq, found.dk
     if shared:
         dq, dk = (y.unflatten(2, (x.k.shape[2], -1)).sum(3) for y in (dq, dk))

@@ -19,7 +19,6 @@ from xdist_kernels.delta.triton_chain import (
     both_chains_kernel,
     forward_chain_kernel,
 )
-from xdist_kernels.delta.triton_gradients import keys_kernel, writes_kernel
 from xdist_kernels.delta.triton_prepare import prepare_kernel
 from xdist_kernels.launch import launch
 
@@ -71,13 +70,14 @@ def blocks_for(x: Inputs, operand: torch.dtype, precision: str, chunk: int) -> t
     return size, blocks_of(size, operand, precision, x.v.device, chunk, diagonal=diagonal)
 
 
-def _strides(letter: str, x: Tensor | None) -> dict[str, int]:
-    """Of batch, tokens and heads."""
+def strides_of(letter: str, x: Tensor | None) -> dict[str, int]:
+    """The kernels' strides of batch, tokens and heads."""
     found = (0, 0, 0) if x is None else x.stride()[:3]
     return {f"stride_{letter}{dim}": step for dim, step in zip("bth", found, strict=True)}
 
 
-def _dims(size: Sizes, blocks: Blocks) -> dict[str, int]:
+def dims_of(size: Sizes, blocks: Blocks) -> dict[str, int]:
+    """The kernels' sizes, as given and filled up."""
     return {
         "T": size.tokens,
         "H": size.heads,
@@ -89,7 +89,8 @@ def _dims(size: Sizes, blocks: Blocks) -> dict[str, int]:
     }
 
 
-def _marks(x: Inputs) -> Tensor | None:
+def marks_of(x: Inputs) -> Tensor | None:
+    """Where documents start, as bytes."""
     return None if x.starts is None else x.starts.view(torch.uint8)
 
 
@@ -128,16 +129,16 @@ def prepare(x: Inputs, operand: torch.dtype, chunk: int, precision: str, wanted:
         p_v=x.v,
         p_beta=x.beta,
         p_g=x.log_decay,
-        p_starts=_marks(x),
+        p_starts=marks_of(x),
         **{f"p_{name}": part for name, part in parts._asdict().items()},
         GROUP=size.group,
         scale=x.scale,
-        **_strides("q", x.q),
-        **_strides("k", x.k),
-        **_strides("v", x.v),
-        **_strides("b", x.beta),
-        **_strides("g", x.log_decay),
-        **_dims(size, blocks),
+        **strides_of("q", x.q),
+        **strides_of("k", x.k),
+        **strides_of("v", x.v),
+        **strides_of("b", x.beta),
+        **strides_of("g", x.log_decay),
+        **dims_of(size, blocks),
         LEVELS=blocks.levels,
         BK=blocks.block,
         BV=blocks.block,
@@ -156,7 +157,7 @@ def _keys(x: Inputs, size: Sizes, parts: Parts) -> dict[str, Any]:
     if parts.keys is not None:
         keys, group = parts.keys.view(size.batch, size.heads, -1, parts.keys.shape[-1]), 1
         keys = keys.transpose(1, 2)
-    return {"p_keys": keys, "GROUP": group, **_strides("k", keys)}
+    return {"p_keys": keys, "GROUP": group, **strides_of("k", keys)}
 
 
 def forward_chain(
@@ -195,7 +196,7 @@ def forward_chain(
         p_out=out,
         p_end=end,
         **_keys(x, size, parts),
-        **_dims(size, blocks),
+        **dims_of(size, blocks),
         BK=blocks.chain_keys,
         BV=blocks.chain,
         DECAY=decay_of(x),
@@ -232,8 +233,8 @@ def backward_chain(
         p_dstates=dstates,
         p_dstart=dstart,
         **_keys(x, size, parts),
-        **_strides("o", dout),
-        **_dims(size, blocks),
+        **strides_of("o", dout),
+        **dims_of(size, blocks),
         BK=blocks.chain_keys,
         BV=blocks.chain,
         DECAY=decay_of(x),
@@ -270,8 +271,8 @@ def both_chains(
         p_dstart=dstart,
         forward_programs=programs,
         **_keys(x, size, parts),
-        **_strides("o", dout),
-        **_dims(size, blocks),
+        **strides_of("o", dout),
+        **dims_of(size, blocks),
         BK=blocks.chain_keys,
         BV=blocks.chain,
         DECAY=decay_of(x),
@@ -284,105 +285,3 @@ def states_of(x: Inputs, parts: Parts, precision: str) -> Tensor:
     """Room for one state a chunk [R,N,KP,VP]."""
     _, blocks = blocks_for(x, parts.weight.dtype, precision, parts.chunk)
     return parts.weight.new_empty(*parts.weight.shape[:2], blocks.keys, blocks.values)
-
-
-class Found(NamedTuple):
-    """Gradients; dq and dk of every value head."""
-
-    dq: Tensor  # [B, T, H, K]
-    dk: Tensor  # [B, T, H, K]
-    dv: Tensor  # [B, T, H, V]
-    dbeta: Tensor  # [B, T, H] float32
-    dlog: Tensor | None  # as log_decay, float32
-
-
-def gradients(
-    x: Inputs,
-    parts: Parts,
-    states: Tensor,
-    dstates: Tensor,
-    dout: Tensor,
-    precision: str,
-    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
-) -> Found:
-    """Gradients of a tile's inputs, those of q, k and v in `dtypes`."""
-    size, blocks = blocks_for(x, parts.weight.dtype, precision, parts.chunk)
-    decay, device = decay_of(x), x.v.device
-    tokens = (size.batch, size.tokens, size.heads)
-    gated = x.log_decay is not None
-
-    def made(*dims: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(*tokens, *dims, dtype=dtype, device=device)
-
-    diagonal = (size.key_dim,) if decay == DIAGONAL else ()
-    found = Found(
-        made(size.key_dim, dtype=dtypes[0]),
-        made(size.key_dim, dtype=dtypes[1]),
-        made(size.value_dim, dtype=dtypes[2]),
-        made(),
-        made(*diagonal) if gated else None,
-    )
-    assert parts.scores is not None
-    writes = parts.weight.new_empty(*parts.weight.shape[:3], blocks.values)
-    dscores, dlows = torch.empty_like(parts.scores), torch.empty_like(parts.scores)
-    given: dict[str, Any] = {
-        "p_q": x.q,
-        "p_k": x.k,
-        "p_g": x.log_decay,
-        "p_starts": _marks(x),
-        "p_since": parts.since,
-        "p_until": parts.until,
-        "p_whole": parts.whole,
-        "p_dout": dout,
-        "p_states": states,
-        "p_dstates": dstates,
-        "p_n": writes,
-        "p_dscores": dscores,
-        "p_dlows": dlows,
-        "p_dg": found.dlog,
-        "GROUP": size.group,
-        "scale": x.scale,
-        **_strides("q", x.q),
-        **_strides("k", x.k),
-        **_strides("o", dout),
-        **_strides("g", x.log_decay),
-        **_dims(size, blocks),
-        "DECAY": decay,
-        "PRECISION": precision,
-    }
-    programs = parts.weight.shape[0] * parts.weight.shape[1]
-    launch(
-        writes_kernel,
-        programs,
-        blocks.writes,
-        device=device,
-        p_keys=parts.keys,
-        p_v=x.v,
-        p_weight=parts.weight,
-        p_entry=parts.entry,
-        p_beta=x.beta,
-        p_scores=parts.scores,
-        p_lows=parts.lows,
-        p_inverse=parts.inverse,
-        p_dv=found.dv,
-        p_dbeta=found.dbeta,
-        **_strides("v", x.v),
-        **_strides("b", x.beta),
-        BK=blocks.block,
-        BV=blocks.writes_values,
-        **given,
-    )
-    launch(
-        keys_kernel,
-        programs * (blocks.keys // blocks.block),
-        blocks.grads,
-        device=device,
-        p_dx=found.dv,
-        p_dq=found.dq,
-        p_dk=found.dk,
-        LEVELS=blocks.levels,
-        BK=blocks.block,
-        BV=blocks.block,
-        **given,
-    )
-    return found
