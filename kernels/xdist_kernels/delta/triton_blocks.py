@@ -36,7 +36,8 @@ class Sizes(NamedTuple):
 
 class Blocks(NamedTuple):
     """chunk: its tokens. keys, values: dims filled up to whole blocks. block: key and value dims
-    of a block of the kernels that have no state (writes_values: value dims of `writes_kernel`);
+    of a block of the kernels that have no state (writes_values: value dims of
+    `writes_kernel`, grads_keys: key dims of `keys_kernel`);
     chain, chain_keys: value and key dims of one that has."""
 
     chunk: int
@@ -44,6 +45,7 @@ class Blocks(NamedTuple):
     values: int
     block: int
     writes_values: int
+    grads_keys: int
     chain: int
     chain_keys: int
     prepare: Config
@@ -100,6 +102,7 @@ def blocks_of(
         -(-size.value_dim // side) * side,
         block,
         min(block, 32),
+        min(block, 16) if diagonal and not (wide or hopper) else block,
         chain,
         min(keys, 32) if plain else keys,
         # Tiles [64, 64] in float32 take half of the registers of four warps, and prepare has six.

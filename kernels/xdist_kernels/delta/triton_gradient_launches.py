@@ -120,14 +120,14 @@ def _start(x: Inputs, parts: Parts, found: Found, blocks: Blocks, given: dict[st
     )
     launch(
         keys_kernel,
-        programs * (blocks.keys // blocks.block),
+        programs * (blocks.keys // blocks.grads_keys),
         blocks.grads,
         device=x.v.device,
         p_dx=found.dv,
         p_dq=found.dq,
         p_dk=found.dk,
         LEVELS=blocks.levels,
-        BK=blocks.block,
+        BK=blocks.grads_keys,
         BV=blocks.block,
         **given,
     )
