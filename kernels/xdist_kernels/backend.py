@@ -6,8 +6,10 @@
     torch      the chunked form of torch operations, on any device
     reference  the loop over tokens in float64 that defines the op: slow, for checks
 
-The choice reads devices, dtypes and shapes alone, never values, so that every rank chooses alike.
-What serves an op is said once on the logger "xdist" for each op and choice.
+The choice reads devices, dtypes and shapes alone, never values, so that every rank chooses alike
+where the hosts are alike: one kind of GPU, Triton installed on all of them or on none, one default.
+What serves an op is said once on the logger "xdist" for each op and choice, and a warning once for
+each reason.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import threading
 from collections.abc import Callable, Mapping
 from functools import cache
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 
@@ -28,7 +31,21 @@ BACKENDS = ("auto", "triton", "torch", "reference")
 _log = logging.getLogger("xdist")
 _lock = threading.Lock()
 _default = "auto"
-_said: set[tuple[str, str]] = set()
+# (op, backend, level, reason): the reason of a warning alone, others change from call to call.
+_said: set[tuple[str, str, int, str]] = set()
+
+
+class Choice(NamedTuple):
+    """The backend of a call of `op`, and what is said of it where it computes."""
+
+    op: str
+    name: str
+    why: str
+    level: int = logging.INFO
+
+    def say(self) -> None:
+        """Logs the choice, as `say`."""
+        say(self.op, self.name, self.why, self.level)
 
 
 def default() -> str:
@@ -66,9 +83,16 @@ def choose(op: str, asked: str, device: torch.device, refusal: Callable[[], str 
     Raises:
         KernelError: no such backend, or Triton is forced and cannot serve.
     """
+    choice = decide(op, asked, device, refusal)
+    choice.say()
+    return choice.name
+
+
+def decide(op: str, asked: str, device: torch.device, refusal: Callable[[], str | None]) -> Choice:
+    """As `choose`, for a caller that says it where the backend computes, if ever it does."""
     check(asked)
     if asked == "auto" and device.type == "meta":
-        return "torch"  # shapes without values: nothing will run
+        return Choice(op, "torch", "tensors on meta have shapes alone", logging.DEBUG)
     name = _default if asked == "auto" else asked
     if name == "auto":
         return _automatic(op, device, refusal)
@@ -80,8 +104,7 @@ def choose(op: str, asked: str, device: torch.device, refusal: Callable[[], str 
                 f"{op} was asked to run on Triton kernels, which cannot serve this call\n"
                 f"{what}\n{do or 'use backend=' + repr('auto') + ' or ' + repr('torch')}"
             )
-    say(op, name, "as asked", logging.INFO)
-    return name
+    return Choice(op, name, "as asked")
 
 
 def form(forms: Mapping[str, str], name: str) -> ModuleType:
@@ -102,26 +125,25 @@ def _imported(module: str) -> ModuleType:
     return importlib.import_module(module)
 
 
-def _automatic(op: str, device: torch.device, refusal: Callable[[], str | None]) -> str:
+def _automatic(op: str, device: torch.device, refusal: Callable[[], str | None]) -> Choice:
     if device.type != "cuda":
-        say(op, "torch", f"the tensors are on {device.type}", logging.INFO)
-        return "torch"
+        return Choice(op, "torch", f"the tensors are on {device.type}")
     why = refusal()
     if why is None:
-        say(op, "triton", "the tensors are on a GPU that the kernels serve", logging.INFO)
-        return "triton"
+        return Choice(op, "triton", "the tensors are on a GPU that the kernels serve")
     # Slower than what a GPU is there for: said even where nobody set up logging.
-    say(op, "torch", f"Triton cannot serve: {why}", logging.WARNING)
-    return "torch"
+    return Choice(op, "torch", f"Triton cannot serve: {why}", logging.WARNING)
 
 
 def say(op: str, name: str, why: str, level: int = logging.INFO) -> None:
-    """Logs once for each `op` and `name` that the op runs on it, and why."""
+    """Logs that the op runs on `name`, and why: once for each of both and the level, from WARNING
+    on once for each reason."""
+    key = (op, name, level, why if level >= logging.WARNING else "")
     # Looked up without the lock first: this runs at every call.
-    if (op, name) in _said:
+    if key in _said:
         return
     with _lock:
-        if (op, name) in _said:
+        if key in _said:
             return
-        _said.add((op, name))
+        _said.add(key)
     _log.log(level, "%s runs on %s: %s", op, name, why)

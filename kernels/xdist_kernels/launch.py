@@ -14,6 +14,7 @@ import contextlib
 import contextvars
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -85,9 +86,15 @@ def recording(target: Target) -> Iterator[list[Launch]]:
         _recorder.reset(token)
 
 
+@cache
+def _installed() -> bool:
+    # Asked at every call; looking for a package that is not there takes 0.4 ms.
+    return find_spec("triton") is not None
+
+
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter: TRITON_INTERPRET=1 when they are imported."""
-    if find_spec("triton") is None:
+    if not _installed():
         return False
     from triton import knobs
 
@@ -109,7 +116,7 @@ def target_of(device: torch.device) -> Target:
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why no Triton kernel can serve tensors of this device and dtype; None: one can."""
-    if find_spec("triton") is None:
+    if not _installed():
         return "triton is not installed: pip install 'xdist-train[triton]'"
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"the kernels add up in float32, the inputs are {dtype}: use backend='torch'"

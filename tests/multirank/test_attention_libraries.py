@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,6 +11,7 @@ from torch import Tensor
 import xdist
 from tests.kernels.attention_library_fakes import install
 from xdist.testing import RankPool
+from xdist_kernels import backend as backends
 from xdist_kernels.attention import library_masks
 
 N = 64
@@ -75,3 +78,16 @@ def test_one_rank_lets_libraries_take_attention() -> None:
         results(2, None, "auto", "auto", torch.float32)
         results(2, None, "auto", "reference", torch.float16)
     assert calls == []
+
+
+def test_the_kernels_are_said_where_they_compute(caplog: pytest.LogCaptureFixture) -> None:
+    """Not where a library takes the whole call."""
+    with pytest.MonkeyPatch.context() as monkeypatch, caplog.at_level(logging.INFO, "xdist"):
+        monkeypatch.setattr(backends, "_said", set())
+        install(monkeypatch)
+        results(2, None, "auto", "auto", torch.float16)
+        assert [said.split(":")[0] for said in caplog.messages] == [
+            "attention forward runs on flash_attn", "attention backward runs on flash_attn",
+        ]  # fmt: skip
+        results(2, None, "auto", "auto", torch.float32)
+    assert caplog.messages[2:] == ["attention runs on torch: the tensors are on cpu"]

@@ -21,7 +21,7 @@ from xdist.parallel.attention_checks import check_alike, check_device, check_set
 from xdist.parallel.attention_fetch import FetchAttention
 from xdist.parallel.attention_ring import RingAttention
 from xdist.parallel.attention_ulysses import ulysses
-from xdist.parallel.backend import chosen, is_auto
+from xdist.parallel.backend import decided, is_auto
 from xdist.parallel.first_order import without_autocast
 from xdist.parallel.noted import Noted, notes
 from xdist.shard import SequenceShard, resolve
@@ -55,7 +55,7 @@ def attention(
     strategy = _with_head_chunks(strategy, head_chunks)
     dropped = None if dropout is None or dropout.rate == 0.0 else dropout
     auto = is_auto(backend)
-    backend = chosen(
+    choice = decided(
         "attention",
         backend,
         q,
@@ -74,7 +74,7 @@ def attention(
         _check_values(q, k, v, shard)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     call = Call(
-        problem, shard.rank, shard.group, scale, softcap, q.device, dropout, shared, backend, auto
+        problem, shard.rank, shard.group, scale, softcap, q.device, dropout, shared, choice, auto
     )
     with without_autocast(q):
         return _run(call, strategy, q, k, v, sinks, head_chunks)

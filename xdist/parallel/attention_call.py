@@ -18,9 +18,11 @@ from xdist_kernels import attention, merge
 from xdist_kernels.attention import libraries
 from xdist_kernels.attention.blocks import Spans
 from xdist_kernels.attention.dropout import Dropped
+from xdist_kernels.backend import Choice
 
 T = TypeVar("T")
 Pair = tuple[Tensor, Tensor]  # out and log-sum-exp
+_TORCH = Choice("attention", "torch", "nothing else was asked for")
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,8 @@ class Seen:
 class Call:
     """A checked call: the problem all ranks know, and where this rank stands.
 
-    `shared`: other calls have this problem too, because they have its shard. `backend`: whose
-    kernels compute: triton, torch or reference; `auto`: none was asked for, so that on a GPU
+    `shared`: other calls have this problem too, because they have its shard. `choice`: whose
+    kernels compute, triton, torch or reference; `auto`: none was asked for, so that on a GPU
     cuDNN and flash attention may take what is not added up.
     """
 
@@ -48,8 +50,12 @@ class Call:
     device: torch.device
     dropout: Dropout | None = None
     shared: bool = True
-    backend: str = "torch"
+    choice: Choice = _TORCH
     auto: bool = False
+
+    @property
+    def backend(self) -> str:
+        return self.choice.name
 
     def others(self) -> list[int]:
         """The other sequence ranks."""
@@ -126,6 +132,7 @@ class Call:
             )  # fmt: skip
             if served is not None:
                 return served
+        self.choice.say()  # not before: a library may serve every part of the call
         found: Pair = attention.kernels(self.backend).attention_forward(
             q, k, v, scale=self.scale, spans=seen.spans, k_positions=k_positions,
             softcap=self.softcap, sinks=sinks, dropout=seen.dropped, into=into,
@@ -146,6 +153,7 @@ class Call:
             )  # fmt: skip
             if served is not None:
                 return served
+        self.choice.say()
         found: tuple[Tensor, Tensor, Tensor] = attention.kernels(self.backend).attention_backward(
             q, k, v, lse, delta, dout, scale=self.scale, spans=seen.spans,
             k_positions=k_positions, softcap=self.softcap, dropout=seen.dropped, out=out,

@@ -20,8 +20,15 @@ def chosen(op: str, asked: str, like: Tensor, refusal: Callable[[], str | None])
     Raises:
         StrategyError: no such backend, or Triton is forced and cannot serve.
     """
+    choice = decided(op, asked, like, refusal)
+    choice.say()
+    return choice.name
+
+
+def decided(op: str, asked: str, like: Tensor, refusal: Callable[[], str | None]) -> backend.Choice:
+    """As `chosen`, for a caller that says the choice where it computes, if ever it does."""
     try:
-        return backend.choose(op, asked, like.device, refusal)
+        return backend.decide(op, asked, like.device, refusal)
     except KernelError as error:
         what, _, rest = str(error).partition("\n")
         why, _, do = rest.partition("\n")

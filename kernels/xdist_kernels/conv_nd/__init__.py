@@ -20,4 +20,4 @@ def kernels(name: str) -> ModuleType:
 
 def refusal() -> str:
     """Why Triton cannot serve."""
-    return "there is no Triton kernel for it: use backend='auto' or 'torch'"
+    return "there is no Triton kernel for it"
