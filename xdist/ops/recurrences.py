@@ -117,8 +117,9 @@ def bidirectional(
         shard, strategy, algorithm, backend: as in `xdist.linear_attention`; a Recurrence of your
             own takes backend "auto" alone.
         merge: return the sum of the two outputs, which takes no state. Linear attention without a
-            decay a key dim, of one set of arguments and on one device, then makes it in one pass
-            over q, k and v where it runs on Triton kernels.
+            decay a key dim, of one set of arguments, on one device and of no more tokens
+            than a tile of Triton's kernels (32,768), is then made in one pass over q, k and v
+            where those kernels serve it.
 
     Returns:
         (out of the forward direction, out of the backward direction), each as `op` returns it, in
@@ -153,14 +154,16 @@ def bidirectional(
         for own, _ in sides:
             _check_arguments(op, own)
         shard = resolve(shard, cast("Any", forward)[tokens_of].shape[1])
-        if merge and op is linear_attention and backward is None:
-            added = both_ways(**cast("Any", forward), shard=shard, backend=backend)
-            if added is not None:
-                return added
         requests = [
             build(**cast("Any", own), shard=shard, reverse=reverse, backend=backend)
             for own, reverse in sides
         ]
+        if merge and op is linear_attention and backward is None:
+            ways = {"strategy": strategy, "algorithm": algorithm}
+            recurrent.check_requests(requests, shard, **ways)
+            added = both_ways(requests[0], shard)
+            if added is not None:
+                return added
     first, second = recurrent.run_together(requests, shard, strategy=strategy, algorithm=algorithm)
     if not merge:
         return first, second

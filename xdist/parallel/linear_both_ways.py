@@ -11,50 +11,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xdist.errors import ShapeError
 from xdist.memory.carry import Carry
-from xdist.parallel.backend import chosen
 from xdist.parallel.first_order import first_order
 from xdist.parallel.noted import notes
+from xdist.parallel.recurrences.linear import LinearAttention
+from xdist.parallel.recurrent import Request
 from xdist.shard import SequenceShard
-from xdist_kernels import linear
-from xdist_kernels.errors import KernelError
 from xdist_kernels.linear.bidirectional import Sides, backward_merged, run_merged
 
 
-def both_ways(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    shard: SequenceShard,
-    *,
-    log_decay: Tensor | None = None,
-    scale: float | None = None,
-    backend: str = "auto",
-    **states: Any,
-) -> Tensor | None:
-    """The sum of both directions [B,n,H,V]; None where it is made of two calls: on several ranks,
-    with states or a decay for every key dim, and where Triton does not serve.
+def both_ways(request: Request, shard: SequenceShard) -> Tensor | None:
+    """The sum of both directions [B,n,H,V] of a checked linear attention; None where it is made of
+    two calls: on several ranks, with states or a decay for every key dim, of more tokens than a
+    tile, and where Triton does not serve.
 
-    Raises:
-        ShapeError: shapes that do not fit.
-        StrategyError: Triton is forced and cannot serve.
+    request: that of either direction, whose arguments the other one shares.
     """
-    try:
-        linear.check(q, k, v, log_decay)
-    except KernelError as error:
-        raise ShapeError(
-            "linear_attention was given tensors that do not fit", str(error)
-        ) from error
-    decay = None if log_decay is None else log_decay.to(linear.state_dtype(q))
-    decay = linear.canonical_decay(decay, v, q.shape[3])
-    name = chosen("linear_attention", backend, v, lambda: linear.refusal(q, k, v, decay))
-    apart = any(x is not None and x is not False for x in states.values())
-    gate = decay is None or decay.shape[3] == 1
-    if name != "triton" or apart or not gate or not _whole(shard, v):
+    op = request.op
+    assert isinstance(op, LinearAttention)
+    q, k, v, decay = request.inputs
+    assert q is not None
+    assert k is not None
+    assert v is not None
+    states = request.want_final or request.initial is not None
+    if op.kernel_tile_tokens is None or op.transition == "diagonal" or states:
         return None
-    scale = q.shape[3] ** -0.5 if scale is None else scale
-    found: Tensor = _BothWays.apply(q, k, v, decay, _starts(shard, v.device), scale)
+    # Its states, one in 256 tokens, all exist at once: two calls go by tiles instead.
+    if v.shape[1] > op.kernel_tile_tokens or not _whole(shard, v):
+        return None
+    found: Tensor = _BothWays.apply(q, k, v, decay, _starts(shard, v.device), op.scale)
     return found
 
 

@@ -72,11 +72,7 @@ def run_together(
         StrategyError: no such strategy or algorithm, or an algorithm beside strategy switch.
         ShapeError: inputs of another length than the shard's, or states of another shape.
     """
-    _check_strategy(requests[0].name, strategy, algorithm)
-    for request in requests:
-        check_algorithm(algorithm, request.op.transition)
-        _check_length(request, shard)
-        _check_sizes(request)
+    check_requests(requests, shard, strategy=strategy, algorithm=algorithm)
     if isinstance(shard, Carry):
         return [carried_recurrence(request, shard) for request in requests]
     noted = notes()
@@ -104,6 +100,17 @@ def run_together(
         else:
             results.append(request.finish(out))
     return results
+
+
+def check_requests(
+    requests: Sequence[Request], shard: SequenceShard, *, strategy: str, algorithm: str
+) -> None:
+    """Raises what `run_together` would raise of them."""
+    _check_strategy(requests[0].name, strategy, algorithm)
+    for request in requests:
+        check_algorithm(algorithm, request.op.transition)
+        _check_length(request, shard)
+        _check_sizes(request)
 
 
 def _without_values(request: Request, shard: SequenceShard) -> Result:

@@ -5,7 +5,8 @@
 
 The current token counts in both directions. As a non-causal layer: Zhu et al., "Vision Mamba"
 (2024), section 3.3. Triton makes the sum in one go (triton_bidirectional.py) where there is none or
-one decay a token and head; a decay for every key dim, and the other forms, take two calls.
+one decay a token and head; a decay for every key dim, and the other forms, take two calls. A call
+is one tile: states of all its spans of 256 tokens exist at once.
 """
 
 from __future__ import annotations
