@@ -15,7 +15,7 @@ from xdist_kernels.attention import triton_tiles
 from xdist_kernels.attention.dropout import Dropped
 from xdist_kernels.attention.reference import attention_reference
 from xdist_kernels.errors import KernelError
-from xdist_kernels.launch import Config
+from xdist_kernels.launch import AMPERE, HOPPER, Config, Target
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -189,6 +189,28 @@ WIDTHS = [(32, 32), (64, 64), (80, 48), (128, 128), (192, 128), (256, 256)]
 def test_head_dims_32_to_256_in_the_blocks_of_a_card(
     dim: int, value_dim: int, dtype: torch.dtype
 ) -> None:
+    check_in_the_blocks_of_a_card(dim, value_dim, dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dim", [128, 256])
+def test_head_dims_whose_blocks_are_others_on_an_older_card(
+    dim: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Up to 64 dims, and in float32, blocks are those of a newer card; stages alone differ."""
+    makers = (triton_tiles.forward_tile, triton_tiles.dq_tile, triton_tiles.dkdv_tile)
+
+    def blocks(width: int, dtype: torch.dtype, target: Target) -> list[tuple[int, int]]:
+        return [make(width, width, dtype, target)[:2] for make in makers]
+
+    assert blocks(dim, torch.float16, AMPERE) != blocks(dim, torch.float16, HOPPER)
+    for width, dtype in ((32, torch.float16), (64, torch.float16), (dim, torch.float32)):
+        assert blocks(width, dtype, AMPERE) == blocks(width, dtype, HOPPER)
+    monkeypatch.setattr(door, "target_of", lambda device: AMPERE)
+    check_in_the_blocks_of_a_card(dim, dim, torch.float16)
+
+
+def check_in_the_blocks_of_a_card(dim: int, value_dim: int, dtype: torch.dtype) -> None:
     case = Case("causal", n=150, m=150, dim=dim, value_dim=value_dim, heads=1)
     q, k, v, dout = inputs_of(case, dtype)
     spans, keys, _ = spans_of(case)
@@ -223,8 +245,9 @@ def test_partial_results_are_updated_in_place_over_the_steps_of_a_ring(small_blo
     q, k, v, dout = inputs_of(case, torch.float32)
     spans, keys, _ = spans_of(case)
     sinks = drawn(case.heads, seed=5)
+    leaves = [x.double().requires_grad_() for x in (q, k, v)]
     want, want_lse = attention_reference(
-        q, k, v, scale=0.7, spans=spans, k_positions=keys, sinks=sinks
+        *leaves, scale=0.7, spans=spans, k_positions=keys, sinks=sinks
     )
     # A view into larger tensors, as a run of heads of a ring's running sum is.
     out, lse = torch.zeros(1, 20, 4, 5)[:, :, 1:3], torch.full((1, 20, 4), -torch.inf)[:, :, 1:3]
@@ -248,7 +271,7 @@ def test_partial_results_are_updated_in_place_over_the_steps_of_a_ring(small_blo
     assert worst([("out", out, want), ("lse", lse, want_lse)]) <= 2e-6
     # The gradients of parts of the keys are parts of the gradients.
     delta = door.attention_delta(out, dout)
-    whole = door.attention_backward(q, k, v, lse, delta, dout, k_positions=keys, **options)
+    wanted = torch.autograd.grad(want, leaves, dout.double())
     some = [
         door.attention_backward(
             q, k[:, part], v[:, part], lse, delta, dout, k_positions=keys[part], **options
@@ -257,27 +280,41 @@ def test_partial_results_are_updated_in_place_over_the_steps_of_a_ring(small_blo
     ]
     dqs, dks, dvs = zip(*some, strict=True)
     sums = (sum(dqs), torch.cat(dks, 1), torch.cat(dvs, 1))
-    pairs = list(zip(("dq", "dk", "dv"), sums, whole, strict=True))
+    pairs = list(zip(("dq", "dk", "dv"), sums, wanted, strict=True))
     assert worst(pairs) <= 2e-6
 
 
 def test_every_option_at_once_adds_into_what_is_there(small_blocks: None) -> None:
-    """Dropout's scale is that of the new part alone; soft-cap and sinks as without `into`."""
+    """Dropout's scale is that of the new part alone; soft-cap and sinks as without `into`. The
+    gradients of two parts, from the log-sum-exp of both, are those of the float64 loop."""
     case = Case("causal", n=9)
-    q, k, v, _ = inputs_of(case, torch.float32)
+    q, k, v, dout = inputs_of(case, torch.float32)
     spans, keys, own = spans_of(case)
     options: dict[str, Any] = {
         "scale": 0.7, "spans": spans, "softcap": 1.5,
         "dropout": Dropped(0.4, 0x0123456789ABCDEF, 7, 1, own),
     }  # fmt: skip
     sinks = drawn(case.heads, seed=5)
-    want, want_lse = attention_reference(q, k, v, k_positions=keys, sinks=sinks, **options)
+    leaves = [x.double().requires_grad_() for x in (q, k, v, sinks)]
+    want, want_lse = attention_reference(*leaves[:3], k_positions=keys, sinks=leaves[3], **options)
+    wanted = torch.autograd.grad(want, leaves, dout.double())
     first, second = slice(0, 20), slice(20, 37)
     into = door.attention_forward(q, k[:, first], v[:, first], k_positions=keys[first], **options)
     out, lse = door.attention_forward(
         q, k[:, second], v[:, second], k_positions=keys[second], sinks=sinks, into=into, **options
     )
-    assert worst([("out", out, want), ("lse", lse, want_lse)]) <= 2e-6
+    delta = door.attention_delta(out, dout)
+    parts = [
+        door.attention_backward(
+            q, k[:, part], v[:, part], lse, delta, dout, k_positions=keys[part], **options
+        )
+        for part in (first, second)
+    ]
+    dqs, dks, dvs = zip(*parts, strict=True)
+    grads = (sum(dqs), torch.cat(dks, 1), torch.cat(dvs, 1), door.sinks_backward(sinks, lse, delta))
+    pairs = [("out", out, want), ("lse", lse, want_lse)]
+    pairs += list(zip(("dq", "dk", "dv", "dsinks"), grads, wanted, strict=True))
+    assert worst(pairs) <= 2e-6
 
 
 def test_strided_views_are_read_where_they_lie(small_blocks: None) -> None:
