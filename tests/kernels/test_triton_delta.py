@@ -13,10 +13,15 @@ from torch.nn.functional import normalize
 
 from tests.kernels.test_delta import DECAYS, error, low_rank_keys, marks, names
 from xdist_kernels import delta
-from xdist_kernels.delta import triton_cases, triton_gradient_launches, triton_launches
+from xdist_kernels.delta import (
+    triton_blocks,
+    triton_cases,
+    triton_gradient_launches,
+    triton_launches,
+)
 from xdist_kernels.delta.reference import delta_rule_reference
 from xdist_kernels.errors import KernelError
-from xdist_kernels.launch import Config
+from xdist_kernels.launch import AMPERE, Config
 
 triton = delta.kernels("triton")
 Drawn = dict[str, Tensor | None]
@@ -282,6 +287,52 @@ def test_lengths_chunks_and_betas(kind: str) -> None:
         x = draw(n, kind, shared=1 + turn % 2, beta=(0.05, 0.2) if turn % 3 else (0.0, 2.0))
         for name, size in errors(x, cuts, chunk=64 if turn % 4 else 128).items():
             assert size <= 3e-6, (n, packed, name, size)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", DECAYS)
+def test_float16_in_the_blocks_of_a_card(kind: str) -> None:
+    """The chunk of half precision as it is chosen, and as many dims as a layer's heads have."""
+    torch.manual_seed(8)
+    check_float16(draw(130, kind, heads=1, dims=(128, 128), dtype=torch.float16))
+
+
+@pytest.mark.slow
+def test_float16_in_the_blocks_of_an_older_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what depends on the target only warps, stages and, for a decay a key dim, the blocks of
+    key dims of one kernel differ."""
+    monkeypatch.setattr(triton_blocks, "target_of", lambda device: AMPERE)
+    torch.manual_seed(9)
+    check_float16(draw(70, "diagonal", heads=1, dims=(64, 48), dtype=torch.float16))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", DECAYS)
+def test_many_rows_take_wide_blocks(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The chains of a batch that fills a card: 64 value dims a program, where one row stands for
+    many."""
+    monkeypatch.setattr(triton_blocks, "PROGRAMS", 1)
+    torch.manual_seed(10)
+    x = draw(70, kind, heads=1, dims=(32, 70), dtype=torch.float16)
+    size = triton_blocks.Sizes(1, 70, 1, 1, 32, 70)
+    device, diagonal = torch.device("cpu"), kind == "diagonal"
+    blocks = triton_blocks.blocks_of(size, torch.float16, "ieee", device, 64, diagonal=diagonal)
+    assert blocks.chain == 64
+    check_float16(x)
+
+
+def check_float16(x: Drawn) -> None:
+    """Outputs, state and gradients in the chunk that the kernels choose for half precision."""
+    given = dict(x)
+    state, dout, dstate = (given.pop(name) for name in ("state", "dout", "dstate"))
+    tile = triton.prepare(**given, scale=SCALE)
+    found = dict(zip(("out", "end"), triton.run(tile, state), strict=True))
+    grads, found["d_state"] = triton.backward(tile, state, dout, dstate)
+    found |= {f"d_{name}": y for name, y in grads._asdict().items() if y is not None}
+    want = by_tokens(x, (0, given["v"].shape[1]))
+    assert found.keys() == want.keys()
+    for name, y in found.items():
+        assert error(y, want[name]) <= 4e-3, (name, error(y, want[name]))
 
 
 @pytest.mark.slow
