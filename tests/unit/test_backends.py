@@ -46,7 +46,7 @@ def tokens(heads: int = H, dim: int = D) -> Tensor:
 
 
 def decay(*shape: int) -> Tensor:
-    return -torch.rand(shape, dtype=torch.float64)
+    return (-torch.rand(shape, dtype=torch.float64)).requires_grad_()
 
 
 Call = tuple[Callable[..., Any], list[Tensor], dict[str, Any]]
@@ -55,7 +55,7 @@ Call = tuple[Callable[..., Any], list[Tensor], dict[str, Any]]
 def calls() -> dict[str, Call]:
     """Of each operation: itself, its tensors, and the rest of its arguments."""
     cuts = xdist.SequenceShard(xdist.init_mesh(), xdist.Layout.contiguous(N, 1), [0, 4, 4, N])
-    steps = torch.rand(B, N, D, dtype=torch.float64)
+    steps, dt = (torch.rand(B, N, size, dtype=torch.float64).requires_grad_() for size in (D, H))
     grid = [drawn(B, 3, 3, H, D) for _ in range(3)]
     labels = torch.tensor([[0, 1, -100, 3, 2, 1, 0, 4, 3]])
     linear_inputs = [tokens(1), tokens(1), tokens()]
@@ -72,12 +72,13 @@ def calls() -> dict[str, Call]:
             {"shard": cuts, "log_decay": decay(H)},
         ),
         "ssd": (
-            xdist.ssd, [tokens(), torch.rand(B, N, H), decay(H), tokens(1, 4), tokens(1, 4)],
-            {"shard": cuts, "reverse": True},
+            xdist.ssd, [tokens(), dt, decay(H), tokens(1, 4), tokens(1, 4)],
+            {"shard": cuts, "reverse": True, "D": drawn(H)},
         ),
         "selective_scan": (
             xdist.selective_scan,
-            [drawn(B, N, D), steps, decay(D, 4), drawn(B, N, 4), drawn(B, N, 4)], {"shard": cuts},
+            [drawn(B, N, D), steps, decay(D, 4), drawn(B, N, 4), drawn(B, N, 4)],
+            {"shard": cuts, "D": drawn(D)},
         ),
         "prefix_attention": (
             xdist.prefix_attention, [drawn(H, D), tokens(), tokens()], {"shard": cuts},
@@ -120,10 +121,11 @@ def test_every_operation_takes_a_backend() -> None:
 
 
 def test_the_reference_backend_equals_torch() -> None:
-    """Outputs and every gradient, in float64."""
+    """Outputs and the gradients of all float inputs, decays among them, in float64."""
     torch.manual_seed(0)
     for name, (op, tensors, rest) in calls().items():
-        leaves = [x for x in tensors if x.requires_grad]
+        given = [x for x in (*tensors, *rest.values()) if isinstance(x, Tensor)]
+        leaves = [x for x in given if x.is_floating_point()]
         results = []
         for kernels in ("reference", "torch"):
             out = op(*tensors, **rest, backend=kernels)
