@@ -6,7 +6,8 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -15,11 +16,15 @@ from torch import Tensor
 import xdist
 from xdist import ops
 from xdist.config import load
-from xdist.errors import ShapeError, StrategyError
-from xdist.parallel import recurrent
+from xdist.errors import NumericsError, ShapeError, StrategyError
+from xdist.nn import block
+from xdist.nn.linear import GatedLinearAttention
+from xdist.parallel import linear_both_ways, recurrent
+from xdist.parallel.backend import chosen
 from xdist.testing import relative_error
 from xdist.train import loop
 from xdist_kernels import backend
+from xdist_kernels.linear import triton
 
 B, N, H, D = 1, 9, 2, 3
 # They compute nothing that has kernels.
@@ -184,6 +189,47 @@ def test_both_directions_are_summed_in_one_pass(
         assert relative_error(found, exact) < 2e-6
 
 
+def test_the_sum_of_both_directions_is_checked_as_the_two_calls_are() -> None:
+    narrow = {"q": torch.ones(1, N, H, D), "k": torch.ones(1, N, H, D), "v": torch.ones(1, N, H, D)}
+    growing = narrow | {"log_decay": torch.full((1, N, H), 0.5)}
+
+    def added(given: dict[str, Tensor], **options: Any) -> Any:
+        return xdist.bidirectional(
+            xdist.linear_attention, given, merge=True, backend="triton", **options
+        )
+
+    with xdist.checks(), pytest.raises(NumericsError, match="log_decay at most 0"):
+        added(growing)
+    with pytest.raises(StrategyError, match="no strategy 'nonsense'"):
+        added(narrow, strategy="nonsense")
+    with pytest.raises(StrategyError, match="no scan algorithm 'nonsense'"):
+        added(narrow, algorithm="nonsense")
+    with pytest.raises(StrategyError, match="is one of strategy scan"):
+        added(narrow, strategy="switch", algorithm="chain")
+
+
+def test_more_tokens_than_a_tile_are_summed_by_two_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The states of the sum in one pass all exist at once."""
+    made = []
+    run_merged = linear_both_ways.run_merged
+
+    def counted(*inputs: Any, **options: Any) -> Any:
+        made.append(1)
+        return run_merged(*inputs, **options)
+
+    monkeypatch.setattr(linear_both_ways, "run_merged", counted)
+    torch.manual_seed(0)
+    given = {name: torch.randn(B, N, H, D) for name in "qkv"}
+    outs = []
+    for tile in (N, N - 1):
+        monkeypatch.setattr(triton, "TILE_TOKENS", tile)
+        outs.append(
+            xdist.bidirectional(xdist.linear_attention, given, merge=True, backend="triton")
+        )
+    assert made == [1]
+    assert relative_error(*outs) < 2e-6
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("order", [(1, 0), (1,)], ids=["sequence", "rows"])
 def test_a_grid_is_scanned_by_triton(order: tuple[int, ...]) -> None:
@@ -299,6 +345,49 @@ def test_run_kernels_is_what_auto_means_while_training(
             loop.run(config(tmp_path, kernels, "mixer_lm", "gla*1,mlp*1"))
     assert seen == ["auto", "reference"]
     assert backend.default() == "auto"
+    backend.set_default("reference")
+    for kernels in ("auto", "torch"):
+        with pytest.raises(StrategyError, match="no further"):
+            loop.run(config(tmp_path, kernels, "mixer_lm", "gla*1,mlp*1"))
+    assert seen[2:] == ["reference", "torch"], "auto leaves alone what the process says"
+    assert backend.default() == "reference"
+
+
+def test_a_run_that_cannot_begin_leaves_no_default(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_record(*where: Any) -> Any:
+        raise PermissionError("no folder")
+
+    monkeypatch.setattr(loop, "Record", no_record)
+    with pytest.raises(PermissionError):
+        loop.run(config(tmp_path, "reference", "mixer_lm", "gla*1,mlp*1"))
+    assert backend.default() == "auto"
+
+
+def test_a_streamed_block_says_that_torch_computes_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(backend, "_said", set())
+    made = block.Block(GatedLinearAttention(8, head_dim=4), 8, 16)
+
+    def on_a_gpu(op: str, asked: str, like: Any, refusal: Any) -> str:
+        return chosen(op, asked, cast("Any", SimpleNamespace(device=torch.device("cuda"))), refusal)
+
+    made.begin(torch.float32)
+    monkeypatch.setattr(block, "chosen", on_a_gpu)
+    for _ in range(2):
+        made.begin(torch.float32)
+    assert caplog.messages == [
+        "a streamed block runs on torch: Triton cannot serve: its passes over tiles are made of "
+        "torch operations"
+    ]
+    for name in ("triton", "reference"):
+        backend.set_default(name)
+        with pytest.raises(StrategyError, match=r"a streamed block(.|\n)*made of torch operations"):
+            made.begin(torch.float32)
+    backend.set_default("torch")
+    made.begin(torch.float32)
 
 
 def test_a_model_with_passes_of_its_own_refuses_other_kernels(tmp_path: Path) -> None:

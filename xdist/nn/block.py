@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from xdist.errors import ConfigError
+from xdist.errors import ConfigError, StrategyError
 from xdist.nn.attention import Attention
 from xdist.nn.attention_pass import AttentionParameters, AttentionPass
 from xdist.nn.linear import GatedLinearAttention
@@ -19,6 +19,11 @@ from xdist.nn.linear_pass import LinearParameters, LinearPass
 from xdist.nn.mlp import SquaredReLUMLP
 from xdist.nn.norm import RMSNorm
 from xdist.nn.stack import StreamedBlock, Streaming
+from xdist.parallel.backend import chosen
+
+
+def _no_kernels() -> str:
+    return "its passes over tiles are made of torch operations"
 
 
 class Block(nn.Module):
@@ -68,7 +73,18 @@ class Block(nn.Module):
         )
 
     def begin(self, dtype: torch.dtype) -> LinearPass | AttentionPass:
-        """A pass over tiles with the parameters as they are now; dtype: of the matrix products."""
+        """A pass over tiles with the parameters as they are now; dtype: of the matrix products.
+
+        Its passes are made of torch operations on any device, which a GPU is warned of once.
+
+        Raises:
+            StrategyError: this process asks for other kernels (`xdist_kernels.backend`).
+        """
+        name = chosen("a streamed block", "auto", self.norm.weight, _no_kernels)
+        if name != "torch":
+            raise StrategyError(
+                f"a streamed block cannot run on {name}", _no_kernels(), "ask for backend 'torch'"
+            )
         held = self.stream_parameters()
         parameters = type(held)(*(parameter.detach() for parameter in held))
         if isinstance(parameters, LinearParameters):

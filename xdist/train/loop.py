@@ -74,13 +74,15 @@ def run(
     XdistError, whose `exit_code` the process should end with, after status.json was written.
     """
     torch.set_num_threads(config.run.threads)
-    kernels = backend.set_default(config.run.kernels)
+    kernels = backend.default()
     # Tiles reuse their memory instead of asking the system for fresh pages; no effect elsewhere.
     keep_small_blocks()
     record = Record(config.run_directory, setup.rank_of_process())
     guard = Guard(config, record, on_abort)
     loop: Loop | None = None
     try:
+        if config.run.kernels != "auto":
+            backend.set_default(config.run.kernels)
         mesh = init_mesh(
             data=config.parallel.data,
             ring=config.parallel.ring,
