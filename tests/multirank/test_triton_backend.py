@@ -14,6 +14,7 @@ from torch import Tensor
 import xdist
 from tests.multirank import attention_cases, test_conv1d
 from tests.multirank.attention_cases import segments
+from tests.multirank.recurrence_cases import PACKED as CUTS
 from tests.multirank.recurrence_cases import (
     Case,
     Inputs,
@@ -26,7 +27,7 @@ from tests.multirank.recurrence_cases import (
 )
 from xdist.errors import StrategyError
 from xdist.mask import Mask
-from xdist.testing import RankPool, layouts
+from xdist.testing import RankPool, layouts, relative_error
 from xdist_kernels import backend
 from xdist_kernels.delta.reference import delta_rule_reference
 from xdist_kernels.linear.reference import linear_attention_reference
@@ -288,6 +289,35 @@ def test_recurrences_on_three_and_four_ranks(pool3: RankPool, pool4: RankPool) -
         ("contiguous", "", "switch", "auto", "packed"),
     )  # fmt: skip
     check(SSD, pool4, 4, ("zigzag", "", "switch", "auto", "packed", "states"))
+
+
+def of_both_directions(inputs: Inputs, layout: xdist.Layout | None) -> dict[str, Tensor]:
+    """Their sum and its gradients: of this rank's tokens, or (None) of all in float64 by torch."""
+    mesh = xdist.init_mesh(ring=1 if layout is None else layout.parts)
+    shard = xdist.SequenceShard(mesh, layout or xdist.Layout.contiguous(N, 1), CUTS)
+    dtype = torch.float64 if layout is None else torch.float32
+    given = {n: x.detach()[:, shard.positions].to(dtype) for n, x in inputs.items()}
+    for x in given.values():
+        x.requires_grad_()
+    kernels = "torch" if layout is None else "auto"
+    out = xdist.bidirectional(
+        xdist.linear_attention, given, None, shard, backend=kernels, merge=True
+    )
+    weight = torch.linspace(0.5, 1.5, N, dtype=dtype)[shard.positions].view(1, -1, 1, 1)
+    grads = torch.autograd.grad((out * weight).sum(), list(given.values()))
+    return {"out": out.detach(), **dict(zip(given, grads, strict=True))}
+
+
+def test_both_directions_of_linear_attention_on_two_ranks(pool2: RankPool) -> None:
+    """Zigzag and documents; on two ranks the sum is made of two calls with one exchange."""
+    inputs = draw_linear("scalar", torch.Generator().manual_seed(5))
+    layout = layouts(N, 2)["zigzag"]
+    ranks = OnTriton(pool2).run(of_both_directions, inputs, layout)
+    for name, want in of_both_directions(inputs, None).items():
+        found = torch.full_like(want, torch.nan)
+        for rank, own in enumerate(ranks):
+            found[:, layout.positions(rank)] = own[name].double()
+        assert relative_error(found, want) < 2e-6, name
 
 
 # --- convolution, the reference, and what cannot be served --------------------------------------
