@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels.interpreted_grid import only_last_programs
+from tests.kernels.interpreted_grid import only_last_programs, only_programs
 from xdist_kernels.attention import triton as door
 from xdist_kernels.attention import triton_plan
 from xdist_kernels.attention.triton_plan import FAN, MOST, Plan, Plans
@@ -132,30 +132,42 @@ def test_more_pieces_than_a_plan_holds_are_joined_and_masked() -> None:
     assert all(not full for i, full in met if i > 2 * MOST)
 
 
+@pytest.mark.parametrize("shift", [0, 40])
 def test_documents_packed_in_a_million_tokens_cost_what_they_hold(
-    monkeypatch: pytest.MonkeyPatch,
+    shift: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """8 Ki documents of 128 tokens: the last block meets its own document through one node of FAN
-    blocks, found in one step of WIDE nodes; 1 Mi tokens squared are never walked through."""
+    """8 Ki documents of 128 tokens, on the borders of blocks or beside them: drawn blocks visit
+    the blocks of their own documents and no others, found in one step of WIDE nodes and through
+    at most two nodes of FAN blocks; 1 Mi tokens squared are never walked through."""
     n, size, rows, keys = 2**20, 128, 128, 64
     own, zero = torch.arange(n), torch.zeros(n, dtype=torch.int64)
-    start = own // size * size
-    seen: list[tuple[int, int]] = []
+    start = ((own + shift) // size * size - shift).clamp(min=0)
+    drawn_blocks = torch.randint(1, n // size - 1, (8,), generator=torch.Generator().manual_seed(0))
+    blocks = [0, *drawn_blocks.tolist(), n // size - 1]
+    met: list[int] = []
     joined = triton_plan._joined
 
     def noting(*args: Any) -> Any:
-        seen.append((int(args[4]) // FAN - 1, len(args[1].handle.data)))
+        met.append(len(args[1].handle.data))
         return joined(*args)
 
     monkeypatch.setattr(triton_plan, "_joined", noting)
-    grids = only_last_programs(monkeypatch, "xdist_kernels.attention.triton_plan")
+    grids = only_programs(monkeypatch, "xdist_kernels.attention.triton_plan", lambda _: blocks)
     fill_hulls(monkeypatch, own, start, own + 1, rows, keys)
     plans = Plans((start, own + 1, zero, zero), own)
-    plan = plans.queries(rows, keys)
-    assert visits(plan, 0, n // rows - 1) == [(n // keys - 2, False), (n // keys - 1, False)]
-    plan = plans.keys(64, 128)
-    assert visits(plan, 0, n // 128 - 1) == [(n // 64 - 2, False), (n // 64 - 1, False)]
-    assert seen == [(n // keys // FAN - 1, FAN)] * 2
+    for plan, other in ((plans.queries(rows, keys), keys), (plans.keys(64, 128), 64)):
+        for block in blocks:
+            here = slice(block * size, (block + 1) * size)
+            first, last = int(start[here][0]), here.stop - 1
+            if plan is not plans.queries(rows, keys):
+                # From the first of these keys to the last query whose document began by then.
+                first = here.start
+                last = min(n, int(start[here][-1]) + size) - 1
+            wanted = list(range(first // other, last // other + 1))
+            assert [i for i, _ in visits(plan, 0, block)] == wanted
+            assert len(wanted) <= (2 if shift == 0 else 5)
+    assert set(met) == {FAN}
+    assert 2 * len(blocks) <= len(met) <= (2 if shift == 0 else 4) * len(blocks)
     assert grids == [n // rows, n // 128]
     assert n // keys // FAN <= triton_plan.WIDE
 

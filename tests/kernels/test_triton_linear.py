@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -349,6 +350,19 @@ def _agree(ours: Any, reference: Any, inputs: tuple[Tensor, ...]) -> None:
     for a, b in zip((*found, *grads), (*wanted, *wanted_grads), strict=True):
         # One number a head is a sum over all tokens, whose terms are of both signs.
         assert error(a, b) < (1e-5 if a.dim() == 1 else 2e-6)
+
+
+def test_blocks_are_the_same_on_every_card() -> None:
+    """The target decides stages alone, which change no number: what runs in the interpreter stands
+    for both."""
+    for dtype, first, second in itertools.product(
+        (torch.float16, torch.float32), (16, 64, 128, 256), (16, 64, 128, 256)
+    ):
+        x = torch.empty(0, dtype=dtype)
+        for blocks in (triton_shapes.sum_blocks, triton_shapes.scan_blocks):
+            old, new = (blocks(first, second, x, target) for target in (AMPERE, HOPPER))
+            assert old[:2] == new[:2]
+            assert old.config.warps == new.config.warps
 
 
 @pytest.mark.parametrize("target", [AMPERE, HOPPER], ids=["sm_80", "sm_90"])
