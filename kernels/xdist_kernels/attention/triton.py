@@ -108,7 +108,8 @@ def attention_forward(
     blocks = -(-n // tile.rows)
     launch(
         attention_forward_kernel, batch * heads * blocks, tile.config, device=q.device,
-        p_q=q, p_k=k, p_v=v, p_out=out, p_lse=lse, p_sinks=sinks,
+        p_q=q, p_k=k, p_v=v, p_out=out, p_lse=lse,
+        p_sinks=None if sinks is None else sinks.contiguous(),
         p_spans=plan.spans, p_at=plan.at, p_visits=plan.visits, p_counts=plan.counts,
         n=n, m=k.shape[1], n_rows=blocks, heads=heads, per_group=_per_group(q, k),
         sets=plan.spans.shape[1],

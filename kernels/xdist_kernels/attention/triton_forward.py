@@ -143,6 +143,9 @@ def attention_forward_kernel(
     if INTO:
         b_was = tl.load(p_o, mask=m_o, other=0.0).to(tl.float32)
         b_acc += b_was * tl.exp2(b_old - b_all)[:, None]
+    if INTO:
+        # Threads of several warps read a row's lse; all must have it before one of them writes it.
+        tl.debug_barrier()
     tl.store(p_o, b_acc.to(p_out.dtype.element_ty), mask=m_o)
     tl.store(p_lse + t_row * s_lt, tl.where(b_sum > 0.0, b_all * LN2, float("-inf")), mask=m_row)
 

@@ -61,7 +61,7 @@ def causal_conv_forward(
     spans, span = _spans(batch, tokens, channels)
     launch(
         conv_forward, batch * spans * _cdiv(channels, WARP_CHANNELS), ONE_WARP, device=x.device,
-        p_x=x, p_weight=weight.contiguous(), p_bias=bias, p_prefix=prefix,
+        p_x=x, p_weight=weight.contiguous(), p_bias=_contiguous(bias), p_prefix=prefix,
         p_into=_contiguous(into_document), p_out=direct, x_b=x.stride(0), x_t=x.stride(1),
         **_strides("prefix", prefix), **_strides("out", direct), T=tokens, channels=channels,
         spans=spans, span=span, **_blocks(width), SILU=activation == "silu",
@@ -101,7 +101,8 @@ def causal_conv_backward(
     sums = torch.empty((batch, spans, width + 1, channels), **wide)  # type: ignore[call-overload]
     launch(
         conv_backward, batch * spans * _cdiv(channels, WARP_CHANNELS), ONE_WARP,
-        device=x.device, p_x=x, p_weight=weight.contiguous(), p_bias=bias, p_prefix=prefix,
+        device=x.device, p_x=x, p_weight=weight.contiguous(), p_bias=_contiguous(bias),
+        p_prefix=prefix,
         p_into=_contiguous(into_document), p_dout=dout, p_dx=dx, p_dprefix=dprefix, p_sums=sums,
         x_b=x.stride(0), x_t=x.stride(1), **_strides("prefix", prefix), **_strides("dout", dout),
         **_strides("dx", dx), **_strides("dprefix", dprefix), T=tokens, channels=channels,

@@ -10,7 +10,8 @@
 Products take operands in the dtype of q, k and v and add up in float32; states, decays and the
 inverse are float32. What other segments hang on, the transition, the end made by `advance` and
 the adjoint, is made in float32 throughout, whatever the inputs: `precision` says how its products
-are taken, "ieee" in full, "tf32x3" by tensor cores as three products of TF32 parts (in theory to 2^-21).
+are taken, "ieee" in full, "tf32x3" by tensor cores as three products of TF32
+parts (in theory to 2^-21).
 
 Shapes as in torch.py: q, k [B,T,Hk,K], v [B,T,H,V], beta [B,T,H], log_decay None, [B,T,H] or
 [B,T,H,K], states [B,H,K,V] float32. What it costs: docs/kernels/delta.md.

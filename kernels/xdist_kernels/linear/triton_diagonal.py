@@ -179,6 +179,7 @@ def gradients_of_keys(
         m_k = m_t[:, None] & (o_k < K)[None, :]
         o_out = (((i_b * T + o_t) * H + i_h) * K)[:, None] + o_k[None, :]
         visible = o_i[:, None] >= o_i[None, :]
+        seen = o_i[:, None] <= o_i[None, :]
         b_g = load_rows(g + i_b * g_b + i_h * g_h, o_t, m_t, o_k, g_t, K).to(tl.float32)
         b_g = b_g * LOG2_E  # [BT, BK]
         b_c = tl.cumsum(b_g, 0)
@@ -186,6 +187,7 @@ def gradients_of_keys(
         if ids is not None:
             b_id, before, last = load_documents(ids, first, o_t, T, BT)
             visible = visible & (b_id[:, None] == b_id[None, :])
+            seen = seen & (b_id[:, None] == b_id[None, :])
 
         b_q = load_rows(p_q, o_t, m_t, o_k, q_t, K)  # [BT, BK]
         b_k = load_rows(p_k, o_t, m_t, o_k, k_t, K)  # [BT, BK]
@@ -193,6 +195,10 @@ def gradients_of_keys(
         b_do = load_rows(p_d, o_t, m_t, o_v, d_t, V)  # [BT, BV]
         b_da = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)  # [BT, BT]
         b_da = tl.where(visible, b_da * scale, 0.0)
+        # dA^T by a product of its own: Triton 3.4 to 3.7.0 turn a product's block wrongly on Hopper
+        # in another project's kernel of this kind.
+        b_dat = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)  # [BT, BT]
+        b_dat = tl.where(seen, b_dat * scale, 0.0)
         own = tl.sum(tl.where(diagonal, b_da, 0.0), 1)[:, None]
         b_dq = own * b_k
         b_dk = own * b_q
@@ -204,7 +210,8 @@ def gradients_of_keys(
             b_kf = (b_k * b_f).to(b_q.dtype)
             b_dq += b_f * tl.dot(b_level, b_kf, input_precision=PRECISION)
             b_qf = (b_q * b_f).to(b_q.dtype)
-            b_dk += b_f * tl.dot(tl.trans(b_level), b_qf, input_precision=PRECISION)
+            b_turned = tl.where(meets(block, second == 0), b_dat, 0.0).to(b_q.dtype)
+            b_dk += b_f * tl.dot(b_turned, b_qf, input_precision=PRECISION)
 
         # What the borders' states give comes behind the loop: it would fill registers inside.
         b_since = tl.exp2(b_c) * scale

@@ -75,6 +75,8 @@ def merge_kernel(
     if OTHER:
         p_other += (i_b * other_b + i_n * other_n + i_h * other_h)[:, None] + o_e[None, :]
         b_o += tl.load(p_other, mask=m_c[:, None] & m_e, other=0.0) * b_wc[:, None]
+    # Threads of several warps read a row's lse; all must have it before one of them writes it.
+    tl.debug_barrier()
     # Two empty parts are written as well, as zeros.
     m_o = m_r & (m_c | (b_a == -float("inf")))
     tl.store(p_out, b_o, mask=m_o[:, None] & m_e)
