@@ -1,4 +1,4 @@
-"""Calls that start every kernel of attention in every configuration, for a compiler without a card.
+"""Calls that start every kernel of attention with the dims, dtypes and options to compile.
 
 Tensors are on the meta device: under `launch.recording` nothing is computed.
 """

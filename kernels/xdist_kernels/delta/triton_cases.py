@@ -1,4 +1,4 @@
-"""Calls that start every kernel of the delta rule in every configuration, for ahead.py."""
+"""Calls that start every kernel of the delta rule with the dims, dtypes and options to compile."""
 
 from __future__ import annotations
 
