@@ -27,7 +27,7 @@ help:
 	@echo "make bench       measure; JSON and tables into docs/benchmarks/"
 	@echo "make gpu         the checks that need one CUDA card; says so and passes without one"
 	@echo "make gpu-parity  errors of every operation on the card beside float64 and rivals"
-	@echo "make gpu-linear, gpu-attention, gpu-memory  times on the card; each under 9 minutes, and"
+	@echo "make gpu-linear, gpu-attention, gpu-memory  times on the card; no row begins after 8 minutes,"
 	@echo "                 called again it goes on with what is left"
 	@echo "make ahead       compile every Triton kernel for sm_80 and sm_90; no card is needed"
 	@echo "make clean       remove caches, site/ and build files (not runs/ and not .venv)"

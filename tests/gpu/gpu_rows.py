@@ -34,7 +34,7 @@ for _folder in (HERE, HERE.parent / "benchmarks"):
 import gpu_rivals  # noqa: E402
 import record  # noqa: E402
 
-# A command ends within 9 minutes, its start and its last row included.
+# A command should end within 9 minutes; only a last row longer than all before it can outrun that.
 MINUTES = 8.0
 # What a number depends on beside the sources; another host with the same card may go on.
 DEPENDS = ("card", "driver", "torch", "triton")
