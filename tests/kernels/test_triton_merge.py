@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -153,3 +156,38 @@ def test_what_cannot_be_merged_raises() -> None:
         merge_(torch.zeros(2, 3).t(), lse, out, lse)
     with pytest.raises(KernelError, match="float32 here"):
         merge_sinks_(out, lse.double(), torch.zeros(3))
+
+
+_COMPILE = """
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from xdist_kernels.launch import HOPPER, recording
+from xdist_kernels.merge import triton
+with recording(HOPPER) as launches:
+    for _, call in triton.cases():
+        call()
+for one in launches:
+    places = {name: (i,) for i, (name, _) in enumerate(one.signature)}
+    source = ASTSource(
+        one.kernel, dict(one.signature), {places[name]: x for name, x in one.constants},
+        {places[name]: [["tt.divisibility", 16]] for name in one.aligned},
+    )
+    options = {"num_warps": one.config.warps, "num_stages": one.config.stages}
+    ptx = compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
+    between = ptx[ptx.rindex("ld.global"):ptx.index("st.global")]
+    print("bar.sync" in between)
+"""
+
+
+@pytest.mark.slow
+def test_no_row_is_written_before_all_threads_have_read_it() -> None:
+    """The code for sm_90 has a barrier between the last number read and the first one written:
+    several warps read a row's lse, one writes it, and the interpreter runs no warps."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = os.pathsep.join(sys.path)
+    command = [sys.executable, "-c", _COMPILE]
+    made = subprocess.run(
+        command, env=env, capture_output=True, text=True, timeout=250, check=False
+    )
+    assert made.returncode == 0, made.stderr[-2000:]
+    assert set(made.stdout.split()) == {"True"}, made.stdout
