@@ -55,6 +55,12 @@ def pool4() -> Iterator[RankPool]:
     yield from _pool(4)
 
 
+@pytest.fixture(scope="session")
+def pool8() -> Iterator[RankPool]:
+    """Eight ranks."""
+    yield from _pool(8)
+
+
 @pytest.fixture
 def poisoned() -> Iterator[None]:
     """`torch.empty` comes filled with NaN, so that a hole in an output fails the test."""
