@@ -6,6 +6,7 @@ Both hold what is needed to judge and repeat the numbers: command, commit, date,
 from __future__ import annotations
 
 import datetime
+import functools
 import importlib.metadata
 import json
 import os
@@ -50,9 +51,11 @@ def versions() -> dict[str, str]:
 def commit() -> str:
     """The commit that was measured, "+" after it when files differ; "" in a plain copy."""
     try:
-        call = ["git", "-C", str(ROOT)]
-        name = subprocess.check_output([*call, "rev-parse", "--short", "HEAD"], text=True).strip()
-        changed = subprocess.check_output([*call, "status", "--porcelain", "-uno"], text=True)
+        call = functools.partial(
+            subprocess.check_output, text=True, cwd=ROOT, stderr=subprocess.DEVNULL
+        )
+        name = call(["git", "rev-parse", "--short", "HEAD"]).strip()
+        changed = call(["git", "status", "--porcelain", "-uno"])
     except (OSError, subprocess.CalledProcessError):
         return ""
     return name + ("+" if changed.strip() else "")

@@ -10,7 +10,6 @@ A method is a pair of calls, forward and backward, that share what forward gave:
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -272,21 +271,37 @@ def _public(case: Case, x: Inputs) -> Method:
     return made._replace(takes=taken.name or own)
 
 
+def flex_mask(case: Case, x: Inputs) -> Callable[..., Tensor]:
+    """The mask as flex attention takes it: (batch, head, query, key) -> whether it sees."""
+    # No more is read than the mask needs: each number costs flex attention time.
+    lo, hi, prefix_lo, prefix_hi = (s.int() for s in x.spans)
+    at = x.at.int() if case.turned else None
+
+    def own(b: Any, h: Any, i: Any, j: Any) -> Tensor:
+        key = j if at is None else at[j]
+        return (key >= lo[i]) & (key < hi[i])
+
+    def with_prefix(b: Any, h: Any, i: Any, j: Any) -> Tensor:
+        key = j if at is None else at[j]
+        return own(b, h, i, j) | ((key >= prefix_lo[i]) & (key < prefix_hi[i]))
+
+    return with_prefix if case.mask.get("prefix") else own
+
+
 def _flex(case: Case, x: Inputs) -> Method:
+    import torch._functorch.config as functorch_config
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    lo, hi, prefix_lo, prefix_hi = x.spans
-    at = x.at
-
-    def seen(b: Any, h: Any, i: Any, j: Any) -> Any:
-        key = at[j]
-        own = (key >= lo[i]) & (key < hi[i])
-        return own | ((key >= prefix_lo[i]) & (key < prefix_hi[i]))
-
     n, cap = case.tokens, case.softcap
-    block_mask = create_block_mask(seen, None, None, n, n, device=x.q.device, _compile=True)
+    # Each case compiles for itself: after a few masks torch.compile takes no further one, and runs
+    # flex attention uncompiled, over a matrix of n x n scores, without an error.
+    torch._dynamo.reset()
+    # Backward is timed again and again over one forward: it may not reuse what forward saved.
+    functorch_config.donated_buffer = False
+    made = torch.compile(create_block_mask, dynamic=False)
+    block_mask = made(flex_mask(case, x), None, None, n, n, device=x.q.device)
     capped = None if cap is None else lambda s, b, h, i, j: cap * torch.tanh(s / cap)
-    compiled = _compiled(flex_attention)
+    compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
@@ -296,18 +311,15 @@ def _flex(case: Case, x: Inputs) -> Method:
     return _differentiable(call, x)
 
 
-@functools.cache
-def _compiled(call: Any) -> Any:
-    return torch.compile(call, dynamic=False)
-
-
 def _dense(case: Case, x: Inputs) -> Method:
     lo, hi, prefix_lo, prefix_hi = (s.unsqueeze(1) for s in x.spans)
     seen = (x.at >= lo) & (x.at < hi) | (x.at >= prefix_lo) & (x.at < prefix_hi)
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        # Heads repeated: with enable_gqa and a mask torch has none but its slowest form.
+        k, v = (t.repeat_interleave(case.heads // case.groups, dim=2) for t in (k, v))
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        out = scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
+        out = scaled_dot_product_attention(q, k, v, attn_mask=seen)
         return out.transpose(1, 2)
 
     return _differentiable(call, x)

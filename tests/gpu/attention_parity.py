@@ -143,7 +143,8 @@ def rows(table: Any, given: Any) -> None:
                     if not _asked(case, dtype, name, given.small):
                         continue
                     make = functools.partial(_row, made, name)
-                    table.measure(GROUP, f"{case.name}, {dtype}; {name}", make)
+                    theirs = name in libraries.LIBRARIES
+                    table.measure(GROUP, f"{case.name}, {dtype}; {name}", make, theirs=theirs)
     table.derive(BESIDE, _beside(table.of(GROUP)))
 
 

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import gpu_clock
 import gpu_rivals
 import gpu_rows
+import gpu_supervisor
 
 KI = 1024
 HEADINGS = {
@@ -163,12 +164,8 @@ def _judged(rows: list[dict[str, Any]]) -> list[str]:
     ]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """0: measured, or no card; 1: a row failed."""
-    given = gpu_rows.options(__doc__, argv)
-    if why := gpu_rows.no_card("gpu-attention", given.device):
-        print(why)
-        return 0
+def rows(given: gpu_rows.Options) -> int:
+    """Measures them; 1 where one failed, else 0."""
     import attention_cases
 
     table = gpu_rows.Table(
@@ -191,11 +188,16 @@ def main(argv: Sequence[str] | None = None) -> int:
                 if name == attention_cases.PUBLIC and case.turned:
                     continue
                 make = functools.partial(row, case, name, given)
-                table.measure("time", f"{case.name}; {name}", make)
+                table.measure("time", f"{case.name}; {name}", make, theirs=name in rivals)
     rows = _beside(table.of("time"))
     table.derive("beside", rows)
     table.notes = [ABOUT, *_judged(rows)]
     return table.finish()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0: no row failed, or no card; 1: one did; 2: the command broke off."""
+    return gpu_supervisor.command("gpu-attention", __file__, __doc__, argv, rows)
 
 
 if __name__ == "__main__":

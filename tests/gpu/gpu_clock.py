@@ -10,10 +10,12 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    # A command's own process, which only watches, starts without torch.
+    import torch
+    from torch import Tensor
 
 # Larger than any card's second-level cache.
 _FLUSH_BYTES = 256 << 20
@@ -32,6 +34,8 @@ class Time(NamedTuple):
 
 def measure(call: Callable[[], Any], device: str, *, spent_s: float = _SPENT_S) -> Time:
     """Times `call` after two calls that compile and warm up; on a CPU one call, just made."""
+    import torch
+
     if torch.device(device).type != "cuda":
         began = time.perf_counter()
         call()
@@ -70,6 +74,7 @@ def forward_backward(
     call: Callable[[], Tensor], inputs: list[Tensor], dout: Tensor
 ) -> Callable[[], None]:
     """One forward and one backward pass to `inputs`; no gradient is kept, nor added to one."""
+    import torch
 
     def run() -> None:
         torch.autograd.grad(call(), inputs, dout, allow_unused=True)
@@ -79,6 +84,8 @@ def forward_backward(
 
 def peak_gib(call: Callable[[], Any], device: str) -> float:
     """What `call` allocates at most beside what was there before; NaN where no card counts it."""
+    import torch
+
     if torch.device(device).type != "cuda":
         return float("nan")
     torch.cuda.synchronize()
@@ -92,6 +99,8 @@ def peak_gib(call: Callable[[], Any], device: str) -> float:
 
 def copy_gb_s(device: str, *, small: bool) -> float:
     """GB/s of a large copy on the device, bytes read and bytes written counted."""
+    import torch
+
     size = 1 << 16 if small else 1 << 31
     source = torch.empty(size, dtype=torch.int8, device=device).random_(-100, 100)
     target = torch.empty_like(source)
@@ -101,6 +110,8 @@ def copy_gb_s(device: str, *, small: bool) -> float:
 
 def matmul_tflops(device: str, dtype: torch.dtype, *, small: bool) -> float:
     """TFLOP/s of a large square matrix product of random numbers in `dtype`."""
+    import torch
+
     size = 64 if small else 8192
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     ms = measure(lambda: a @ b, device).ms
@@ -109,6 +120,8 @@ def matmul_tflops(device: str, dtype: torch.dtype, *, small: bool) -> float:
 
 def ceilings(device: str, *, small: bool) -> dict[str, float]:
     """The row that stands beside every table of times."""
+    import torch
+
     return {
         "copy (GB/s)": copy_gb_s(device, small=small),
         "bf16 product (TFLOP/s)": matmul_tflops(device, torch.bfloat16, small=small),

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import gpu_clock
 import gpu_rivals
 import gpu_rows
+import gpu_supervisor
 
 KI = 1024
 TOKENS = (4 * KI, 16 * KI, 64 * KI, 256 * KI)
@@ -169,12 +170,8 @@ def _judged(rows: list[dict[str, Any]], families: set[str]) -> list[str]:
     ]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """0: measured, or no card; 1: a row failed."""
-    given = gpu_rows.options(__doc__, argv)
-    if why := gpu_rows.no_card("gpu-linear", given.device):
-        print(why)
-        return 0
+def rows(given: gpu_rows.Options) -> int:
+    """Measures them; 1 where one failed, else 0."""
     import gpu_ops
 
     table = gpu_rows.Table(
@@ -192,18 +189,24 @@ def main(argv: Sequence[str] | None = None) -> int:
             table.measure("time", name, functools.partial(_ours, op, tokens, given))
     for tokens in lengths:
         name = f"{FLASH}, {_named(tokens)}; torch"
-        table.measure("time", name, functools.partial(_flash, tokens, given))
+        table.measure("time", name, functools.partial(_flash, tokens, given), theirs=True)
         for op in gpu_ops.OPS:
             for rival in op.rivals:
                 if not gpu_rivals.there(rival.path):
                     continue
                 name = f"{op.name}, {_named(tokens)}; {rival.name}"
-                table.measure("time", name, functools.partial(_theirs, op, rival, tokens, given))
+                make = functools.partial(_theirs, op, rival, tokens, given)
+                table.measure("time", name, make, theirs=True)
     rows = _beside(table.of("time"))
     table.derive("beside", rows)
     families = {op.name for op in (*gpu_ops.LINEAR, *gpu_ops.DELTA)}
     table.notes = [ABOUT, *_judged(rows, families), *_ahead_of_flash(table.of("time"))]
     return table.finish()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0: no row failed, or no card; 1: one did; 2: the command broke off."""
+    return gpu_supervisor.command("gpu-linear", __file__, __doc__, argv, rows)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import gpu_clock
 import gpu_rows
+import gpu_supervisor
 
 KI, MI = 1 << 10, 1 << 20
 ABOUT = " ".join(__doc__.split("\n\n")[1].split())
@@ -244,12 +245,8 @@ def _attentions(small: bool, tokens: int) -> dict[str, tuple[int, int, dict[str,
     }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """0: measured, or no card; 1: a row failed."""
-    given = gpu_rows.options(__doc__, argv)
-    if why := gpu_rows.no_card("gpu-memory", given.device):
-        print(why)
-        return 0
+def rows(given: gpu_rows.Options) -> int:
+    """Measures them; 1 where one failed, else 0."""
     import gpu_ops
 
     small = given.small
@@ -290,6 +287,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         run = functools.partial(layer, name, dim, head_dim, tokens, given)
         table.measure("layer", name, run)
     return table.finish()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0: no row failed, or no card; 1: one did; 2: the command broke off."""
+    return gpu_supervisor.command("gpu-memory", __file__, __doc__, argv, rows)
 
 
 if __name__ == "__main__":

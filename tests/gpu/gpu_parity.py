@@ -3,12 +3,14 @@
 The reference is the torch form in float64 on the same device, on the inputs as they were rounded;
 law 1 (`make gpu`) holds that form to a CPU. An error is |a - b| / |b|, root mean squares, of the
 output and of the worst gradient; memory comes filled with NaN. Documents have uneven lengths; one
-length is odd.
+length is odd. First of all each family of kernels runs again and again on the same inputs, which
+gives the same bits, and once under compute-sanitizer's memcheck and racecheck.
 """
 
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,12 +19,19 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import gpu_rivals
 import gpu_rows
+import gpu_supervisor
 
 DTYPES = ("float32", "float16", "bfloat16")
 # What fails the command: an error that more than rounding makes.
 ALLOWED = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 OURS = "xdist"
+BITS, SANITIZER, AHEAD = "bits", "sanitizer", "ahead"
+# Runs on the same inputs.
+TIMES = 20
 HEADINGS = {
+    AHEAD: "Compiled ahead, side by side",
+    SANITIZER: "compute-sanitizer over one short launch of every family",
+    BITS: "The same inputs again and again: the same bits",
     "errors": "Errors beside float64",
     "beside": "Beside rivals on the same inputs: the error of ours over theirs",
 }
@@ -158,12 +167,42 @@ def _beside(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """0: no error above rounding, or no card; 1: some."""
-    given = gpu_rows.options(__doc__, argv)
-    if why := gpu_rows.no_card("gpu-parity", given.device):
-        print(why)
-        return 0
+def _same_bits(table: gpu_rows.Table, given: gpu_rows.Options) -> None:
+    import gpu_families
+
+    dtypes = ("float32",) if given.small else ("bfloat16", "float32")
+    tokens, times = (17, 2) if given.small else (3001, TIMES)
+    if given.device == "cuda":
+        # One process compiles one kernel at a time; a machine with a card has many cores.
+        make = functools.partial(
+            gpu_families.ahead, DTYPES, tokens, given.device, small=given.small,
+            processes=min(24, os.cpu_count() or 1), seconds=0.7 * given.row_s,
+        )  # fmt: skip
+        table.measure(AHEAD, "every family, documents", make)
+    for dtype in dtypes:
+        found = gpu_families.families(tokens, dtype, given.device, small=given.small)
+        # In the interpreter those alone that no row of errors runs.
+        wanted = [*found][-3:] if given.small else [*found]
+        for name in wanted:
+            make = functools.partial(gpu_families.bits, found[name], times)
+            table.measure(BITS, f"{name}, {dtype}", make)
+
+
+def _sanitized(table: gpu_rows.Table, given: gpu_rows.Options) -> None:
+    import gpu_sanitizer
+
+    at = gpu_sanitizer.program() if given.device == "cuda" else gpu_sanitizer.NO_CARD
+    # The row's own limit, less what its end may take.
+    seconds = max(1.0, min(given.row_s, 100.0) - 30.0)
+    for tool in gpu_sanitizer.TOOLS:
+        make = functools.partial(
+            gpu_sanitizer.row, tool, at, given.device, seconds, given.folder, table.name
+        )
+        table.measure(SANITIZER, tool, make)
+
+
+def rows(given: gpu_rows.Options) -> int:
+    """Measures them; 1 where one failed, else 0."""
     import attention_parity
     import gpu_ops
 
@@ -171,6 +210,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "gpu-parity", "Errors on a card", "make gpu-parity", given,
         HEADINGS | attention_parity.HEADINGS, notes=[ABOUT],
     )  # fmt: skip
+    # In this order: what the tool watches is compiled already.
+    _same_bits(table, given)
+    _sanitized(table, given)
     attention_parity.rows(table, given)
     dtypes = ("float32",) if given.small else DTYPES
     # Ours first: a rival that tunes itself for minutes takes no row from us.
@@ -187,9 +229,15 @@ def main(argv: Sequence[str] | None = None) -> int:
                             "errors",
                             f"{op.name}, {label}, {dtype}; {rival.name if rival else OURS}",
                             functools.partial(_errors_of, case, rival),
+                            theirs=rival is not None,
                         )
     table.derive("beside", _beside(table.of("errors")))
     return table.finish()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0: no row failed, or no card; 1: one did; 2: the command broke off."""
+    return gpu_supervisor.command("gpu-parity", __file__, __doc__, argv, rows)
 
 
 if __name__ == "__main__":

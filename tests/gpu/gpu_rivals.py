@@ -18,6 +18,10 @@ RIVALS = {
 }
 
 
+# Those that are not imported here, and why.
+_REFUSED: dict[str, str] = {}
+
+
 def version(distribution: str) -> str:
     """Its version, "none" where it is not installed."""
     try:
@@ -26,9 +30,22 @@ def version(distribution: str) -> str:
         return "none"
 
 
+def versions() -> dict[str, str]:
+    """Each rival's version, "none" where it is not installed; imports nothing."""
+    return {name: version(name) for name in RIVALS}
+
+
+def refuse(distribution: str, why: str) -> None:
+    """Takes it as absent from now on, without an import."""
+    _REFUSED[RIVALS[distribution]] = why
+    module.cache_clear()
+
+
 @functools.cache
 def module(name: str) -> Any | str:
     """The module, or why it cannot be imported, in a few words."""
+    if name in _REFUSED:
+        return _REFUSED[name]
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
@@ -43,13 +60,15 @@ def has(distribution: str) -> bool:
     return not isinstance(module(RIVALS[distribution]), str)
 
 
-def found() -> dict[str, str]:
-    """Each rival's version, or why it is not here."""
-    return {name: version(name) if has(name) else str(module(own)) for name, own in RIVALS.items()}
+def row(distribution: str) -> dict[str, Any]:
+    """Its version, or why it cannot be used, as columns of a table."""
+    if has(distribution):
+        return {"version": version(distribution)}
+    return {"remark": str(module(RIVALS[distribution]))}
 
 
 def there(path: str) -> bool:
-    """Whether the package of `fla.ops.gla.chunk_gla` can be imported; if not, found() says why."""
+    """Whether the package of `fla.ops.gla.chunk_gla` can be imported; if not, module() says why."""
     return not isinstance(module(path.partition(".")[0]), str)
 
 
@@ -63,9 +82,21 @@ def function(path: str) -> Any | str:
     return getattr(home, name, f"has no {name}")
 
 
-def fault(error: BaseException) -> bool:
-    """Whether the card itself reported it: nothing more can run in this process."""
-    return "CUDA error" in str(error)
+def lost() -> bool:
+    """Whether a fault of a kernel broke this process's CUDA context: nothing more can run in it.
+
+    The card is asked: messages of such faults differ (torch's, Triton's, a library's own).
+    """
+    import torch
+
+    try:
+        torch.cuda.synchronize()
+        torch.zeros(1, device="cuda").add_(1.0).item()
+    except torch.OutOfMemoryError:
+        return False
+    except Exception:
+        return True
+    return False
 
 
 def first_line(error: BaseException) -> str:
@@ -82,6 +113,6 @@ def tried(call: Callable[[], T]) -> T | str:
     except torch.OutOfMemoryError:
         return "out of memory"
     except Exception as error:
-        if fault(error):
+        if torch.cuda.is_initialized() and lost():
             raise
         return f"{type(error).__name__}: {first_line(error)}"

@@ -30,6 +30,7 @@ def module() -> Iterator[Callable[[str], Any]]:
 
 
 def test_measured_masks_are_those_of_xdist(module: Callable[[str], Any]) -> None:
+    flex_mask, draw = (getattr(module("attention_cases"), n) for n in ("flex_mask", "draw"))
     cases = module("gpu_attention").cases(False) + module("attention_parity").cases(False)
     assert len(cases) > 30
     for long in cases:
@@ -49,6 +50,11 @@ def test_measured_masks_are_those_of_xdist(module: Callable[[str], Any]) -> None
         seen = visible(spans, rows, at)  # type: ignore[arg-type]
         assert torch.equal(visible(case.spans(), rows, at), seen), case.name
         assert case.pairs() == int(seen.sum()), case.name
+        narrow = replace(case, heads=1, groups=1, dim=8, width=8)
+        sees = flex_mask(case, draw(narrow, torch.float32, "cpu"))
+        # Keys lie in the case's order, `seen` has them by their positions.
+        found = sees(0, 0, at.unsqueeze(1), at)
+        assert torch.equal(found, seen[:, order]), case.name
         assert case.flops() == 2.0 * case.pairs() * case.heads * (case.dim + case.width)
 
 

@@ -1,6 +1,7 @@
 """`make gpu-parity`, `-linear`, `-attention` and `-memory` cannot run here; their code can.
 
-It goes through Triton's interpreter at tiny shapes, where the numbers mean nothing.
+It goes through Triton's interpreter at tiny shapes, where the numbers mean nothing. What becomes of
+a row that hangs or crashes: test_gpu_supervisor.py.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -21,7 +23,11 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = ("parity", "linear", "attention", "memory")
 # What a machine with a card need not have.
-ABSENT = ("zarr", "pydantic", "ray", "deepspeed", "typer", "rich", "safetensors")
+ABSENT = (
+    "zarr", "pydantic", "ray", "deepspeed", "typer", "rich", "safetensors", "mpi4py", "psutil",
+    "transformers", "nibabel", "hypothesis", "pytest", "fla", "flash_attn", "mamba_ssm",
+    "causal_conv1d",
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -30,7 +36,9 @@ def module(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Any]]:
     # Set by the commands themselves; restored behind this test.
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     before = list(sys.path)
-    sys.path.insert(0, str(ROOT / "tests" / "gpu"))
+    sys.path[:0] = [str(ROOT / "tests" / "gpu"), str(ROOT / "tests" / "benchmarks")]
+    # Git is asked by the tests that start a command.
+    monkeypatch.setattr(importlib.import_module("record"), "commit", lambda: "here")
     yield importlib.import_module
     sys.path[:] = before
 
@@ -52,26 +60,29 @@ def test_without_a_card_each_says_so_in_one_line(
     assert not list(tmp_path.iterdir())
 
 
-def _table(module: Any, folder: Path, *options: str, until: float = 60.0) -> Any:
+def _table(module: Any, folder: Path, *options: str) -> Any:
     rows = module("gpu_rows")
     given = rows.options("", ["--device", "cpu", "--out", str(folder), *options])
-    given.until = time.time() + until
     return rows.Table("gpu-toy", "Toys", "make gpu-toy", given, {"time": "Times"})
+
+
+def _cases(table: Any) -> list[str]:
+    return [row["case"] for row in table.of("time")]
 
 
 def test_finished_rows_are_kept_and_what_was_cut_is_made_later(module: Any, tmp_path: Path) -> None:
     table = _table(module, tmp_path)
     table.measure("time", "a", lambda: {"ms": 1.5})
     table.measure("time", "b", lambda: 1 / 0)
-    table.longest_s = 100.0
+    table.options.until = time.time() - 1.0
     assert table.measure("time", "c", lambda: {"ms": 3.0}) is None
     assert table.finish() == 1, "a row failed"
     found = _json(tmp_path)
-    assert [(row["case"], row.get("failed", False)) for row in found["rows"]] == [
+    assert [(r["case"], r.get("failed", False)) for r in found["rows"] if r["group"] == "time"] == [
         ("a", False),
         ("b", True),
     ]
-    assert "ZeroDivisionError" in found["rows"][1]["remark"]
+    assert "ZeroDivisionError" in table.of("time")[1]["remark"]
     assert found["left"] == ["time: c"]
 
     # A second call makes what failed and what was left, and nothing twice.
@@ -81,105 +92,178 @@ def test_finished_rows_are_kept_and_what_was_cut_is_made_later(module: Any, tmp_
     table.measure("time", "c", lambda: {"ms": 3.0})
     assert table.finish() == 0
     found = _json(tmp_path)
-    assert {row["case"]: row["ms"] for row in found["rows"]} == {"a": 1.5, "b": 2.0, "c": 3.0}
+    times = {row["case"]: row["ms"] for row in found["rows"] if row["group"] == "time"}
+    assert times == {"a": 1.5, "b": 2.0, "c": 3.0}
     assert found["left"] == []
-    page = next(tmp_path.glob("*.md")).read_text("utf-8")
+    rivals = module("gpu_rivals").RIVALS
+    rows = module("gpu_rows")
+    (path,) = tmp_path.glob("*.json")
+    told = rows.summary(path, table.run)
+    # Rivals that are not here are looked for again, and count.
+    assert told.endswith(f"0 left, 0 failed, in {path.with_suffix('.md')}")
+    assert int(told.partition(" ")[0]) >= 2
+    page = path.with_suffix(".md").read_text("utf-8")
     assert "| a | 1.5 |" in page
     for said in ("driver", "torch", "triton", "Absent:", "make gpu-toy"):
         assert said in page
-    absent = page.partition("Absent:")[2]
-    rivals = module("gpu_rivals").found()
-    assert rivals
-    assert all(name in absent or f"{name} {x}" in page for name, x in rivals.items())
+    assert all(name in page.partition("Rivals here:")[2] for name in rivals)
 
 
 def test_rows_of_other_kernels_or_machines_are_not_taken_over(
     module: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    rows = module("gpu_rows")
+    gpu_key, gpu_rivals = module("gpu_key"), module("gpu_rivals")
     table = _table(module, tmp_path)
     table.measure("time", "a", lambda: {"ms": 1.0})
-    assert [row["case"] for row in _table(module, tmp_path).rows] == ["a"]
-    assert _table(module, tmp_path, "--again").rows == []
-    monkeypatch.setattr(rows, "sources", lambda: "00000000")
-    assert _table(module, tmp_path).rows == []
-    monkeypatch.undo()
-    machine = table.machine | {"driver": "580.1"}
-    monkeypatch.setattr(rows, "machine", lambda: machine)
-    assert _table(module, tmp_path).rows == []
+    table.measure("time", "b", lambda: {"ms": 2.0})
+    assert _cases(_table(module, tmp_path)) == ["a", "b"]
+    assert _cases(_table(module, tmp_path, "--again", "--rows", "time a")) == ["b"]
+    others: dict[str, Callable[..., Any]] = {
+        "sources": lambda: "00000000",
+        "scripts": lambda name: "00000000",
+        "machine": lambda: table.machine | {"driver": "580.1"},
+    }
+    for folder, (name, other) in enumerate(others.items()):
+        before = _table(module, tmp_path / str(folder))
+        before.measure("time", "a", lambda: {"ms": 1.0})
+        with monkeypatch.context() as context:
+            context.setattr(gpu_key, name, other)
+            assert _cases(_table(module, tmp_path / str(folder))) == [], name
+    before = _table(module, tmp_path / "rivals")
+    before.measure("time", "a", lambda: {"ms": 1.0})
+    version = gpu_rivals.version
+    with monkeypatch.context() as context:
+        newer = lambda name: "0.9" if name == "fla-core" else version(name)  # noqa: E731
+        context.setattr(gpu_rivals, "version", newer)
+        assert _cases(_table(module, tmp_path / "rivals")) == []
+    kept = [path.stem for path in (tmp_path / "rivals").glob("*-until-*.json")]
+    assert len(kept) == 1, "what was measured before is not written over"
+    small = _table(module, tmp_path / "small")
+    small.measure("time", "a", lambda: {"ms": 1.0})
+    assert _cases(_table(module, tmp_path / "small", "--small")) == []
+
+
+def test_the_hash_of_scripts_is_that_of_what_measures_in_the_command(
+    module: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    key = module("gpu_key")
+    folder = tmp_path / "tests" / "gpu"
+    folder.mkdir(parents=True)
+    for name in ("gpu_linear", "gpu_memory", "gpu_clock", "record"):
+        (folder / f"{name}.py").write_text("")
+    monkeypatch.setattr(key, "HERE", folder)
+    monkeypatch.setattr(key, "ROOT", tmp_path)
+    monkeypatch.setattr(key.record, "__file__", str(folder / "record.py"))
+    before = key.scripts("gpu-linear")
+    (folder / "gpu_memory.py").write_text("print()")
+    assert key.scripts("gpu-linear") == before, "another command's script"
+    for name in ("gpu_linear", "gpu_clock", "record"):
+        (folder / f"{name}.py").write_text("print()")
+        assert key.scripts("gpu-linear") != before, name
+        before = key.scripts("gpu-linear")
+
+
+def test_a_file_that_cannot_be_read_is_said_and_not_taken_over(
+    module: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = _table(module, tmp_path)
+    (path,) = tmp_path.glob("*.json")
+    table.measure("time", "a", lambda: {"ms": 1.0})
+    path.write_text(path.read_text("utf-8")[:100])
+    assert _table(module, tmp_path).of("time") == []
+    assert "cannot be read" in capsys.readouterr().out
+    assert json.loads(path.read_text("utf-8"))["date"] == table.date
 
 
 def test_a_fault_on_the_card_goes_on_in_a_new_process_and_memory_is_a_finding(
-    module: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    tmp_path: Path,
 ) -> None:
-    started: list[list[str]] = []
-
-    def execute(program: str, arguments: list[str]) -> None:
-        started.append(arguments)
-
-    monkeypatch.setattr(os, "execv", execute)
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    monkeypatch.setattr(sys, "argv", ["tests/gpu/gpu_toy.py", "--device", "cuda", "--again"])
-    table = _table(module, tmp_path)
-    table.options.device = "cuda"
-
-    def fault() -> dict[str, Any]:
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
-
-    def full() -> dict[str, Any]:
-        raise torch.OutOfMemoryError("tried to allocate 1 TiB")
-
-    table.measure("time", "full", full)
-    assert not started
-    table.measure("time", "fault", fault)
-    ((_, file, *options),) = started
-    assert file.endswith("gpu_toy.py")
-    assert options[:3] == ["--device", "cuda", "--until"], "finished rows are not made again"
-    # The process that goes on does not try the row that broke the card again; a later call does.
-    assert [row["case"] for row in _table(module, tmp_path, *options[2:]).rows] == ["full", "fault"]
-    assert [row["case"] for row in _table(module, tmp_path).rows] == ["full"]
+    tries = tmp_path / "tries"
+    tries.write_text("")
+    toy = Path(__file__).with_name("gpu_toy_command.py")
+    result = subprocess.run(
+        [sys.executable, toy, "--out", tmp_path / "out"],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"TOY_TRIES": str(tries), "TOY_ROWS": "full,fault,fine"},
+    )
+    assert result.returncode == 1, result.stderr
+    pids = dict(line.split() for line in tries.read_text().splitlines())
+    assert pids["full"] == pids["fault"] != pids["fine"]
+    rows = {row["case"]: row for row in _json(tmp_path / "out")["rows"] if row["group"] == "time"}
+    assert rows["full"]["remark"] == "out of memory: tried to allocate 1 TiB"
+    assert "failed" not in rows["full"]
+    assert rows["fault"]["failed"]
+    assert rows["fine"]["ms"] == 1.5
 
 
-def _small(module: Any, command: str, folder: Path) -> dict[str, Any]:
-    assert module(f"gpu_{command}").main(["--device", "cpu", "--small", "--out", str(folder)]) == 0
-    found = _json(folder)
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A plain copy of what the commands need, beside packages that cannot be imported."""
+    tree = tmp_path_factory.mktemp("copy")
+    ignored = shutil.ignore_patterns("__pycache__")
+    for part in ("xdist", "kernels", "launchers", "tests/gpu"):
+        shutil.copytree(ROOT / part, tree / part, ignore=ignored)
+    (tree / "tests" / "benchmarks").mkdir()
+    shutil.copy(ROOT / "tests" / "benchmarks" / "record.py", tree / "tests" / "benchmarks")
+    (tree / "absent").mkdir()
+    for name in ABSENT:
+        text = f"raise ModuleNotFoundError('{name} is not here', name='{name}')\n"
+        (tree / "absent" / f"{name}.py").write_text(text)
+    return tree
+
+
+def _small(command: str, copy: Path) -> dict[str, Any]:
+    result = subprocess.run(
+        [sys.executable, f"tests/gpu/gpu_{command}.py", "--device", "cpu", "--small"],
+        cwd=copy,
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=900,
+        env=os.environ | {"PYTHONPATH": ".:kernels:launchers:absent", "OMP_NUM_THREADS": "1"},
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    # The copy's own folder: nothing of this tree took part.
+    (path,) = (copy / "docs" / "benchmarks").glob(f"gpu-{command}-*.json")
+    found: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    last = result.stdout.splitlines()[-1]
+    rows = [row for row in found["rows"] if "run" in row]
+    assert last == (
+        f"gpu-{command}: {len(rows)} rows measured, 0 kept, 0 left, 0 failed, "
+        f"in {path.with_suffix('.md')}"
+    )
+    assert found["commit"] == ""
     assert found["left"] == []
+    assert found["finished"]
+    assert not [row for row in found["rows"] if row.get("failed")]
+    page = path.with_suffix(".md").read_text("utf-8")
+    assert "fla-core (not installed)" in page
     return found
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", ["linear", "attention", "memory"])
-def test_the_same_code_measures_in_the_interpreter(
-    module: Any, command: str, tmp_path: Path
-) -> None:
-    found = _small(module, command, tmp_path)
+def test_the_same_code_measures_in_the_interpreter(command: str, copy: Path) -> None:
+    found = _small(command, copy)
     assert {"torch", "triton", "driver"} <= set(found["machine"])
     groups = {row["group"] for row in found["rows"]}
     assert {"linear": "time", "attention": "time", "memory": "million"}[command] in groups
-    assert not [row for row in found["rows"] if row.get("failed")]
-    assert (tmp_path / f"gpu-{command}-{found['date']}.md").exists()
 
 
 @pytest.mark.slow
-def test_errors_are_measured_from_a_plain_copy_without_optional_packages(tmp_path: Path) -> None:
-    for name in ABSENT:
-        (tmp_path / f"{name}.py").write_text(f"raise ImportError('{name} is not here')\n")
-    tree = [str(ROOT / part) for part in (".", "kernels", "launchers")]
-    out = tmp_path / "out"
-    result = subprocess.run(
-        [sys.executable, "tests/gpu/gpu_parity.py", "--device", "cpu", "--small", "--out", out],
-        cwd=ROOT,
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=900,
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(tmp_path), *tree]),
-            "OMP_NUM_THREADS": "1",
-        },
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    rows = [row for row in _json(out)["rows"] if row["case"].endswith("xdist")]
+def test_errors_are_measured_from_a_plain_copy_without_optional_packages(copy: Path) -> None:
+    found = _small("parity", copy)["rows"]
+    rows = [row for row in found if row["group"] == "errors"]
     assert {row["case"].partition(",")[0] for row in rows} >= {"GLA", "KDA", "Mamba-2 (ssd)"}
     assert all(row["output"] <= 1e-5 and row["worst gradient"] <= 1e-5 for row in rows)
+    bits = {row["case"] for row in found if row["group"] == "bits"}
+    assert bits == {
+        "linear, both directions merged, float32",
+        "merge, float32",
+        "cross entropy, float32",
+    }
+    sanitizer = {row["case"]: row["remark"] for row in found if row["group"] == "sanitizer"}
+    assert set(sanitizer) == {"memcheck", "racecheck"}
