@@ -22,8 +22,9 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, NoReturn
 
-from tests.end_to_end.training import config_of
+from tests.end_to_end.training import config_of, status_of
 from tests.launchers.conftest import PATHS
+from xdist.config import Config
 
 TWO = ("parallel.ulysses=2", "launch.ranks=2")
 
@@ -55,22 +56,56 @@ class Ended:
     said: list[str]
 
 
-def drive(folder: pathlib.Path, cases: list[Case], *, at_once: int = 3) -> dict[str, Ended]:
-    """Make all runs, a few at a time; how they ended, by name. Nothing is left running."""
-    asked = {"folder": str(folder), "cases": [asdict(case) for case in cases], "at_once": at_once}
-    done = subprocess.run(
-        [sys.executable, "-c", "from tests.end_to_end import forked; forked.serve()"],
-        input=json.dumps(asked),
-        env=os.environ | {"PYTHONPATH": PATHS, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        text=True,
-        timeout=280,
-        check=True,
-    )
-    found = {name: Ended(**fields) for name, fields in json.loads(done.stdout).items()}
-    for name, ended in found.items():
-        print(f"--- {name}: {ended.codes} {ended.seconds:.1f} s", *ended.said, sep="\n")
-    return found
+class Helper:
+    """The process that loaded torch and forks ranks. It starts with the first `drive`."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[str] | None = None
+
+    def drive(
+        self, folder: pathlib.Path, cases: list[Case], *, at_once: int = 3
+    ) -> dict[str, Ended]:
+        """Make all runs, a few at a time; how they ended, by name. Nothing is left running."""
+        process = self._process or self._start()
+        assert process.stdin is not None
+        assert process.stdout is not None
+        asked = {
+            "folder": str(folder),
+            "cases": [asdict(case) for case in cases],
+            "at_once": at_once,
+        }
+        try:
+            process.stdin.write(json.dumps(asked) + "\n")
+            process.stdin.flush()
+            answer = process.stdout.readline()
+            assert answer, f"the helper ended with {process.wait()}"
+        except BaseException:
+            # A test's time limit too: its ranks would go on beside the next test.
+            self.close()
+            raise
+        found = {name: Ended(**fields) for name, fields in json.loads(answer).items()}
+        for name, ended in found.items():
+            print(f"--- {name}: {ended.codes} {ended.seconds:.1f} s", *ended.said, sep="\n")
+        return found
+
+    def _start(self) -> subprocess.Popen[str]:
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", "from tests.end_to_end import forked; forked.serve()"],
+            env=os.environ | {"PYTHONPATH": PATHS, "OMP_NUM_THREADS": "1"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        return self._process
+
+    def close(self) -> None:
+        """End the process, and the ranks it forked."""
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.communicate()
+            self._process = None
 
 
 def load() -> None:
@@ -83,9 +118,13 @@ def load() -> None:
 
 
 def serve() -> None:
-    """The helper process: reads cases from its input, tells how they ended."""
+    """The helper process: a line with cases comes in, a line with how they ended goes out."""
     load()
-    asked = json.loads(sys.stdin.read())
+    for line in sys.stdin:
+        print(json.dumps(_ended(json.loads(line))), flush=True)
+
+
+def _ended(asked: dict[str, Any]) -> dict[str, dict[str, Any]]:
     folder = pathlib.Path(asked["folder"])
     waiting = [Case(**fields) for fields in asked["cases"]]
     running: list[_Running] = []
@@ -98,7 +137,7 @@ def serve() -> None:
                 running.remove(one)
                 ended[one.case.name] = asdict(one.outcome())
         time.sleep(0.02)
-    print(json.dumps(ended))
+    return ended
 
 
 class _Running:
@@ -181,8 +220,8 @@ def _be_rank(folder: pathlib.Path, case: Case, rank: int, port: int) -> NoReturn
         elif rank == case.rank and case.point == "evaluation":
             act.before_evaluating(case.count)
         elif case.act == "term_twice_later" and rank != case.rank:
-            # The peer of the rank that is told twice: lets it wait in its move.
-            on_point = Cut(case.point, case.count, lambda name: time.sleep(30))
+            # The peer of the rank that is told twice: lets it wait in its move until it ends.
+            on_point = Cut(case.point, case.count, lambda name: _await_end(config))
         elif rank == case.rank and case.act:
             on_point = Cut(case.point, case.count, act)
         try:
@@ -195,6 +234,14 @@ def _be_rank(folder: pathlib.Path, case: Case, rank: int, port: int) -> NoReturn
     finally:
         sys.stdout.flush()
         os._exit(code)
+
+
+def _await_end(config: Config, seconds: float = 30.0) -> None:
+    """Do nothing until the run said that it was stopped, and its process had time to end."""
+    stop_at = time.monotonic() + seconds
+    while time.monotonic() < stop_at and status_of(config)["state"] != "preempted":
+        time.sleep(0.05)
+    time.sleep(0.5)
 
 
 class Act:

@@ -8,10 +8,11 @@ from __future__ import annotations
 import os
 import pathlib
 import re
+from collections.abc import Callable
 
 import pytest
 
-from tests.end_to_end.forked import Case, Ended, drive
+from tests.end_to_end.forked import Case, Ended
 from tests.end_to_end.training import config_of, losses, make_store, status_of
 
 HOST = os.uname().nodename
@@ -46,7 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 @pytest.fixture(scope="module")
-def ended(folder: pathlib.Path) -> dict[str, Ended]:
+def ended(folder: pathlib.Path, drive: Callable[..., dict[str, Ended]]) -> dict[str, Ended]:
     return drive(folder, CASES, at_once=4)
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import pathlib
 import signal
+from collections.abc import Callable
 
 import pytest
 import torch
 
-from tests.end_to_end.forked import Case, drive
+from tests.end_to_end.forked import Case, Ended
 from tests.end_to_end.training import config_of, held_out, losses, make_store
 from xdist.checkpoint import load_latest, open_checkpoint
 
@@ -33,31 +34,40 @@ def _cases(asynchronous: bool) -> list[Case]:
     ]
 
 
+@pytest.fixture(scope="module")
+def folder(
+    tmp_path_factory: pytest.TempPathFactory, drive: Callable[..., dict[str, Ended]]
+) -> pathlib.Path:
+    """A store, and the run that was not disturbed."""
+    made = tmp_path_factory.mktemp("saves")
+    make_store(made)
+    assert drive(made, [Case("whole", FSDP)])["whole"].codes == [0, 0]
+    return made
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_a_rank_killed_inside_a_save_that_all_ranks_write(
-    tmp_path: pathlib.Path, asynchronous: bool
+    folder: pathlib.Path, drive: Callable[..., dict[str, Ended]], asynchronous: bool
 ) -> None:
-    make_store(tmp_path)
     cases = _cases(asynchronous)
-    ended = drive(tmp_path, [Case("whole", FSDP), *cases])
-    assert ended["whole"].codes == [0, 0]
+    ended = drive(folder, cases)
     for case in cases:
         codes = ended[case.name].codes
         assert codes[case.rank] == -signal.SIGKILL, case
         # The other says PeerLost, unless gloo aborts it first.
         assert codes[1 - case.rank] in (7, -signal.SIGABRT), case
-        folder = config_of(tmp_path, case.name).run_directory / "checkpoints"
-        for path in folder.glob("step-*"):
+        checkpoints = config_of(folder, case.name).run_directory / "checkpoints"
+        for path in checkpoints.glob("step-*"):
             open_checkpoint(path)
-    again = drive(tmp_path, [Case(case.name, case.settings) for case in cases])
-    whole = config_of(tmp_path, "whole")
+    again = drive(folder, [Case(case.name, case.settings) for case in cases])
+    whole = config_of(folder, "whole")
     theirs = load_latest(whole.run_directory / "checkpoints")
     assert theirs is not None
     for case in cases:
         assert again[case.name].codes == [0, 0], case
-        config = config_of(tmp_path, case.name)
+        config = config_of(folder, case.name)
         assert losses(config) == losses(whole), case
         assert held_out(config) == held_out(whole), case
         ours = load_latest(config.run_directory / "checkpoints")

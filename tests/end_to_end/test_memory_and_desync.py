@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import pathlib
 import re
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import nn
 
-from tests.end_to_end.forked import Case, Ended, drive
+from tests.end_to_end.forked import Case, Ended
 from tests.end_to_end.training import config_of, losses, make_store, status_of
 from xdist.checkpoint import load_latest
 from xdist.config import Config
@@ -40,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 @pytest.fixture(scope="module")
-def ended(folder: pathlib.Path) -> dict[str, Ended]:
+def ended(folder: pathlib.Path, drive: Callable[..., dict[str, Ended]]) -> dict[str, Ended]:
     cases = [
         Case("one", LARGE, 1, 0, "little_memory 16", "train.recorded", 1),
         Case("two", LARGE, 2, 1, "little_memory 16", "train.recorded", 1),

@@ -6,10 +6,11 @@ Each run is taken up again and ends as the one that was not disturbed.
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Callable
 
 import pytest
 
-from tests.end_to_end.forked import Case, Ended, drive
+from tests.end_to_end.forked import Case, Ended
 from tests.end_to_end.training import config_of, lines_of, make_store, status_of
 
 EVALUATES = "evaluate.every_steps=3"
@@ -46,7 +47,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 @pytest.fixture(scope="module")
-def ended(folder: pathlib.Path) -> dict[str, tuple[Ended, dict[str, object]]]:
+def ended(
+    folder: pathlib.Path, drive: Callable[..., dict[str, Ended]]
+) -> dict[str, tuple[Ended, dict[str, object]]]:
     """How each run ended, and its status.json then."""
     first = drive(folder, CASES)
     found = {
