@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Real
 from operator import index
 
 from xdist.errors import ShapeError
@@ -27,7 +28,8 @@ class Dropout:
         first_row: the global number of batch row 0, so that data ranks differ.
 
     Raises:
-        ShapeError: a rate outside [0, 1), or a number that is not an integer of 64 bits from 0.
+        ShapeError: a rate that is no number in [0, 1), or a number that is not an integer of 64
+            bits from 0.
     """
 
     rate: float
@@ -37,6 +39,8 @@ class Dropout:
     first_row: int = 0
 
     def __post_init__(self) -> None:
+        if isinstance(self.rate, bool) or not isinstance(self.rate, Real):
+            raise ShapeError("dropout takes a rate in [0, 1)", f"got {self.rate!r}")
         if not 0.0 <= self.rate < 1.0:
             raise ShapeError("dropout takes a rate in [0, 1)", f"got {self.rate}")
         for name in ("seed", "step", "layer", "first_row"):

@@ -84,7 +84,7 @@ class Mask:
         chunk: tokens see only their own run of `chunk` tokens; None is no chunks.
 
     Raises:
-        MaskError: a negative or non-integer size, or causal that is not a bool.
+        MaskError: a negative or non-integer size (a bool is none), or causal that is not a bool.
     """
 
     causal: bool = True
@@ -195,6 +195,9 @@ def _size(name: str, value: object, least: int) -> int:
         number = index(value)  # type: ignore[arg-type]
     except TypeError as error:
         raise MaskError(f"{name} must be an integer", f"got {value!r}") from error
+    if isinstance(value, bool):
+        # False would be a window of nothing but the token itself, not the absence of a window.
+        raise MaskError(f"{name} must be an integer", f"got {value}", "leave it out for no limit")
     if number < least:
         raise MaskError(f"{name} must be at least {least}", f"got {number}")
     # Larger than any sequence: a position added to it still fits 64 bits.

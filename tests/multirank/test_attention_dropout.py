@@ -163,6 +163,7 @@ def test_a_rate_of_zero_drops_nothing_and_rates_out_of_range_are_refused() -> No
     plain = run_case(Case("auto"), None)
     none = run_case(Case("auto"), xdist.Dropout(0.0, seed=1))
     assert all(torch.equal(a, b) for a, b in zip(plain, none, strict=True))
-    for rate in (-0.1, 1.0, float("nan")):
+    wrong: tuple[Any, ...] = (-0.1, 1.0, float("nan"), False, "0.1", torch.tensor(0.1))
+    for rate in wrong:
         with pytest.raises(ShapeError, match="rate in"):
             xdist.Dropout(rate, seed=1)

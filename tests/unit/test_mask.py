@@ -101,6 +101,12 @@ def test_head_groups_share_a_window() -> None:
         {"window": []},
         {"prefix": -1},
         {"chunk": 0},
+        # Settings elsewhere say False for no window: here it would hide all but the token itself.
+        {"window": False},
+        {"window": (True, 2)},
+        {"window": [None, False]},
+        {"prefix": True},
+        {"chunk": True},
     ],
 )
 def test_bad_masks_raise(options: dict[str, object]) -> None:
