@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from xdist.comm.pending import Pending
-from xdist.cost.attention_keys import Needs, Rows
+from xdist.cost.attention_keys import Needs, Ranges, Rows
 from xdist.parallel.attention_call import Call, add_at, positions_at, take
 from xdist.parallel.attention_wire import Spec, start_packed
 
@@ -48,10 +48,13 @@ class Blocks:
         """
         me = self.me
         sends = {}
+        taken: dict[Ranges, list[Tensor]] = {}
         for user in users:
             if self.needs.tokens(user, me):
                 ranges = self.needs.ranges[user][me]
-                sends[user] = [take(k, ranges), take(v, ranges)]
+                if ranges not in taken:  # whoever sees the same keys is sent one message
+                    taken[ranges] = [take(k, ranges), take(v, ranges)]
+                sends[user] = taken[ranges]
         receives = {}
         for owner in owners:
             if self.needs.tokens(me, owner):

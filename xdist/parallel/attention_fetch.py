@@ -20,7 +20,7 @@ from torch.autograd import Function
 
 from xdist.cost.attention_keys import Needs, all_keys
 from xdist.parallel.attention_blocks import Block, Blocks
-from xdist.parallel.attention_call import Call
+from xdist.parallel.attention_call import Call, joined
 from xdist.parallel.first_order import first_order
 from xdist_kernels.attention.torch import sinks_backward
 
@@ -39,7 +39,9 @@ class FetchAttention(Function):
         got = arriving.wait()
         far = _joined(got) if got else (k[:, :0], v[:, :0])
         ctx.owners = [(owner, got[owner][0].shape[1]) for owner in sorted(got)]
-        if got:
+        # Names would keep the blocks as they came beside the joined ones.
+        del arriving, got
+        if ctx.owners:
             call.forward(q, *far, seen, _positions(blocks, ctx.owners), into=(out, lse))
         if sinks is not None:
             call.merge_sinks_(out, lse, sinks)
@@ -53,17 +55,21 @@ class FetchAttention(Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
         call, blocks = ctx.call, ctx.blocks
         q, k, v, out, lse, sinks, *far = ctx.saved_tensors
+        # What is kept is freed when it has been used (not with retain_graph).
+        ctx.maybe_clear_saved_tensors()
         seen, own = call.own_seen(), blocks.own_positions()
         delta = call.delta(out, dout)
+        del out
         given: dict[int, Block] = {}
         far_dq = None
         if ctx.owners:
             at = _positions(blocks, ctx.owners)
-            far_dq, far_dk, far_dv = call.backward(q, *far, lse, delta, dout, seen, at)
-            sizes = [tokens for _, tokens in ctx.owners]
-            pairs = zip(far_dk.split(sizes, 1), far_dv.split(sizes, 1), strict=True)
-            given = {owner: pair for (owner, _), pair in zip(ctx.owners, pairs, strict=True)}
+            far_dq, *sums = call.backward(q, *far, lse, delta, dout, seen, at)
+            given = _by_owner(sums, ctx.owners)
+            del sums
+        del far
         returning = blocks.start_gradients(given, call.others(), lse.dtype)
+        given.clear()  # they are packed
         dq, dk, dv = call.backward(q, k, v, lse, delta, dout, seen, own)
         if far_dq is not None:
             dq += far_dq
@@ -80,7 +86,13 @@ def _joined(got: dict[int, Block]) -> Block:
     """Blocks in rank order as one."""
     owners = sorted(got)
     keys, values = zip(*(got[owner] for owner in owners), strict=True)
-    return torch.cat(keys, dim=1), torch.cat(values, dim=1)
+    return joined(keys, 1), joined(values, 1)
+
+
+def _by_owner(sums: list[Tensor], owners: list[tuple[int, int]]) -> dict[int, Block]:
+    """Gradients of the joined blocks, each block's for its owner."""
+    dks, dvs = (x.split([tokens for _, tokens in owners], 1) for x in sums)
+    return {owner: (dks[i], dvs[i]) for i, (owner, _) in enumerate(owners)}
 
 
 def _positions(blocks: Blocks, owners: list[tuple[int, int]]) -> Tensor:

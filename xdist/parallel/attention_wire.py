@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 
 import torch
@@ -25,14 +25,40 @@ def start_packed(
     """Sends a list of tensors to each rank of `sends`, receives lists of the given specs.
 
     One message a pair of ranks, without padding: the tensors' bytes one after another, the widest
-    dtype first so that each starts where its dtype may. This rank itself takes no part.
+    dtype first so that each starts where its dtype may. This rank itself takes no part. A list that
+    several ranks are sent (the same object) is packed once.
     """
-    outgoing = {rank: _pack(tensors) for rank, tensors in sends.items()}
+    messages = {id(tensors): _pack(tensors) for tensors in _distinct(sends.values())}
+    outgoing = {rank: messages[id(tensors)] for rank, tensors in sends.items()}
+    return start_messages(outgoing, receives, group, move=move, device=device)
+
+
+def start_messages(
+    messages: Mapping[int, Tensor],
+    receives: Mapping[int, Sequence[Spec]],
+    group: ProcessGroup | None,
+    *,
+    move: str,
+    device: torch.device,
+) -> Pending[dict[int, list[Tensor]]]:
+    """`start_packed` of messages that are filled already."""
     incoming = {rank: ((sum(map(_nbytes, s)),), torch.uint8) for rank, s in receives.items()}
-    pending = start_pairs(outgoing, incoming, group, move=move, device=device)
+    pending = start_pairs(messages, incoming, group, move=move, device=device)
     return pending.then(
         lambda got: {rank: _unpack(got[rank], specs) for rank, specs in receives.items()}
     )
+
+
+def new_message(specs: Sequence[Spec], device: torch.device) -> tuple[Tensor, list[Tensor]]:
+    """A message of these tensors and views of it to fill: for who can free one tensor after
+    another once it is in."""
+    message = torch.empty(sum(map(_nbytes, specs)), dtype=torch.uint8, device=device)
+    return message, _unpack(message, specs)
+
+
+def _distinct(lists: Iterable[Sequence[Tensor]]) -> list[Sequence[Tensor]]:
+    """Each of the lists once, by identity."""
+    return list({id(tensors): tensors for tensors in lists}.values())
 
 
 def _order(widths: Sequence[int]) -> list[int]:
@@ -47,9 +73,8 @@ def _nbytes(spec: Spec) -> int:
 def _pack(tensors: Sequence[Tensor]) -> Tensor:
     # Copied straight into the message: a second copy of a block would be the peak of a ring step.
     specs = [(tuple(tensor.shape), tensor.dtype) for tensor in tensors]
-    size = sum(map(_nbytes, specs))
-    message = torch.empty(size, dtype=torch.uint8, device=tensors[0].device)
-    for place, tensor in zip(_unpack(message, specs), tensors, strict=True):
+    message, places = new_message(specs, tensors[0].device)
+    for place, tensor in zip(places, tensors, strict=True):
         place.copy_(tensor)
     return message
 
