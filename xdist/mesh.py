@@ -40,6 +40,10 @@ class Mesh:
     parameter_group: ProcessGroup | None = field(default=None, repr=False)
     device_mesh: DeviceMesh | None = field(default=None, repr=False, compare=False)
 
+    def __deepcopy__(self, memo: dict[int, object]) -> Mesh:
+        # Process groups cannot be copied: a copy of a module stands on the same ranks.
+        return self
+
     @property
     def world_size(self) -> int:
         """data x ring x ulysses."""

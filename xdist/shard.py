@@ -6,7 +6,9 @@ import hashlib
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from xdist.comm.checks import disagreeing_ranks
@@ -87,8 +89,7 @@ class SequenceShard:
     def positions(self) -> Tensor:
         """Global position of each local token, int64 `[n]`, on the mesh's device."""
         if self._positions is None:
-            found = torch.from_numpy(self.layout.positions(self.rank))
-            self._positions = found.to(self.mesh.device)
+            self._positions = _kept_integers(self.layout.positions(self.rank), self.mesh.device)
         return self._positions
 
     @property
@@ -96,9 +97,14 @@ class SequenceShard:
         """Position of each local token inside its document, int64 `[n]`."""
         if self._document_positions is None:
             positions = self.layout.positions(self.rank)
-            inside = torch.from_numpy(positions - self.documents.starts(positions))
-            self._document_positions = inside.to(self.mesh.device)
+            inside = positions - self.documents.starts(positions)
+            self._document_positions = _kept_integers(inside, self.mesh.device)
         return self._document_positions
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SequenceShard:
+        # A copy of a module shares the shard it holds: it never changes, what is kept of its calls
+        # is found by identity, and its ranks are not compared again.
+        return self
 
     def once(self, name: Hashable, make: Callable[[], T]) -> T:
         """What `make` gives, made by the first layer that asks for `name` and kept with this shard.
@@ -109,7 +115,8 @@ class SequenceShard:
         if name not in self._kept:
             if len(self._kept) >= MOST_KEPT:
                 self._kept.pop(next(iter(self._kept)), None)
-            self._kept[name] = make()
+            with torch.inference_mode(False):  # autograd may save it later
+                self._kept[name] = make()
         found: T = self._kept[name]
         return found
 
@@ -164,6 +171,12 @@ class SequenceShard:
         if runs == sorted(runs):
             return x
         return torch.cat([x.narrow(dim, start, stop - start) for start, stop in runs], dim)
+
+
+def _kept_integers(values: NDArray[np.int64], device: torch.device) -> Tensor:
+    """Integers on `device`, to be kept."""
+    with torch.inference_mode(False):  # autograd may save them later
+        return torch.from_numpy(np.ascontiguousarray(values)).to(device)
 
 
 def resolve(shard: SequenceShard | None, length: int, documents: Any = None) -> SequenceShard:

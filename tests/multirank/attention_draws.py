@@ -13,7 +13,7 @@ from tests.multirank.attention_cases import Case, Segments, segments
 from xdist.mask import Mask, PerHead, Window
 
 # float64 most often: there every fault shows beyond doubt.
-DTYPES = [torch.float64] * 4 + [torch.float32, torch.bfloat16]
+DTYPES = [torch.float64] * 5 + [torch.float32, torch.bfloat16, torch.float16]
 STRATEGIES = ("ring", "ulysses", "gather", "2d", "halo", "auto")
 # Sizes that mean "no limit" to whoever writes them.
 FAR = (2**31, 2**63 - 1, 10**30)
@@ -45,7 +45,7 @@ def cases(draw: st.DrawFn, parts: int, strategy: str) -> Case:
         "dim": dim,
         "value_dim": draw(st.just(dim) | st.integers(1, 6)),
         "ulysses": draw(st.sampled_from([u for u in range(1, parts + 1) if parts % u == 0])),
-        "scale": draw(st.sampled_from([None, None, 0.2, 1.7])),
+        "scale": draw(st.sampled_from([None, None, None, 0.2, 1.7, -0.6, 0.0])),
         "strided": draw(st.booleans()),
         "few": draw(st.booleans()),
         "dropout": draw(st.none() | st.none() | dropouts()),

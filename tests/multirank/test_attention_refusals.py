@@ -46,6 +46,12 @@ CALLS: dict[str, tuple[type[ConfigError], str, Callable[[], dict[str, Any]]]] = 
     "no heads": (ShapeError, "0 query heads", lambda: {"q": torch.zeros(2, 4, 0, 3)}),
     "integers": (
         ShapeError, "int64", lambda: {x: torch.zeros(2, 4, 2, 3).long() for x in "qkv"}),
+    "no head dim": (
+        ShapeError, "(2, 4, 4, 0)",
+        lambda: {"q": torch.zeros(2, 4, 4, 0), "k": torch.zeros(2, 4, 2, 0)}),
+    "eight bits": (
+        ShapeError, "float8_e4m3fn",
+        lambda: {x: torch.zeros(2, 4, 2, 3).to(torch.float8_e4m3fn) for x in "qkv"}),
     "two dtypes": (ShapeError, "float64", lambda: {"k": torch.zeros(2, 4, 2, 3).double()}),
     "two devices": (ShapeError, "meta", lambda: {"v": torch.zeros(2, 4, 2, 3, device="meta")}),
     "another device than the mesh": (
@@ -117,6 +123,8 @@ APART: dict[str, dict[str, Any]] = {
     "strategy": {"strategy": "gather"},
     "soft-cap": {"softcap": 2.0},
     "dropout": {"dropout": xdist.Dropout(0.1, seed=3)},
+    # One rank's backward would wait for gradients that no other rank sends.
+    "gradients": {"q": torch.zeros(2, 4, 4, 3, requires_grad=True)},
 }
 
 
@@ -220,6 +228,8 @@ def test_bad_shards_raise_alike_on_all_ranks_before_anything_is_sent(pool2: Rank
         ({"window": [1, -3]}, "-3"),
         ({"window": 1.5}, "1.5"),
         ({"window": "all"}, "all"),
+        ({"window": False}, "False"),
+        ({"chunk": True}, "True"),
         ({"prefix": -1}, "-1"),
         ({"prefix": 0.5}, "0.5"),
         ({"chunk": 0}, "got 0"),

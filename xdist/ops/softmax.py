@@ -32,7 +32,7 @@ def attention(
     """Softmax attention: softmax(softcap(scale * q k^T), mask) v.
 
     Args:
-        q: `[B, n, H, D]`, this rank's queries, any float dtype.
+        q: `[B, n, H, D]`, this rank's queries; float16, bfloat16, float32 or float64.
         k: `[B, m, G, D]`, the dtype of q. H is a multiple of G: each key head serves H / G query
             heads.
         v: `[B, m, G, E]`, the dtype of q; E may differ from D.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TypeAlias
 
+import torch
 from torch import Tensor
 
 from xdist.comm.checks import checks_are_on, raise_together
@@ -27,6 +28,7 @@ from xdist.parallel.noted import Noted, notes
 from xdist.shard import SequenceShard, resolve
 from xdist_kernels import attention as kernels
 
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _log = logging.getLogger(__name__)
 KeyShard: TypeAlias = SequenceShard | str
 
@@ -70,14 +72,30 @@ def attention(
         strategy = _chosen(problem)
     check_strategy(problem, strategy)
     if checks_are_on():
-        check_alike(problem, shard, strategy, q.dtype, scale, softcap, sinks is None, dropout)
+        back = torch.is_grad_enabled() and any(
+            x is not None and x.requires_grad for x in (q, k, v, sinks)
+        )
+        check_alike(problem, shard, strategy, q.dtype, scale, softcap, sinks is None, dropout, back)
         _check_values(q, k, v, shard)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    q, scale = _scaled(q, scale)
     call = Call(
         problem, shard.rank, shard.group, scale, softcap, q.device, dropout, shared, choice, auto
     )
     with without_autocast(q):
         return _run(call, strategy, q, k, v, sinks, head_chunks)
+
+
+def _scaled(q: Tensor, scale: float | None) -> tuple[Tensor, float]:
+    """q and a positive scale of the same scores, to the bit.
+
+    Kernels hide a key by -inf, some of them before they scale: a scale below zero would turn that
+    into +inf, and zero into a NaN.
+    """
+    if scale is None:
+        return q, float(q.shape[-1] ** -0.5)
+    if scale > 0:
+        return q, float(scale)
+    return (-q, -float(scale)) if scale < 0 else (q * 0.0, 1.0)
 
 
 def _run(
@@ -247,8 +265,14 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Non
             "query heads must be a multiple of key heads",
             f"{heads} query heads, {groups} key heads",
         )
-    if not q.dtype.is_floating_point or not q.dtype == k.dtype == v.dtype:
-        raise ShapeError("q, k and v must have one float dtype", f"{q.dtype}, {k.dtype}, {v.dtype}")
+    if q.shape[3] == 0:
+        raise ShapeError("q and k need a head dim of at least 1", shapes)
+    if q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
+        raise ShapeError(
+            "q, k and v must have one float dtype of 16, 32 or 64 bits",
+            f"{q.dtype}, {k.dtype}, {v.dtype}",
+            "cast them to one dtype, such as that of v",
+        )
     devices = {x.device for x in (q, k, v, sinks) if x is not None}
     if len(devices) > 1:
         raise ShapeError(

@@ -61,5 +61,6 @@ def check_alike(problem: Problem, shard: SequenceShard, *settings: object) -> No
         raise DesyncError(
             "the ranks of one sequence make different calls of attention",
             f"sequence ranks {others} differ from sequence rank 0, which sees {problem.mask}",
-            "give every rank the same mask, dtype, batch, heads, strategy and settings",
+            "give every rank the same mask, dtype, batch, heads, strategy and settings, and inputs "
+            "that need gradients on all of them or on none",
         )
