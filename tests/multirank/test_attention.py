@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from itertools import count, product
 from statistics import median
 
@@ -117,11 +118,16 @@ def test_bfloat16_is_as_exact_as_one_rank(pool3: RankPool) -> None:
     check_medians(pool3, 3, torch.bfloat16, ("drawn",))
 
 
+@cache
+def errors_of_one_rank(case: Case, seed: int) -> dict[str, float]:
+    """The same for every layout."""
+    return errors(case, [results(case, seed)], seed)
+
+
 def check_medians(
     pool: RankPool, parts: int, dtype: torch.dtype, names: tuple[str, ...], n: int = 23
 ) -> None:
-    """Medians over 5 seeds: at most max(2e-6, 1.5 x the error of one rank), per tensor."""
-    seeds = tuple(range(5))
+    """Every mask and strategy on layouts of these names."""
     cases = []
     for mask_name, name in product(MASKS, names):
         layout = segments(layouts(n, parts, seed=3)[name])
@@ -129,10 +135,16 @@ def check_medians(
             packed = PACKED[n] if i % 2 else None
             case = Case(strategy, layout, MASKS[mask_name], n, documents=packed, dtype=dtype)
             cases.append(replace(case, sinks=dtype == torch.float32 and i % 2 == 0))
+    rounds_as_one_rank(pool, cases)
+
+
+def rounds_as_one_rank(pool: RankPool, cases: list[Case]) -> None:
+    """Medians over 5 seeds: at most max(2e-6, 1.5 x the error of one rank), per tensor."""
+    seeds = tuple(range(5))
     answers = pool.run(run_cases, cases, seeds)
     for number, case in enumerate(cases):
         many = [errors(case, [a[number][s] for a in answers], s) for s in seeds]
-        one = [errors(case.on_one_rank(), [results(case.on_one_rank(), s)], s) for s in seeds]
+        one = [errors_of_one_rank(case.on_one_rank(), s) for s in seeds]
         for name in many[0]:
             limit = max(2e-6, 1.5 * median(e[name] for e in one))
             assert median(e[name] for e in many) <= limit, (name, case)
@@ -170,6 +182,18 @@ def test_a_rank_with_no_tokens_takes_part(pool2: RankPool) -> None:
     for strategy in ("ulysses", "ring", "gather"):
         case = Case(strategy, (((0, 9),), ()), Mask(), 9)
         assert [empty for empty, _ in pool2.run(runs_empty, case)] == [False, True]
+
+
+def test_float16_is_as_exact_as_one_rank(pool2: RankPool) -> None:
+    layout = segments(layouts(23, 2, seed=3)["drawn"])
+    rounds_as_one_rank(
+        pool2,
+        [
+            Case(strategy, layout, MASKS[name], 23, documents=PACKED[23], dtype=torch.float16)
+            for name in ("causal", "two_sided")
+            for strategy in strategies(name)
+        ],
+    )
 
 
 @pytest.mark.slow

@@ -10,7 +10,15 @@ import torch
 
 import xdist
 from tests.multirank.attention_cases import Case, segments, visible
-from tests.multirank.test_attention import HEADS, MASKS, ODD_HEADS, PACKED, check, cross_grid
+from tests.multirank.test_attention import (
+    HEADS,
+    MASKS,
+    ODD_HEADS,
+    PACKED,
+    check,
+    cross_grid,
+    rounds_as_one_rank,
+)
 from tests.multirank.test_attention_strategies import count_cases
 from xdist.cost.attention import attention_cost, check_strategy
 from xdist.cost.attention_keys import Problem
@@ -56,9 +64,23 @@ def test_one_row_and_rows_of_one_equal_one_device(pool3: RankPool) -> None:
 
 
 @pytest.mark.slow
-def test_eight_ranks_in_rows_equal_one_device() -> None:
-    with RankPool(8) as pool8:
-        check([*cases_2d(8, 2)[::2], *cases_2d(8, 4)[1::3]], pool8)
+def test_eight_ranks_in_rows_equal_one_device(pool8: RankPool) -> None:
+    check([*cases_2d(8, 2)[::2], *cases_2d(8, 4)[1::3]], pool8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_rounding_is_that_of_one_rank(pool4: RankPool, dtype: torch.dtype) -> None:
+    """Medians over 5 seeds of every mask, on zigzag and drawn segments in turn."""
+    kinds = [layouts(24, 4, seed=3)[name] for name in ("zigzag", "drawn")]
+    cases = [
+        Case(
+            "2d", segments(kinds[i % 2]), mask, 24, documents=PACKED[24] if i % 3 else None,
+            dtype=dtype, sinks=dtype == torch.float32, ulysses=2,
+        )
+        for i, mask in enumerate(MASKS.values())
+    ]  # fmt: skip
+    rounds_as_one_rank(pool4, cases)
 
 
 def test_dropout_is_that_of_one_device(pool4: RankPool) -> None:
