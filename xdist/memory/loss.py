@@ -123,7 +123,9 @@ class _Sweep:
 
     def gradients(self, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Gradients of hidden, head and norm for the gradient `grad` of the loss."""
-        if self.late != 1.0 or float(grad) != 1.0:
+        # Reading `grad` saves two passes, and costs nothing where the host computes; a card's host
+        # would wait for all that is queued, longer than the passes take.
+        if self.late != 1.0 or grad.device.type != "cpu" or float(grad) != 1.0:
             factor = grad * self.late
             self.dhidden.mul_(factor)
             self.dfolded.mul_(factor)

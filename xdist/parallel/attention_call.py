@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import Any, TypeVar
 
 import numpy as np
@@ -23,6 +24,10 @@ from xdist_kernels.backend import Choice
 T = TypeVar("T")
 Pair = tuple[Tensor, Tensor]  # out and log-sum-exp
 _TORCH = Choice("attention", "torch", "nothing else was asked for")
+# Of calls without a shard on a card: so many keep what they made for those that come after, where
+# it is of at most so many spans (about 100 bytes each). What is longer computes for as long as the
+# host takes to make it.
+MOST_REMEMBERED, MOST_SPANS = 4, 1 << 18
 
 
 @dataclass(frozen=True)
@@ -65,13 +70,28 @@ class Call:
         """What `make` gives, made by the first of the calls that share this problem: the same for
         all of them that have this `name` and device. A call that shares nothing keeps nothing
         for its backward, which makes it anew."""
-        if not self.shared:
+        kept = self._kept
+        if kept is None:
             return make()
         key = (name, self.device)
-        if key not in self.problem.kept:
-            self.problem.kept[key] = make()
-        found: T = self.problem.kept[key]
+        if key not in kept:
+            # It may outlive the inference mode of this call.
+            with torch.inference_mode(False):
+                kept[key] = make()
+        found: T = kept[key]
         return found
+
+    @cached_property
+    def _kept(self) -> dict[Any, Any] | None:
+        """Where what several calls need is kept: with the shard's problem. Without a shard only
+        what goes to a card is worth it, for which the host would wait at every call."""
+        if self.shared:
+            return self.problem.kept
+        sets = 1 if self.problem.mask.heads is None else self.problem.heads
+        spans = sets * self.problem.layout.length
+        if self.backend != "triton" or max(spans, self.problem.key_length) > MOST_SPANS:
+            return None
+        return _remembered(self.problem).kept
 
     def seen(self, ranks: range, start: int, stop: int) -> Seen:
         """What the queries of `ranks`, one rank after another, of heads `[start, stop)` see."""
@@ -185,6 +205,12 @@ class Call:
         """`rowsum(dO * O)` `[B,n,H]`, float32 or float64."""
         found: Tensor = attention.kernels(self.backend).attention_delta(out, dout)
         return found
+
+
+@lru_cache(maxsize=MOST_REMEMBERED)
+def _remembered(problem: Problem) -> Problem:
+    """The first of equal problems, with what was made for it."""
+    return problem
 
 
 def take(x: Tensor, ranges: Ranges) -> Tensor:

@@ -111,9 +111,15 @@ def _inside(share: Share, shard: SequenceShard) -> Tensor | None:
         return None
     if not share.reverse:
         return shard.document_positions
-    positions = share.scan_layout.positions(shard.rank)
-    inside = torch.from_numpy(positions - share.scan_documents.starts(positions))
-    return inside.to(shard.mesh.device)
+
+    def made() -> Tensor:
+        positions = share.scan_layout.positions(shard.rank)
+        inside = torch.from_numpy(positions - share.scan_documents.starts(positions))
+        # Kept with the shard, for calls outside inference mode too.
+        with torch.inference_mode(False):
+            return inside.to(shard.mesh.device)
+
+    return shard.once("positions in documents, reversed", made)
 
 
 def _turned(x: Tensor, layout: Layout, rank: int) -> Tensor:

@@ -39,7 +39,8 @@ def both_ways(request: Request, shard: SequenceShard) -> Tensor | None:
     # Its states, one in 256 tokens, all exist at once: two calls go by tiles instead.
     if v.shape[1] > op.kernel_tile_tokens or not _whole(shard, v):
         return None
-    found: Tensor = _BothWays.apply(q, k, v, decay, _starts(shard, v.device), op.scale)
+    starts = shard.once(("starts", v.device), lambda: _starts(shard, v.device))
+    found: Tensor = _BothWays.apply(q, k, v, decay, starts, op.scale)
     return found
 
 
@@ -55,9 +56,11 @@ def _starts(shard: SequenceShard, device: torch.device) -> Tensor | None:
     cuts = [cut for cut in shard.documents.cu_seqlens if 0 < cut < shard.layout.length]
     if not cuts:
         return None
-    marks = torch.zeros(shard.layout.length, dtype=torch.bool)
-    marks[cuts] = True
-    return marks.to(device)
+    # Kept with the shard, and saved for backward by calls outside inference mode.
+    with torch.inference_mode(False):
+        marks = torch.zeros(shard.layout.length, dtype=torch.bool)
+        marks[cuts] = True
+        return marks.to(device)
 
 
 class _BothWays(torch.autograd.Function):

@@ -7,7 +7,7 @@ inside a segment the tokens are then read backwards.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import pairwise
 
@@ -35,6 +35,7 @@ class Tile:
     fresh: bool
     document: int
     closes: int | None
+    _marks: dict[torch.device, Tensor] = field(default_factory=dict, repr=False)
 
     def take(self, x: Tensor) -> Tensor:
         """The tile's tokens of a local tensor [B, n, ...], in the order of the scan."""
@@ -46,8 +47,17 @@ class Tile:
         x[:, self.at] = part.flip(1) if self.reverse else part
 
     def marks(self, device: torch.device) -> Tensor | None:
-        """`starts` as a tensor."""
-        return None if self.starts is None else torch.from_numpy(self.starts).to(device)
+        """`starts` as a tensor, copied to a card once: calls of equal shares have their tiles in
+        common."""
+        if self.starts is None or device in self._marks:
+            return self._marks.get(device)
+        # What is kept must serve calls outside inference mode too.
+        with torch.inference_mode(False):
+            found = torch.from_numpy(self.starts).to(device)
+        # Not what a tracing mode made.
+        if type(found) is Tensor:
+            self._marks[device] = found
+        return found
 
 
 @dataclass(frozen=True, eq=False)

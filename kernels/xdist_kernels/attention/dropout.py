@@ -60,20 +60,20 @@ class Dropped:
         return (x ^ 2**31) - 2**31 >= self.threshold
 
     def queries(self, batch: int, heads: slice, rows: slice) -> tuple[Tensor, Tensor]:
-        """The words (a, c) of a block of queries, int32 `[batch, heads, rows]`; slices local."""
-        found = []
+        """The words (a, c) of a block of queries, int32 `[batch, heads, rows]`; slices local.
+
+        Made where the positions are, of numbers alone: nothing is copied there.
+        """
         positions = self.q_positions[rows]
-        for begin in (_BEGIN_A, _BEGIN_C):
-            begun = [
-                _absorb(_absorb(_absorb(begin, self.key), self.first_row + row), head)
-                for row in range(batch)
-                for head in range(self.first_head + heads.start, self.first_head + heads.stop)
-            ]
-            states = positions.new_tensor(begun, dtype=torch.int64).view(
-                batch, heads.stop - heads.start, 1
-            )
-            found.append(_signed(_absorb_all(states, positions)))
-        return found[0], found[1]
+        device = positions.device
+        # Sums of int64 wrap, as numbers of 64 bits do: row and head are those of `keeps`.
+        row = torch.arange(batch, device=device).view(-1, 1, 1) + _wrapped(self.first_row)
+        head = torch.arange(heads.start, heads.stop, device=device).view(-1, 1)
+        head = head + _wrapped(self.first_head)
+        a, c = (_absorb(begin, self.key) for begin in (_BEGIN_A, _BEGIN_C))
+        both = (torch.arange(2, device=device) * (c - a) + a).view(2, 1, 1, 1)
+        of_a, of_c = _absorb_all(_absorb_all(both, row), head)  # [batch, heads, 1] each
+        return _signed(_absorb_all(of_a, positions)), _signed(_absorb_all(of_c, positions))
 
     def keys(self, k_positions: Tensor) -> Tensor:
         """The word of each key, int32 `[keys]`."""
@@ -98,6 +98,11 @@ def _mix(x: int) -> int:
     x = (x ^ x >> 16) * _FIRST & _WORD
     x = (x ^ x >> 15) * _SECOND & _WORD
     return x ^ x >> 16
+
+
+def _wrapped(number: int) -> int:
+    """The signed number of the same 64 bits."""
+    return (number + 2**63) % 2**64 - 2**63
 
 
 def _absorb_all(states: Tensor, names: Tensor) -> Tensor:
