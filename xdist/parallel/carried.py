@@ -70,9 +70,9 @@ def _advanced(work: Work, carry: Carry, state: Tensor) -> Tensor:
             for index, x in enumerate(work.inputs)
         )
         prepared = op.prepare(tuple(parts), tile.marks(state.device))
-        state = op.advance(prepared, work.identity if tile.fresh and tile.at.start else state)
+        before = work.identity if tile.fresh and tile.at.start else state
+        _, state, own = op.summarised(prepared, before, through=carry.through is not None)
         if carry.through is not None:
-            own = op.transition_of(prepared)
             assert own is not None
             joined = own @ carry.through if op.transition == "matrix" else own + carry.through
             carry.through = joined

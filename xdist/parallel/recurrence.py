@@ -119,6 +119,13 @@ class Recurrence(ABC):
         """The state after the tile."""
         return self.run(tile, state)[1]
 
+    def summarised(
+        self, tile: Any, state: Tensor, *, through: bool
+    ) -> tuple[Any, Tensor, Tensor | None]:
+        """The tile, with what was found that later calls need too; `advance`; and with `through`
+        also `transition_of`, else None."""
+        return tile, self.advance(tile, state), self.transition_of(tile) if through else None
+
     def ahead(self, tile: Any) -> Any:
         """The tile with the part of its outputs that needs no state; made while states travel."""
         return tile
@@ -138,6 +145,12 @@ class Recurrence(ABC):
     def adjoint(self, tile: Any, state: Tensor, dout: Tensor, dstate: Tensor) -> Tensor:
         """Gradient of the state before the tile, from those of outputs and of the state after."""
         return self._gradients(tile, state, dout, dstate, of_inputs=False)[1]
+
+    def summarised_back(
+        self, tile: Any, state: Tensor, dout: Tensor, dstate: Tensor
+    ) -> tuple[Any, Tensor]:
+        """The tile, with what was found that its `backward` needs too; and `adjoint`."""
+        return tile, self.adjoint(tile, state, dout, dstate)
 
     def backward_ahead(self, tile: Any, state: Tensor, dout: Tensor) -> Any:
         """The tile with what of `backward` needs no dstate; made while gradients travel."""

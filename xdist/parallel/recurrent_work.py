@@ -132,15 +132,16 @@ class Work:
         kind = self.op.transition
         passes = segment.enters and segment.leaves and segment.single
         through = None if kind in ("none", "logsumexp") else self.no_transition()
+        moves = passes and through is not None
         if not segment.leaves:
             return self.identity, through
         state = self.identity
         for tile in segment.tiles[segment.origin :]:
             state = self._start_of(tile) if tile.fresh else state
-            prepared = self._prepared(tile)
-            state = self.op.advance(prepared, state)
-            if passes and through is not None:
-                through = joined_transitions(kind, through, self.op.transition_of(prepared))
+            prepared, state, own = self.op.summarised(self._prepared(tile), state, through=moves)
+            if moves:
+                assert through is not None
+                through = joined_transitions(kind, through, own)
             self.kept.offer(tile, prepared)
         return state, through
 
@@ -223,9 +224,11 @@ class Work:
             return self.identity
         dstate: Tensor | None = None
         for tile in reversed(segment.tiles[: segment.reach]):
-            prepared = self._prepared(tile)
-            dstate = self.op.adjoint(
-                prepared, self.states[id(tile)], tile.take(self.dout), self._after(tile, dstate)
+            prepared, dstate = self.op.summarised_back(
+                self._prepared(tile),
+                self.states[id(tile)],
+                tile.take(self.dout),
+                self._after(tile, dstate),
             )
             self.kept.offer(tile, prepared)
         assert dstate is not None

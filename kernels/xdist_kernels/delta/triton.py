@@ -134,10 +134,14 @@ def _parts(p: Tile, operand: torch.dtype, **wanted: bool) -> Parts:
 
 def transition(p: Tile) -> Tensor:
     """M [B,H,K,K] of a tile in which no document starts, in float32 throughout."""
+    return _from_one(p, _parts(p, torch.float32))
+
+
+def _from_one(p: Tile, parts: Parts) -> Tensor:
+    """What the identity becomes by parts without an entry."""
     batch, _, heads, _ = p.inputs.v.shape
     key_dim = p.inputs.k.shape[3]
     one = torch.eye(key_dim, device=p.inputs.v.device).expand(batch, heads, -1, -1)
-    parts = _parts(p, torch.float32)
     return launches.forward_chain(p.inputs, parts, one, p.precision)
 
 
@@ -145,6 +149,13 @@ def advance(p: Tile, state: Tensor) -> Tensor:
     """The state after the tile [B,H,K,V] from the one before it, in float32 throughout."""
     parts = _parts(p, torch.float32, entry=True)
     return launches.forward_chain(p.inputs, parts, state, p.precision)
+
+
+def advance_and_transition(p: Tile, state: Tensor) -> tuple[Tensor, Tensor]:
+    """`advance` and `transition`, the tile's parts made once for both."""
+    parts = _parts(p, torch.float32, entry=True)
+    after = launches.forward_chain(p.inputs, parts, state, p.precision)
+    return after, _from_one(p, parts._replace(entry=None))
 
 
 def ahead(p: Tile) -> Ahead:

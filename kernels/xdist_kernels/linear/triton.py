@@ -41,6 +41,7 @@ class Found(NamedTuple):
 
     weighed: Weighed | None = None
     sums: Sums | None = None
+    dsums: Sums | None = None
     half: Half | None = None
 
 
@@ -142,6 +143,8 @@ def _sums(p: Prepared, span: int, weighed: Weighed | None = None) -> Sums:
 
 def _dsums(p: Prepared, dout: Tensor, span: int, weighed: Weighed | None = None) -> Sums:
     """What the outputs of the spans add to the gradient of the state."""
+    if p.found.dsums is not None and p.found.dsums.span == span:
+        return p.found.dsums
     if not p.keyed:
         return sums_of(
             p.q, dout, p.log_decay, None, p.ids,
@@ -169,6 +172,11 @@ def transition(p: Prepared) -> Tensor | None:
 def advance(p: Prepared, state: Tensor) -> Tensor:
     """The state after the tile [B,H,K,V]; no outputs are computed."""
     return chain(_sums(p, p.span()), state, reverse=False, keep=False)[1]
+
+
+def summed(p: Prepared) -> Prepared:
+    """The tile with what its spans add to a state: `transition`, `advance` and `run` share it."""
+    return p._replace(found=p.found._replace(sums=_sums(p, p.span())))
 
 
 def ahead(p: Prepared) -> Prepared:
@@ -214,6 +222,13 @@ def adjoint(p: Prepared, dout: Tensor, dstate: Tensor) -> Tensor:
     """Gradient of the state before the tile from those of outputs and of the state after it."""
     dsums = _dsums(p, _like_inputs(p, dout), _gradient_span(p))
     return chain(dsums, dstate, reverse=True, keep=False)[1]
+
+
+def summed_back(p: Prepared, dout: Tensor) -> Prepared:
+    """The tile with what its outputs' gradients, `dout` in all calls, add to that of a state:
+    `adjoint`, `backward_ahead` and `backward` share it."""
+    dsums = _dsums(p, _like_inputs(p, dout), _gradient_span(p))
+    return p._replace(found=p.found._replace(dsums=dsums))
 
 
 def _like_inputs(p: Prepared, dout: Tensor) -> Tensor:

@@ -73,6 +73,14 @@ class DeltaRule(Recurrence):
     def advance(self, tile: Any, state: Tensor) -> Tensor:
         return self.kernels.advance(tile, state)
 
+    def summarised(
+        self, tile: Any, state: Tensor, *, through: bool
+    ) -> tuple[Any, Tensor, Tensor | None]:
+        if self.backend != "triton" or not through:
+            return super().summarised(tile, state, through=through)
+        after, own = self.kernels.advance_and_transition(tile, state)
+        return tile, after, own
+
     def ahead(self, tile: Any) -> Any:
         return self.kernels.ahead(tile)
 

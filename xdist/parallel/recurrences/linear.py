@@ -63,6 +63,13 @@ class LinearAttention(Recurrence):
     def advance(self, tile: Any, state: Tensor) -> Tensor:
         return self.kernels.advance(tile, state)
 
+    def summarised(
+        self, tile: Any, state: Tensor, *, through: bool
+    ) -> tuple[Any, Tensor, Tensor | None]:
+        if self.backend == "triton":
+            tile = self.kernels.summed(tile)
+        return super().summarised(tile, state, through=through)
+
     def ahead(self, tile: Any) -> Any:
         return self.kernels.ahead(tile)
 
@@ -77,6 +84,13 @@ class LinearAttention(Recurrence):
 
     def adjoint(self, tile: Any, state: Tensor, dout: Tensor, dstate: Tensor) -> Tensor:
         return self.kernels.adjoint(tile, dout, dstate)
+
+    def summarised_back(
+        self, tile: Any, state: Tensor, dout: Tensor, dstate: Tensor
+    ) -> tuple[Any, Tensor]:
+        if self.backend == "triton":
+            tile = self.kernels.summed_back(tile, dout)
+        return super().summarised_back(tile, state, dout, dstate)
 
     def backward_ahead(self, tile: Any, state: Tensor, dout: Tensor) -> Any:
         return self.kernels.backward_ahead(tile, state, dout)
