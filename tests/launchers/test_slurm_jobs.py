@@ -37,6 +37,8 @@ LONG = (
     *SHORT[1:],
 )
 PATIENCE_S = 200.0
+# Before the limit. Of a limit within the next three minutes Slurm warns at once; two are left.
+WARNING_S = 150
 
 
 @dataclass
@@ -188,7 +190,7 @@ def test_at_its_time_limit_a_job_saves_is_requeued_resumes_and_loses_no_bit(
         *SHORT,
         "slurm.nodes=2",
         "slurm.time_minutes=10",
-        "slurm.signal_s=40",
+        f"slurm.signal_s={WARNING_S}",
         'slurm.modules=["cuda/12.4", "nccl"]',
         "slurm.container=env 'INSIDE=a b $HOME'",
         "slurm.interface=lo",
@@ -196,17 +198,18 @@ def test_at_its_time_limit_a_job_saves_is_requeued_resumes_and_loses_no_bit(
         env={"BASH_FUNC_module%%": MODULE, "MODULES_LOADED": str(modules)},
     )
     job.wait_for_step(3)
-    # The limit comes soon after the first steps, on any machine.
     shown = place.cluster.job(job.number)
     assert (shown["TimeLimit"], shown["NumNodes"], shown["Requeue"]) == ("00:10:00", "2", "1")
     hours, minutes, _ = map(int, shown["RunTime"].split(":"))
-    _limit(job, 60 * hours + minutes + 2)
-    # And a step that takes until then: rank 1 stands still until Slurm's signal,
+    # A step that takes until the limit is near: rank 1 stands still until Slurm's signal,
     # which the batch script hands on, has reached it.
     pid = job.pid(1)
     seen = job.environment(1)
     os.kill(pid, signal.SIGSTOP)
     try:
+        # The limit comes so soon, on any machine, that Slurm warns when it looks for the next
+        # time, which it does twice a minute.
+        _limit(job, 60 * hours + minutes + 3)
         wait_until(lambda: bool(_signals_pending(pid) >> (signal.SIGUSR1 - 1) & 1), PATIENCE_S)
     finally:
         os.kill(pid, signal.SIGCONT)
