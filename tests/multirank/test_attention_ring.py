@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from statistics import median
 from typing import Any
 
@@ -140,12 +140,6 @@ def test_two_axes_hold_a_rows_keys_of_their_heads_and_two_blocks(pool4: RankPool
         assert both[0] <= ring[0] + 1.1, found
         assert both[1] <= ring[1] + 1.6, found
         assert gather[0] >= 3, found
-
-
-@pytest.fixture(scope="module")
-def pool8() -> Iterator[RankPool]:
-    with RankPool(8) as pool:
-        yield pool
 
 
 @pytest.mark.slow

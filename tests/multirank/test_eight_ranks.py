@@ -54,11 +54,10 @@ def everything() -> Found:
 
 
 @pytest.mark.slow
-def test_eight_ranks_equal_one_device() -> None:
+def test_eight_ranks_equal_one_device(pool8: RankPool) -> None:
     """Outputs and every gradient in float64 of switches, patches, convolutions, attention over
     neighbourhoods and blocks, and scans; uneven shares, and ranks that hold nothing."""
-    with RankPool(8) as pool:
-        ranks = pool.run(everything)
+    ranks = pool8.run(everything)
     assert [rank.switched + rank.patched for rank in ranks] == [[]] * 8
     for number, case in enumerate(CONVOLVED):
         want = convolutions.reference(convolutions.CASES.index(case))
