@@ -1,7 +1,6 @@
 """Runs that are killed, at named points and at random instants, end as the undisturbed run.
 
-Cut points: one helper process imports torch once and forks the ranks of every run from there, so
-that dozens of runs can be ended by a real SIGKILL between two effects of a step or of a save.
+Cut points: a real SIGKILL between two effects of a step or of a save, in dozens of runs.
 Random instants: the command line as a user starts it, killed from outside.
 """
 
@@ -15,43 +14,24 @@ import signal
 import subprocess
 import sys
 import time
-import traceback
 import uuid
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any
 
 import pytest
 import torch
 
-from tests.end_to_end.forked import be, fork, free_port, load
+from tests.end_to_end.cut_runs import DAMAGE, TORN, TWO, Case, be_rank
+from tests.end_to_end.forked import fork, free_port, load
 from tests.end_to_end.killed_command import MARK, Command, marked
 from tests.end_to_end.training import config_of, lines_of, make_store, status_of
 from tests.launchers.conftest import PATHS
 from xdist.checkpoint import load_latest
-from xdist.checkpoint.points import SAVE_POINTS, Cut, ignore, kill
+from xdist.checkpoint.points import SAVE_POINTS
 
 # What must not depend on how often a run was killed; times and memory do.
 SAME = ("step", "stage", "sequence_length", "loss", "grad_norm", "learning_rate", "sample_cursor")
-TWO = ("parallel.ulysses=2", "launch.ranks=2")
-# Not points of the code: half a line of metrics.jsonl before the kill, and a checkpoint damaged
-DAMAGE = "damage-newest"
-TORN = "train.recorded-torn"
-
-
-@dataclass
-class Case:
-    """One run and where each of its attempts is cut: (rank, point, occurrence)."""
-
-    name: str
-    cuts: list[tuple[int, str, int]] = field(default_factory=list)
-    ranks: int = 1
-
-    @property
-    def settings(self) -> tuple[str, ...]:
-        """Evaluations between saves, so that their lines are cut too."""
-        return ("evaluate.every_steps=3", *(TWO if self.ranks == 2 else ()))
 
 
 def _case(*cuts: tuple[int, str, int] | tuple[str, int], ranks: int = 1) -> Case:
@@ -163,7 +143,7 @@ def _drive(folder: pathlib.Path, cases: list[Case]) -> dict[str, list[list[int]]
         [
             sys.executable,
             "-c",
-            "from tests.end_to_end import test_kill_campaign; test_kill_campaign.serve()",
+            "from tests.end_to_end import cut_runs; cut_runs.serve()",
         ],
         input=json.dumps({"folder": str(folder), "cases": text}),
         env=os.environ | {"PYTHONPATH": PATHS, "OMP_NUM_THREADS": "1", MARK: mark},
@@ -174,71 +154,6 @@ def _drive(folder: pathlib.Path, cases: list[Case]) -> dict[str, list[list[int]]
     )
     assert not marked(mark)
     return json.loads(done.stdout)
-
-
-def serve() -> None:
-    """The helper process: reads cases from its input, forks their ranks, tells how they ended."""
-    load()
-    asked = json.loads(sys.stdin.read())
-    folder = pathlib.Path(asked["folder"])
-    ended = {}
-    for fields in json.loads(asked["cases"]):
-        case = Case(**fields)
-        ended[case.name] = list(_attempts(folder, case))
-    print(json.dumps(ended))
-
-
-def _attempts(folder: pathlib.Path, case: Case) -> Iterator[list[int]]:
-    for cut in [*case.cuts, None]:
-        if cut is not None and cut[1] == DAMAGE:
-            checkpoints = config_of(folder, case.name).run_directory / "checkpoints"
-            path = max(checkpoints.glob("step-*")) / "state.json"
-            path.write_bytes(path.read_bytes()[:-1])
-            continue
-        port = free_port()
-        children = [
-            fork(partial(_be_rank, folder, case, rank, port, cut)) for rank in range(case.ranks)
-        ]
-        yield [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-
-
-def _be_rank(
-    folder: pathlib.Path,
-    case: Case,
-    rank: int,
-    port: int,
-    cut: tuple[int, str, int] | None,
-    settings: tuple[str, ...] = (),
-) -> NoReturn:
-    """Train as one rank in this forked process, which ends here."""
-    code = 1
-    try:
-        be(rank, case.ranks, port, folder / f"{case.name}.log")
-        from xdist.errors import XdistError
-        from xdist.train import run
-
-        config = config_of(folder, case.name, *(settings or case.settings))
-
-        def tear(name: str) -> None:
-            with (config.run_directory / "metrics.jsonl").open("a") as file:
-                file.write('{"step": 5, "lo')
-            kill(name)
-
-        on_point = ignore
-        if cut is not None and cut[0] == rank:
-            torn = cut[1] == TORN
-            name = "train.recorded" if torn else cut[1]
-            on_point = Cut(name, cut[2], tear if torn else kill)
-        try:
-            code = run(config, on_point=on_point)
-        except XdistError as error:
-            code = error.exit_code
-            raise
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        os._exit(code)
 
 
 @pytest.fixture(scope="module")
@@ -397,7 +312,7 @@ def _forked(
     first = 0 if start_kill else step() + draw.randint(1, 12)
     delay = draw.uniform(0.0, 0.05)
     case = Case(name, ranks=2)
-    pids = [fork(partial(_be_rank, folder, case, rank, port, None, RANDOM)) for rank in range(2)]
+    pids = [fork(partial(be_rank, folder, case, rank, port, None, RANDOM)) for rank in range(2)]
     killed: dict[str, Any] | None = None
     codes: list[int | None] = [None, None]
     while None in codes:
