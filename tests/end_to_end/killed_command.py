@@ -16,7 +16,7 @@ from tests.end_to_end.training import TEXT, config_of
 from tests.launchers.conftest import PATHS, wait_until
 from xdist.train.record import read_metrics
 
-STEPS = 150
+STEPS = 90
 LONG = (
     f"train.curriculum=[{{length=61,batch=2,steps={STEPS // 2}}},"
     f"{{length=96,batch=2,steps={STEPS // 2}}}]",

@@ -7,6 +7,8 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -140,8 +142,12 @@ def _differ(change: str) -> str:
 
 @pytest.mark.slow
 def test_without_a_training_loop_it_is_told_when_the_groups_timeout_is_over() -> None:
-    for change, there in (("move", "gather of "), ("dtype", " float64"), ("size", "[2, 1]")):
-        for text in run_ranks(_differ, 2, change):
+    changes = {"move": "gather of ", "dtype": " float64", "size": "[2, 1]"}
+    # Side by side: each waits for the timeout.
+    with ThreadPoolExecutor(len(changes)) as threads:
+        told = list(threads.map(partial(run_ranks, _differ, 2), changes))
+    for (change, there), texts in zip(changes.items(), told, strict=True):
+        for text in texts:
             assert "the ranks do not make the same moves: message 2 from rank" in text, change
             assert there in text
             assert "switch of [2, 3] float32 on rank 0" in text
