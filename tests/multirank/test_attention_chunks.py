@@ -171,7 +171,7 @@ def test_measured_peak_memory_falls_as_the_formula_says(pool2: RankPool) -> None
             assert eight.alone < 0.4 * one.alone
             assert eight.backward < 0.6 * one.backward
             # Two chunks in flight weigh as much as one whole.
-            assert two.forward > four.forward > eight.forward
+            assert two.forward >= four.forward > eight.forward
             assert one.forward > four.forward
 
 

@@ -35,7 +35,7 @@ class TwoAxesAttention(Function):
         ctx: Any, call: Call, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None
     ) -> Tensor:
         switch = _switch(call)
-        q_, k_, v_ = switch.start_in(0, q, k, v).wait()
+        (q_,), (k_,), (v_,) = switch.start_in(0, q, k, v).wait()
         own = None if sinks is None else sinks[_heads(switch)]
         out, lse = _ring(call, switch).forward(q_, k_, v_, own)
         out = out.to(q.dtype)
@@ -52,7 +52,7 @@ class TwoAxesAttention(Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
         call, switch = ctx.call, _switch(ctx.call)
         q_, k_, v_, out, lse, sinks = ctx.saved_tensors
-        dout = switch.start_dout(0, dout).wait()
+        (dout,) = switch.start_dout(0, dout).wait()
         delta = call.delta(out, dout)
         dq, dk, dv = _ring(call, switch).backward(q_, k_, v_, lse, delta, dout)
         dsinks = None
@@ -62,7 +62,7 @@ class TwoAxesAttention(Function):
         found: tuple[Tensor, ...] = (dq, dk, dv)
         if not switch.alone:
             into = switch.new_gradients(ctx.like, lse.dtype)
-            switch.start_back(0, [dq.to(q_.dtype), dk, dv], into).wait()
+            switch.start_back(0, [[dq], [dk], [dv]], into, q_.dtype).wait()
             found = into.all()
         return None, *(x.to(q_.dtype) for x in found), dsinks
 
@@ -82,4 +82,4 @@ def _ring(call: Call, switch: Switch) -> Ring:
     needs = rows.needs[switch.me]
     groups = len(switch.chunks[0].keys[switch.me])
     blocks = Blocks(call, needs, "ring", groups=groups, rows=rows)
-    return Ring(call, blocks, switch.runs(0))
+    return Ring(call, blocks, switch.units(0)[0].runs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -16,9 +16,10 @@ from xdist.comm.collectives import ProcessGroup
 from xdist.cost.attention_keys import Problem, Ranges, head_spans
 from xdist.dropout import Dropout
 from xdist_kernels import attention, merge
-from xdist_kernels.attention import libraries
+from xdist_kernels.attention import flash, libraries
 from xdist_kernels.attention.blocks import Spans
 from xdist_kernels.attention.dropout import Dropped
+from xdist_kernels.attention.forms import Cut, Parts
 from xdist_kernels.backend import Choice
 
 T = TypeVar("T")
@@ -31,10 +32,22 @@ MOST_REMEMBERED, MOST_SPANS = 4, 1 << 18
 
 
 @dataclass(frozen=True)
+class Later(Generic[T]):
+    """Integers about positions that follow from a problem and `name`: of a long row megabytes, so
+    that they are made where a kernel reads them."""
+
+    name: Hashable
+    make: Callable[[], T]
+
+
+Positions: TypeAlias = Tensor | Later[Tensor]  # of keys, global, int64
+
+
+@dataclass(frozen=True)
 class Seen:
     """What a run of queries of a run of heads sees and drops, as the kernels take it."""
 
-    spans: Spans
+    spans: Later[Spans]
     dropped: Dropped | None
 
 
@@ -99,7 +112,7 @@ class Call:
         alike = len(mask.for_heads(start, stop).head_groups(stop - start)) <= 1
         # Heads that see the same share one set of spans, in whatever runs they are computed.
         heads: Hashable = mask.sides(start if start < stop else 0) if alike else (start, stop)
-        spans = self.once(("spans", ranks, heads), lambda: self._spans(ranks, start, stop))
+        spans = Later(("spans", ranks, heads), lambda: self._spans(ranks, start, stop))
         drop = self.dropout
         if drop is None or drop.rate == 0.0:
             return Seen(spans, None)
@@ -122,9 +135,9 @@ class Call:
         """What this rank's queries see, all heads."""
         return self.seen(range(self.rank, self.rank + 1), 0, self.problem.heads)
 
-    def keys_at(self, ranks: range) -> Tensor:
+    def keys_at(self, ranks: range) -> Later[Tensor]:
         """Global positions of the keys `ranks` hold, one rank after another, int64 `[m]`."""
-        return self.once(
+        return Later(
             ("keys", ranks),
             lambda: self.tensor(np.concatenate([self.key_positions(rank) for rank in ranks])),
         )
@@ -140,62 +153,97 @@ class Call:
         return torch.from_numpy(np.ascontiguousarray(values)).to(self.device)
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, seen: Seen, k_positions: Tensor,
+        self, q: Tensor, k: Tensor, v: Tensor, seen: Seen, k_positions: Positions,
         sinks: Tensor | None = None, into: Pair | None = None, rounded: bool = False,
     ) -> Pair:  # fmt: skip
         """The kernel's forward with this call's scale and soft-cap; `into` is added to. Where the
         caller adds nothing to the output it may come `rounded` to q's dtype."""
-        if rounded and self.auto:
+        if rounded and self._may_ask_libraries(q, sinks):
+            spans, at = self._tables(seen, k_positions)
             served = libraries.attention_forward(
-                q, k, v, scale=self.scale, spans=seen.spans, k_positions=k_positions,
+                q, k, v, scale=self.scale, spans=spans, k_positions=at,
                 softcap=self.softcap, sinks=sinks, dropout=seen.dropped,
             )  # fmt: skip
             if served is not None:
                 return served
         self.choice.say()  # not before: a library may serve every part of the call
         found: Pair = attention.kernels(self.backend).attention_forward(
-            q, k, v, scale=self.scale, spans=seen.spans, k_positions=k_positions,
-            softcap=self.softcap, sinks=sinks, dropout=seen.dropped, into=into,
-            **self._of_triton(q, seen, k_positions, rounded),
+            q, k, v, scale=self.scale, softcap=self.softcap, sinks=sinks, dropout=seen.dropped,
+            into=into, **self._what_is_seen(q, seen, k_positions, rounded),
         )  # fmt: skip
         return found
 
     def backward(
         self, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor | None, dout: Tensor,
-        seen: Seen, k_positions: Tensor, out: Tensor | None = None, rounded: bool = False,
+        seen: Seen, k_positions: Positions, out: Tensor | None = None, rounded: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """The kernel's backward with this call's scale and soft-cap; as forward's, gradients may
         come `rounded`."""
-        if rounded and self.auto and out is not None:
+        if rounded and out is not None and self._may_ask_libraries(q, None):
+            spans, at = self._tables(seen, k_positions)
             served = libraries.attention_backward(
-                q, k, v, lse, out, dout, scale=self.scale, spans=seen.spans,
-                k_positions=k_positions, softcap=self.softcap, dropout=seen.dropped,
+                q, k, v, lse, out, dout, scale=self.scale, spans=spans, k_positions=at,
+                softcap=self.softcap, dropout=seen.dropped,
             )  # fmt: skip
             if served is not None:
                 return served
         self.choice.say()
         found: tuple[Tensor, Tensor, Tensor] = attention.kernels(self.backend).attention_backward(
-            q, k, v, lse, delta, dout, scale=self.scale, spans=seen.spans,
-            k_positions=k_positions, softcap=self.softcap, dropout=seen.dropped, out=out,
-            **self._of_triton(q, seen, k_positions, rounded),
+            q, k, v, lse, delta, dout, scale=self.scale, softcap=self.softcap,
+            dropout=seen.dropped, out=out, **self._what_is_seen(q, seen, k_positions, rounded),
         )  # fmt: skip
         return found
 
-    def _of_triton(
-        self, q: Tensor, seen: Seen, k_positions: Tensor, rounded: bool
+    def _may_ask_libraries(self, q: Tensor, sinks: Tensor | None) -> bool:
+        if not self.auto:
+            return False
+        drops = self.dropout is not None and self.dropout.rate > 0.0
+        return libraries.no_mask_helps(q, sinks=sinks is not None, drops=drops) is None
+
+    def _tables(self, seen: Seen, k_positions: Positions) -> tuple[Spans, Tensor]:
+        """Spans and positions, made for the first that reads them and kept."""
+        at = k_positions
+        return (
+            self.once(seen.spans.name, seen.spans.make),
+            self.once(at.name, at.make) if isinstance(at, Later) else at,
+        )
+
+    def _what_is_seen(
+        self, q: Tensor, seen: Seen, k_positions: Positions, rounded: bool
     ) -> dict[str, Any]:
-        """What its functions take besides: what sees what as a plan of blocks, which calls that
-        see alike share, and the dtype of results to which nothing is added."""
-        if self.backend != "triton":
-            return {}
-        # Spans and positions are kept beside their plans, so that their ids stay theirs.
-        plans, *_ = self.once(
-            ("plans", id(seen.spans), id(k_positions)),
-            lambda: (
-                attention.kernels("triton").Plans(seen.spans, k_positions), seen.spans, k_positions
-            ),
-        )  # fmt: skip
-        return {"plans": plans, "dtype": q.dtype if rounded else None}
+        """As the backend's functions take it. Calls that see alike share what follows from it:
+        torch's are cut into parts, after which most need no tables, Triton's have a plan of blocks.
+        Triton's also take the dtype of results to which nothing is added."""
+        if self.backend == "torch" and isinstance(k_positions, Later):
+            made, at = seen.spans.make, k_positions.make
+            known: dict[Hashable, Parts] = self.once(
+                ("cut", seen.spans.name, k_positions.name), dict
+            )
+            return {"cut": Cut(lambda: (made(), at()), known)}
+        spans, positions = self._tables(seen, k_positions)
+        found: dict[str, Any] = {"spans": spans, "k_positions": positions}
+        if self.backend == "triton":
+            # Spans and positions are kept beside their plans, so that their ids stay theirs.
+            found["plans"], *_ = self.once(
+                ("plans", id(spans), id(positions)),
+                lambda: (
+                    attention.kernels("triton").Plans(spans, positions), spans, positions
+                ),
+            )  # fmt: skip
+            found["dtype"] = q.dtype if rounded else None
+        return found
+
+    def heads_at_once(self, tokens: int) -> int:
+        """How many query heads over `tokens` queries and keys fill a call of a kernel. All of them
+        but where torch's own kernel serves, which takes heads one by one."""
+        p, drop = self.problem, self.dropout
+        drops = drop is not None and drop.rate > 0.0
+        narrow = p.mask.window is not None or p.dim != p.value_dim
+        if self.backend != "torch" or self.device.type != "cpu":
+            return p.heads
+        if narrow or drops or self.softcap is not None:
+            return p.heads
+        return flash.heads_at_once(p.batch, tokens, p.dim)
 
     def merge_sinks_(self, out: Tensor, lse: Tensor, sinks: Tensor) -> None:
         """Adds the sinks to (`out`, `lse`) over all keys, in place."""

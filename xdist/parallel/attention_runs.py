@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from xdist.parallel.attention_call import Call, Seen, joined
+from xdist.parallel.attention_call import Call, Positions, Seen, joined
 
 # Heads, and a tensor that holds them along dim 2.
 Part = tuple[Sequence[int], Tensor]
@@ -22,18 +22,23 @@ class Run:
     seen: Seen
 
 
-def runs_of(call: Call, heads: range, keys: range, ranks: range) -> list[Run]:
+def runs_of(
+    call: Call, heads: range, keys: range, ranks: range, most: int | None = None
+) -> list[Run]:
     """Global query heads `heads`, which read `keys`, of the queries of `ranks`.
 
-    At most three runs, at least one: a share of the heads may cut a group at either end.
+    At most three runs, at least one: a share of the heads may cut a group at either end. With
+    `most`, runs of at most so many heads, of whole groups where one fits.
     """
     p = call.problem
     per_group = p.heads // p.groups
+    most = len(heads) if most is None else most
     found = []
     h = heads.start
     while h < heads.stop:
-        whole = (heads.stop - h) // per_group if h % per_group == 0 else 0
-        end = h + whole * per_group if whole else min(heads.stop, (h // per_group + 1) * per_group)
+        whole = min(heads.stop - h, most) // per_group if h % per_group == 0 else 0
+        end = min(heads.stop, (h // per_group + 1) * per_group, h + most)
+        end = h + whole * per_group if whole else end
         g = slice(h // per_group - keys.start, (end - 1) // per_group + 1 - keys.start)
         local = slice(h - heads.start, end - heads.start)
         found.append(Run(local, g, call.seen(ranks, h, end)))
@@ -43,7 +48,7 @@ def runs_of(call: Call, heads: range, keys: range, ranks: range) -> list[Run]:
 
 
 def forward(
-    call: Call, runs: list[Run], q: Tensor, k: Tensor, v: Tensor, at: Tensor,
+    call: Call, runs: list[Run], q: Tensor, k: Tensor, v: Tensor, at: Positions,
     sinks: Tensor | None = None, rounded: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """out `[B,n,h,E]` and lse `[B,n,h]`, float32 or float64; `sinks` are those of q's heads. Out
@@ -60,7 +65,7 @@ def forward(
 
 def merge_forward(
     call: Call, runs: list[Run], out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor,
-    at: Tensor,
+    at: Positions,
 ) -> None:  # fmt: skip
     """Adds the attention over other keys to (`out`, `lse`), in place."""
     for run in runs:
@@ -72,7 +77,7 @@ def merge_forward(
 
 def backward(
     call: Call, runs: list[Run], q: Tensor, k: Tensor, v: Tensor, lse: Tensor,
-    delta: Tensor | None, dout: Tensor, at: Tensor, out: Tensor | None = None,
+    delta: Tensor | None, dout: Tensor, at: Positions, out: Tensor | None = None,
     rounded: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq `[B,n,h,D]`, dk `[B,m,g,D]`, dv `[B,m,g,E]`, float32 or float64, or q's dtype where they

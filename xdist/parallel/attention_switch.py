@@ -7,53 +7,53 @@ the bytes do not depend on the number of chunks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from xdist.comm.pending import Pending
 from xdist.cost.attention_heads import HeadChunk, head_chunks
-from xdist.parallel.attention_call import Call, joined
+from xdist.parallel.attention_call import Call, Positions
+from xdist.parallel.attention_parts import (
+    Inward,
+    Outward,
+    Part,
+    Targets,
+    common,
+    start_to_heads,
+    start_to_sequence,
+)
 from xdist.parallel.attention_runs import Run, of_heads, runs_of
-from xdist.parallel.attention_wire import Spec, start_packed
+from xdist_kernels.attention.checks import sum_dtype
 
 
 @dataclass(frozen=True)
-class _Moved:
-    """A tensor `[B, tokens, heads, dim]`; by member, which heads it holds once switched and how
-    many tokens before. On the way back `target` numbers where all heads come together, `added`
-    where several members may hold one."""
+class Unit:
+    """Heads of a chunk that are computed at once, from tensors of their own: query heads `h`, which
+    read the key heads `g` (both of this rank's in the chunk), in `runs` (of the unit's own).
 
-    x: Tensor
-    heads: Sequence[Sequence[int]]
-    tokens: Sequence[int]
-    target: int = 0
-    added: bool = False
+    Units that share key heads follow each other: `first` and `last` of those.
+    """
 
-
-class Targets:
-    """Where heads of this rank's tokens come together: each tensor is made for its first part."""
-
-    def __init__(self, makers: Sequence[Callable[[], Tensor]]) -> None:
-        self._makers = makers
-        self._made: dict[int, Tensor] = {}
-
-    def __getitem__(self, number: int) -> Tensor:
-        if number not in self._made:
-            self._made[number] = self._makers[number]()
-        return self._made[number]
-
-    def all(self) -> tuple[Tensor, ...]:
-        """Every tensor, also one that got no part."""
-        return tuple(self[number] for number in range(len(self._makers)))
+    h: slice
+    g: slice
+    runs: list[Run]
+    first: bool = True
+    last: bool = True
 
 
 class Switch:
-    """One call's switch among the sequence ranks `members`, this rank one of them."""
+    """One call's switch among the sequence ranks `members`, this rank one of them.
 
-    def __init__(self, call: Call, members: range, chunks: int = 1) -> None:
+    With `by_units` a chunk that is the only one is computed unit by unit where its heads are long:
+    what the kernel needs and what it gives is then there for a unit alone.
+    """
+
+    def __init__(
+        self, call: Call, members: range, chunks: int = 1, *, by_units: bool = False
+    ) -> None:
         p = call.problem
         self.call, self.members = call, members
         self.me = members.index(call.rank)
@@ -64,6 +64,9 @@ class Switch:
         read = [range(*p.key_heads(place, len(members))) for place in range(len(members))]
         users = [sum(g in run for run in read) for g in range(p.groups)]
         self.shared = frozenset(g for g in range(p.groups) if users[g] > 1)
+        self.by_units = by_units and not self.alone and chunks == 1
+        # Made once: backward takes what is kept by the units of forward.
+        self._units = [self._units_of(chunk) for chunk in range(chunks)]
 
     @property
     def alone(self) -> bool:
@@ -72,11 +75,12 @@ class Switch:
 
     @property
     def apart(self) -> bool:
-        """Whether no key head's gradient is a sum of several members' or chunks' parts."""
+        """Whether no key head's gradient is a sum of several members', chunks' or units' parts."""
         cut = any(len(c.leaving[self.me]) < len(c.keys[self.me]) for c in self.chunks)
-        return not self.shared and not cut
+        again = any(not unit.first for units in self._units for unit in units)
+        return not self.shared and not cut and not again
 
-    def keys_at(self) -> Tensor:
+    def keys_at(self) -> Positions:
         """Global positions of the members' keys, as they lie once switched."""
         return self.call.keys_at(self.members if self.keys_move else self.members[:1])
 
@@ -84,61 +88,93 @@ class Switch:
         """This rank's query heads of a chunk."""
         return self.chunks[chunk].queries[self.me]
 
-    def runs(self, chunk: int) -> list[Run]:
-        """This rank's query heads of a chunk, in runs."""
-        return runs_of(self.call, self.heads(chunk), self.chunks[chunk].keys[self.me], self.members)
+    def units(self, chunk: int) -> list[Unit]:
+        """This rank's heads of a chunk, one unit or more."""
+        return self._units[chunk]
+
+    def _units_of(self, chunk: int) -> list[Unit]:
+        heads, keys = self.heads(chunk), self.chunks[chunk].keys[self.me]
+        runs = runs_of(self.call, heads, keys, self.members)
+        most = self.call.heads_at_once(sum(self.queries)) if self.by_units else len(heads)
+        if most >= len(heads):
+            return [Unit(slice(0, len(heads)), slice(0, len(keys)), runs)]
+        fine = runs_of(self.call, heads, keys, self.members, most)
+        found = []
+        for run, before, after in zip(fine, [None, *fine], [*fine[1:], None], strict=False):
+            own = Run(_whole(run.h), _whole(run.g), run.seen)
+            first = before is None or before.g != run.g
+            last = after is None or after.g != run.g
+            found.append(Unit(run.h, run.g, [own], first, last))
+        return found
 
     def start_in(
         self, chunk: int, q: Tensor, k: Tensor, v: Tensor
-    ) -> Pending[tuple[Tensor, Tensor, Tensor]]:
-        """q, k, v of this rank's tokens to those of its heads: of k and v those that arrive."""
-        heads = self.chunks[chunk]
-        queries = _Moved(q, heads.queries, self.queries)
+    ) -> Pending[tuple[list[Tensor], list[Tensor], list[Tensor]]]:
+        """q, k, v of this rank's tokens to those of its heads: q by unit, k and v by units that
+        share none. Of k and v those that arrive, with one unit."""
+        heads, units = self.chunks[chunk], self.units(chunk)
+        arriving = heads.arriving[self.me]
+        apart = [unit.g for unit in units if unit.first]
+        if len(apart) == 1:
+            apart = [slice(0, len(arriving))]
+        queries = Inward(q, heads.queries, self.queries, [unit.h for unit in units])
         if not self.keys_move:
-            own = heads.arriving[self.me]
-            k, v = of_heads(k, own), of_heads(v, own)
-            return self._to_heads([queries]).then(lambda got: (got[0], k, v))
-        keys = [_Moved(x, heads.arriving, self.keys) for x in (k, v)]
+            own = [[of_heads(of_heads(x, arriving), g) for g in apart] for x in (k, v)]
+            return self._to_heads([queries]).then(lambda got: (got[0], own[0], own[1]))
+        keys = [Inward(x, heads.arriving, self.keys, apart) for x in (k, v)]
         return self._to_heads([queries, *keys]).then(lambda got: (got[0], got[1], got[2]))
 
-    def start_dout(self, chunk: int, dout: Tensor) -> Pending[Tensor]:
+    def start_dout(self, chunk: int, dout: Tensor) -> Pending[list[Tensor]]:
         """The adjoint of `start_out`."""
-        moved = [_Moved(dout, self.chunks[chunk].queries, self.queries)]
+        cuts = [unit.h for unit in self.units(chunk)]
+        moved = [Inward(dout, self.chunks[chunk].queries, self.queries, cuts)]
         return self._to_heads(moved).then(lambda got: got[0])
 
     def start_out(self, chunk: int, out: list[Tensor], into: Targets) -> Pending[None]:
-        """This rank's heads of `out` back: after the wait `into` `[B,n,H,E]` has all members'.
+        """This rank's heads of `out`, by unit, back: after the wait `into` `[B,n,H,E]` has all
+        members'. `out` is emptied, so that its tensors are freed once they are packed."""
+        dtype = out[0].dtype
+        moved = self._queries(chunk, out, self.call.problem.value_dim, dtype)
+        return start_to_sequence(self.call, self.members, [moved], into)
 
-        `out` is emptied, so that the tensor is freed once it is packed.
+    def start_back(
+        self, chunk: int, gradients: Sequence[list[Tensor]], into: Targets, dtype: torch.dtype
+    ) -> Pending[None]:
+        """The adjoint of `start_in`: `gradients` are dq, dk and dv as it gave q, k and v, and the
+        lists are emptied.
+
+        dk and dv hold at least the key heads that leave. Those that members share travel and are
+        added in float32 or float64, the others travel in `dtype`, that of the inputs, as dq does.
         """
-        moved = [_Moved(out.pop(), self.chunks[chunk].queries, self.queries)]
-        return self._to_sequence(moved, into)
-
-    def start_back(self, chunk: int, gradients: list[Tensor], into: Targets) -> Pending[None]:
-        """The adjoint of `start_in`: `gradients` are dq, dk and dv, and are taken out of the list.
-
-        dk and dv hold the key heads that leave. Those that members share travel and are added in
-        float32 or float64, the others in the dtype of dq.
-        """
-        heads = self.chunks[chunk]
-        dq, dk, dv = gradients
-        gradients.clear()
-        moved = [_Moved(dq, heads.queries, self.queries)]
-        own = heads.leaving[self.me]
+        heads, p = self.chunks[chunk], self.call.problem
+        dq, *both = gradients
+        moved = [self._queries(chunk, dq, p.dim, dtype)]
+        read = heads.keys[self.me]
+        apart = [read[unit.g.start : unit.g.stop] for unit in self.units(chunk) if unit.first]
+        parts = [[Part(run, x) for run, x in zip(apart, xs, strict=True)] for xs in both]
+        for xs in both:
+            xs.clear()
         if not self.keys_move:
-            for number, x in ((1, dk), (2, dv)):
-                of_heads(into[number], own).copy_(x)
-            del dq, dk, dv, x
-            return self._to_sequence(moved, into)
+            own = heads.leaving[self.me]
+            for number in (1, 2):
+                for part in parts[number - 1]:
+                    _keep(part, own, into[number])
+            del parts, part
+            return start_to_sequence(self.call, self.members, moved, into)
         for shared in (True, False):
             some = [[g for g in run if (g in self.shared) == shared] for run in heads.leaving]
-            for number, x in ((1, dk), (2, dv)):
-                part = _some_heads(x, [g - own.start for g in some[self.me]])
-                part = part if shared else part.to(dq.dtype)
-                if any(some):
-                    moved.append(_Moved(part, some, self.keys, number, shared))
-        del dq, dk, dv, x, part
-        return self._to_sequence(moved, into)
+            if not any(some):
+                continue
+            for number, width in ((1, p.dim), (2, p.value_dim)):
+                mine = [x for x in parts[number - 1] if any(g in some[self.me] for g in x.heads)]
+                moved.append(
+                    Outward(
+                        mine, some, self.keys, p.batch, width,
+                        sum_dtype(dtype) if shared else dtype, number, shared,
+                    )
+                )  # fmt: skip
+        del parts
+        return start_to_sequence(self.call, self.members, moved, into)
 
     def new_output(self, like: Tensor, width: int) -> Targets:
         """Where outputs of this rank's tokens come together: `[B,n,H,width]`."""
@@ -162,79 +198,27 @@ class Switch:
             ]
         )
 
-    def _to_heads(self, moved: list[_Moved]) -> Pending[list[Tensor]]:
-        """Each member's heads of every tensor `[B, n, heads, dim]` go to it; tokens are joined."""
-        me, places = self.me, range(len(self.members))
-        sends = [[_some_heads(m.x, m.heads[r]) for m in moved] for r in places]
-        arriving = self._exchange(sends, moved, lambda m, r: (m.tokens[r], len(m.heads[me])))
-        own = sends[me]
-        return arriving.then(
-            lambda got: [
-                joined(list(same), 1)
-                for same in zip(*(got.get(r, own) for r in places), strict=True)
-            ]
-        )
+    def _queries(self, chunk: int, xs: list[Tensor], width: int, dtype: torch.dtype) -> Outward:
+        """Tensors of query heads by unit, taken out of the list."""
+        heads = self.chunks[chunk].queries
+        own = heads[self.me]
+        parts = [
+            Part(own[unit.h.start : unit.h.stop], x)
+            for unit, x in zip(self.units(chunk), xs, strict=True)
+        ]
+        xs.clear()
+        return Outward(parts, heads, self.queries, self.call.problem.batch, width, dtype)
 
-    def _to_sequence(self, moved: list[_Moved], into: Targets) -> Pending[None]:
-        """Each member's tokens of every tensor `[B, all tokens, heads, dim]` go to it.
-
-        `moved` is emptied: its tensors are freed, if nobody else has them, once they are packed.
-        """
-        me, places = self.me, range(len(self.members))
-        sends = [[m.x.split(list(m.tokens), dim=1)[r] for m in moved] for r in places]
-        arriving = self._exchange(sends, moved, lambda m, r: (m.tokens[me], len(m.heads[r])))
-        own = sends[me]
-        # A view of x would keep it alive while the messages travel.
-        rest = [replace(m, x=m.x.new_empty(0)) for m in moved]
-        moved.clear()
-        sends.clear()
-        for m in rest:
-            _put(own.pop(0), m.heads[me], m, into)
-
-        def finish(got: dict[int, list[Tensor]]) -> None:
-            for place in sorted(got):
-                for part, m in zip(got[place], rest, strict=True):
-                    _put(part, m.heads[place], m, into)
-
-        return arriving.then(finish)
-
-    def _exchange(
-        self,
-        sends: list[list[Tensor]],
-        moved: list[_Moved],
-        size: Callable[[_Moved, int], tuple[int, int]],
-    ) -> Pending[dict[int, list[Tensor]]]:
-        """One message to and from every other member; `size` gives tokens and heads of one."""
-        others = [place for place in range(len(self.members)) if place != self.me]
-        specs: dict[int, list[Spec]] = {
-            self.members[r]: [((m.x.shape[0], *size(m, r), m.x.shape[3]), m.x.dtype) for m in moved]
-            for r in others
-        }
-        pending = start_packed(
-            {self.members[r]: sends[r] for r in others},
-            specs,
-            self.call.group,
-            move="switch",
-            device=self.call.device,
-        )
-        first = self.members.start
-        return pending.then(lambda got: {rank - first: parts for rank, parts in got.items()})
+    def _to_heads(self, moved: list[Inward]) -> Pending[list[list[Tensor]]]:
+        return start_to_heads(self.call, self.members, moved)
 
 
-def _some_heads(x: Tensor, heads: Sequence[int]) -> Tensor:
-    """`heads` of x `[B, n, H, dim]`: a view where they are a run."""
-    if not heads:
-        return x[:, :, :0]
-    run = range(heads[0], heads[-1] + 1)
-    return of_heads(x, run) if len(run) == len(heads) else x[:, :, list(heads)]
+def _whole(run: slice) -> slice:
+    """All of as many heads as a run has."""
+    return slice(0, run.stop - run.start)
 
 
-def _put(part: Tensor, heads: Sequence[int], moved: _Moved, into: Targets) -> None:
-    """Writes or adds `part` `[B, n, heads, dim]` to its heads."""
-    start = 0
-    for stop in range(1, len(heads) + 1):
-        if stop == len(heads) or heads[stop] != heads[stop - 1] + 1:
-            place = into[moved.target][:, :, heads[start] : heads[stop - 1] + 1]
-            piece = part[:, :, start:stop]
-            _ = place.add_(piece) if moved.added else place.copy_(piece)
-            start = stop
+def _keep(part: Part, own: range, target: Tensor) -> None:
+    """The gradients of keys that do not travel to their heads."""
+    for here, there in common(part.heads, {head: head for head in own}):
+        target[:, :, there].copy_(part.x[:, :, here])

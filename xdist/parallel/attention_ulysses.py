@@ -10,6 +10,8 @@
    sent twice.
 4. Divides: H by G. Any number of heads, also fewer than ranks; any shares, also empty ones.
 
+Long rows on a CPU are computed a few heads at a time, each such unit from tensors of its own: in
+backward what is kept of a unit is freed before the gradients of the next are made.
 With `chunks` each rank's heads are switched and computed in that many runs: while one is computed
 the outputs of the last are on their way back, and the next is on its way in where what is kept for
 backward outgrows it (without a backward it would be the peak). The bytes do not change.
@@ -29,12 +31,12 @@ from xdist.comm.pending import Pending
 from xdist.parallel.attention_call import Call
 from xdist.parallel.attention_runs import backward as runs_backward
 from xdist.parallel.attention_runs import forward as runs_forward
-from xdist.parallel.attention_switch import Switch
+from xdist.parallel.attention_switch import Switch, Unit
 from xdist.parallel.first_order import first_order
 from xdist_kernels.attention.torch import sinks_backward
 
 Pair = tuple[Tensor, Tensor]  # of keys and values
-_KEPT = 5  # tensors a chunk keeps for backward: q, k, v, out, lse
+_KEPT = 5  # tensors a unit keeps for backward: q, k, v, out, lse
 
 
 def ulysses(
@@ -55,7 +57,7 @@ class UlyssesAttention(Function):
         ctx: Any, call: Call, chunks: int, keep: bool,
         q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        switch = Switch(call, range(call.problem.parts), chunks)
+        switch = Switch(call, range(call.problem.parts), chunks, by_units=True)
         at = switch.keys_at()
         into = switch.new_output(q, v.shape[3])
         nothing: Pending[Any] = Pending.done(None)
@@ -64,38 +66,41 @@ class UlyssesAttention(Function):
         kept: list[Tensor] = []
         carried: Pair | None = None
         for chunk in range(chunks):
-            q_, k_, v_ = arriving.wait()
+            qs, ks, vs = arriving.wait()
             arriving = nothing  # it would hold what it gave
-            k_, v_ = _with_carried(carried, (k_, v_))
-            carried = _carried(switch, chunk, (k_, v_))
+            ks[0], vs[0] = _with_carried(carried, (ks[0], vs[0]))
+            carried = _carried(switch, chunk, (ks[0], vs[0]))
             if keep and chunk + 1 < chunks:
                 arriving = switch.start_in(chunk + 1, q, k, v)
-            heads = switch.heads(chunk)
-            own = None if sinks is None else sinks[heads.start : heads.stop]
-            runs = switch.runs(chunk)
-            out, lse = runs_forward(call, runs, q_, k_, v_, at, own, rounded=True)
-            out = out.to(q.dtype)
-            if keep:
-                kept += [q_, k_, v_, out, lse]
-            # Names would keep this chunk alive while the next one is worked on.
-            del q_, k_, v_, lse
+            outs = []
+            for unit in switch.units(chunk):
+                q_, k_, v_ = qs.pop(0), ks[0], vs[0]
+                if unit.last:
+                    del ks[0], vs[0]
+                own = None if sinks is None else sinks[_heads(switch, chunk, unit)]
+                out, lse = runs_forward(call, unit.runs, q_, k_, v_, at, own, rounded=True)
+                out = out.to(q.dtype)
+                if keep:
+                    kept += [q_, k_, v_, out, lse]
+                outs.append(out)
+                # Names would keep this unit alive while the next one is worked on.
+                del q_, k_, v_, out, lse
             leaving.wait()
             if not switch.alone:
-                leaving = switch.start_out(chunk, [out], into)
-                del out
+                leaving = switch.start_out(chunk, outs, into)
             if not keep and chunk + 1 < chunks:
                 arriving = switch.start_in(chunk + 1, q, k, v)
         leaving.wait()
         ctx.call, ctx.switch, ctx.like = call, switch, (q.to("meta"), k.to("meta"), v.to("meta"))
         ctx.save_for_backward(sinks, *kept)
-        return out if switch.alone else into[0]
+        return outs[0] if switch.alone else into[0]
 
     @staticmethod
     @first_order
     def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
         call, switch = ctx.call, ctx.switch
         sinks, *kept = ctx.saved_tensors
-        # What is kept is freed chunk by chunk (not with retain_graph): the gradients' messages come
+        # What is kept is freed unit by unit (not with retain_graph): the gradients' messages come
         # when all is computed, and both at once would be the peak.
         ctx.maybe_clear_saved_tensors()
         at = switch.keys_at()
@@ -108,36 +113,52 @@ class UlyssesAttention(Function):
         carried: Pair | None = None
         found: tuple[Tensor, ...] = ()
         for chunk in range(len(switch.chunks)):
-            q_, k_, v_, out, lse = kept[:_KEPT]
-            del kept[:_KEPT]
-            dout_ = arriving.wait()
+            douts = arriving.wait()
             arriving = nothing  # it would hold what it gave
             if chunk + 1 < len(switch.chunks):
                 arriving = switch.start_dout(chunk + 1, dout)
-            runs = switch.runs(chunk)
-            dq, dk, dv = runs_backward(
-                call, runs, q_, k_, v_, lse, None, dout_, at, out, rounded=switch.apart
-            )
-            if dsinks is not None:
-                heads = slice(switch.heads(chunk).start, switch.heads(chunk).stop)
-                delta = call.delta(out, dout_)
-                dsinks[heads] = sinks_backward(sinks[heads], lse, delta).to(sinks.dtype)
-            del q_, k_, v_, out, lse, dout_
-            dq = dq.to(dtype)
+            dqs: list[Tensor] = []
+            dks: list[Tensor] = []
+            dvs: list[Tensor] = []
+            for unit in switch.units(chunk):
+                q_, k_, v_, out, lse = kept[:_KEPT]
+                del kept[:_KEPT]
+                dout_ = douts.pop(0)
+                dq, dk, dv = runs_backward(
+                    call, unit.runs, q_, k_, v_, lse, None, dout_, at, out, rounded=switch.apart
+                )
+                if dsinks is not None:
+                    heads, delta = _heads(switch, chunk, unit), call.delta(out, dout_)
+                    dsinks[heads] = sinks_backward(sinks[heads], lse, delta).to(sinks.dtype)
+                dqs.append(dq)
+                _add_or_append(unit, (dks, dvs), (dk, dv))
+                del q_, k_, v_, out, lse, dout_, dq, dk, dv
             if carried is not None:
-                _add_carried((dk, dv), carried)
-            carried = _carried(switch, chunk, (dk, dv))
+                _add_carried((dks[0], dvs[0]), carried)
+            carried = _carried(switch, chunk, (dks[0], dvs[0]))
             leaving.wait()
             if switch.alone:
-                found = (dq, dk, dv)
+                found = (dqs[0], dks[0], dvs[0])
             else:
-                done = len(switch.chunks[chunk].leaving[switch.me])
-                given = [dq, dk[:, :, :done], dv[:, :, :done]]
-                del dq, dk, dv
-                leaving = switch.start_back(chunk, given, into)
+                leaving = switch.start_back(chunk, (dqs, dks, dvs), into, dtype)
         leaving.wait()
         found = found or into.all()
         return None, None, None, *(x.to(dtype) for x in found), dsinks
+
+
+def _heads(switch: Switch, chunk: int, unit: Unit) -> slice:
+    """The unit's query heads by their global numbers."""
+    heads = switch.heads(chunk)[unit.h]
+    return slice(heads.start, heads.stop)
+
+
+def _add_or_append(unit: Unit, sums: tuple[list[Tensor], list[Tensor]], pair: Pair) -> None:
+    """The gradients of a unit's keys and values, added to the last where it reads the same."""
+    for found, x in zip(sums, pair, strict=True):
+        if unit.first:
+            found.append(x)
+        else:
+            found[-1] += x
 
 
 def _with_carried(carried: Pair | None, arrived: Pair) -> Pair:

@@ -23,6 +23,24 @@ def check_call(
 
     Raises KernelError; arguments as in torch.py.
     """
+    wide = check_tensors(q, k, v, sinks, dropout)
+    check_spans(q, k, spans, k_positions)
+    return wide
+
+
+def check_spans(q: Tensor, k: Tensor, spans: Spans, k_positions: Tensor) -> None:
+    """Spans and positions must be those of q's queries and k's keys; else KernelError."""
+    if k_positions.shape != (k.shape[1],):
+        raise KernelError(f"{tuple(k_positions.shape)} key positions for {k.shape[1]} keys")
+    if any(s.shape not in ((q.shape[1],), (q.shape[2], q.shape[1])) for s in spans):
+        got = [tuple(s.shape) for s in spans]
+        raise KernelError(f"spans are [n] or [H,n] with n {q.shape[1]}, H {q.shape[2]}: got {got}")
+
+
+def check_tensors(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, dropout: Dropped | None
+) -> torch.dtype:
+    """The rest of `check_call`."""
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if q.dim() != 4 or k.dim() != 4 or v.dim() != 4 or k.shape[:3] != v.shape[:3]:
         raise KernelError(f"attention needs q [B,n,H,D], k [B,m,G,D], v [B,m,G,E]: {shapes}")
@@ -32,11 +50,6 @@ def check_call(
         raise KernelError(f"{q.shape[2]} query heads do not divide into {k.shape[2]} key heads")
     if not q.dtype.is_floating_point or not q.dtype == k.dtype == v.dtype:
         raise KernelError(f"attention: one float dtype for all: {q.dtype}, {k.dtype}, {v.dtype}")
-    if k_positions.shape != (k.shape[1],):
-        raise KernelError(f"{tuple(k_positions.shape)} key positions for {k.shape[1]} keys")
-    if any(s.shape not in ((q.shape[1],), (q.shape[2], q.shape[1])) for s in spans):
-        got = [tuple(s.shape) for s in spans]
-        raise KernelError(f"spans are [n] or [H,n] with n {q.shape[1]}, H {q.shape[2]}: got {got}")
     if sinks is not None and sinks.shape != (q.shape[2],):
         raise KernelError(f"sinks {tuple(sinks.shape)} for {q.shape[2]} query heads")
     if dropout is not None and dropout.q_positions.shape != (q.shape[1],):

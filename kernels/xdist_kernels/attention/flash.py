@@ -56,6 +56,13 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, softcap: float | None, drops: bool)
     return None
 
 
+def heads_at_once(batch: int, rows: int, dim: int) -> int:
+    """How many heads of `rows` queries fill a call: as many as there are threads, over which the
+    kernel's backward shares heads out, and more where they are short."""
+    threads = -(-torch.get_num_threads() // max(1, batch))
+    return max(threads, _CHUNK_ELEMENTS // max(1, batch * rows * dim))
+
+
 def forward_whole(
     q: Tensor, k: Tensor, v: Tensor, pieces: tuple[Piece, ...], scale: float
 ) -> tuple[Tensor, Tensor] | None:
@@ -185,8 +192,7 @@ def _chunks(q: Tensor, k: Tensor) -> Iterator[tuple[int, slice, slice]]:
     batch, rows, heads, dim = q.shape
     groups = k.shape[2]
     per_group = heads // groups
-    threads = torch.get_num_threads()
-    most = max(threads, _CHUNK_ELEMENTS // max(1, rows * dim), per_group)
+    most = max(heads_at_once(1, rows, dim), per_group)
     count = min(groups, max(1, most // per_group))
     for b in range(batch):
         for g in range(0, groups, count):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from xdist_kernels.attention import flash
 from xdist_kernels.attention.band import Band, find_bands
 from xdist_kernels.attention.blocks import Spans
+from xdist_kernels.attention.checks import check_spans
 from xdist_kernels.attention.pieces import Piece, cut_into_pieces
 from xdist_kernels.errors import KernelError
 
@@ -19,19 +21,58 @@ FORMS = ("flash", "window", "blockwise")
 
 @dataclass(frozen=True)
 class Served:
-    """Query heads `heads`, which share the key heads `groups` and the visibility `spans` `[n]`, of
-    queries `[start, stop)`, are served by `form`, because of `why`. `pieces` are flash's, `band`
-    is the window's."""
+    """Query heads `heads`, which share the key heads `groups` and one visibility, of queries
+    `[start, stop)`, are served by `form`, because of `why`. `pieces` are flash's, `band` is the
+    window's, `spans`, those of the queries, blockwise's."""
 
     form: str
     heads: slice
     groups: slice
-    spans: Spans
     start: int
     stop: int
     why: str
     pieces: tuple[Piece, ...] = ()
     band: Band | None = None
+    spans: Spans | None = None
+
+
+class Parts(NamedTuple):
+    """The parts of a call, and the positions of its keys where one of them reads them."""
+
+    served: tuple[Served, ...]
+    k_positions: Tensor | None
+
+
+class Cut:
+    """How calls that see alike are cut into parts, found out once for each kind of call.
+
+    `tables` gives (spans, k_positions); what it gives is not kept but where a part is blockwise,
+    which alone reads it: pieces and bands say in a few numbers what 40 bytes a token did. `known`
+    is what calls share.
+    """
+
+    def __init__(
+        self,
+        tables: Callable[[], tuple[Spans, Tensor]],
+        known: dict[Hashable, Parts] | None = None,
+    ) -> None:
+        self._tables = tables
+        self._known = {} if known is None else known
+
+    def parts(
+        self, q: Tensor, k: Tensor, v: Tensor, softcap: float | None, drops: bool, form: str | None
+    ) -> Parts:
+        """As `forms_of`, of a call whose tensors are checked; KernelError where tables do not fit
+        them."""
+        refused = flash.refusal(q, k, v, softcap, drops)
+        kind = (q.shape[1:3], k.shape[1:3], refused, softcap is None, drops, form)
+        if kind not in self._known:
+            spans, k_positions = self._tables()
+            check_spans(q, k, spans, k_positions)
+            served = tuple(forms_of(q, k, v, spans, k_positions, softcap, drops, form))
+            read = any(part.spans is not None for part in served)
+            self._known[kind] = Parts(served, k_positions if read else None)
+        return self._known[kind]
 
 
 def forms_of(
@@ -51,7 +92,16 @@ def forms_of(
                     f"[{start}, {stop}) of heads [{hs.start}, {hs.stop})\n{why}\n"
                     "force 'blockwise', which serves everything, or none"
                 )
-            yield Served(name, hs, gs, group_spans, start, stop, why, pieces, band)
+            own = _own_spans(group_spans, start, stop) if name == "blockwise" else None
+            yield Served(name, hs, gs, start, stop, why, pieces, band, own)
+
+
+def _own_spans(spans: Spans, start: int, stop: int) -> Spans:
+    """The spans of some queries, which do not keep those of the others alive."""
+    if stop - start == len(spans[0]):
+        return spans
+    lo, hi, prefix_lo, prefix_hi = (s[start:stop].clone() for s in spans)
+    return lo, hi, prefix_lo, prefix_hi
 
 
 _Part = tuple[str, int, int, str, tuple[Piece, ...], Band | None]

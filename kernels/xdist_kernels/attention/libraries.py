@@ -202,19 +202,27 @@ def _take(
         why = f"{form!r} is forced"
     elif not rounded:
         why = "results are added up, and libraries round them"
-    elif q.dtype not in (torch.float16, torch.bfloat16):
-        why = f"libraries take float16 and bfloat16, the inputs are {q.dtype}"
-    elif drops:
-        why = "there is dropout, whose numbers are ours"
-    elif sinks:
-        why = "a sink would be merged into rounded outputs"
+    else:
+        why = no_mask_helps(q, sinks=sinks, drops=drops, at=at)
     if why is not None:
         return Taken(None, None, why)
     at = here(q.device) if at is None else at
-    if at is None:
-        return Taken(None, None, f"tensors are on {q.device}")
+    assert at is not None  # else no mask had helped
     plan = sequences_of(spans, k_positions)
     return choose(at, shapes_of(q, k, v), plan, softcap=softcap, form=form)
+
+
+def no_mask_helps(q: Tensor, *, sinks: bool, drops: bool, at: Here | None = None) -> str | None:
+    """Why no library serves, whatever the mask; None: the mask decides, and must be looked at."""
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return f"libraries take float16 and bfloat16, the inputs are {q.dtype}"
+    if drops:
+        return "there is dropout, whose numbers are ours"
+    if sinks:
+        return "a sink would be merged into rounded outputs"
+    if at is None and here(q.device) is None:
+        return f"tensors are on {q.device}"
+    return None
 
 
 def attention_forward(

@@ -19,10 +19,10 @@ from xdist_kernels.attention import libraries
 from xdist_kernels.attention.band import backward_band, forward_band
 from xdist_kernels.attention.blocks import Spans
 from xdist_kernels.attention.blockwise import backward_rows, forward_rows
-from xdist_kernels.attention.checks import check_call, sum_dtype
+from xdist_kernels.attention.checks import check_call, check_tensors, sum_dtype
 from xdist_kernels.attention.dropout import Dropped
 from xdist_kernels.attention.flash import backward_run, backward_whole, forward_run, forward_whole
-from xdist_kernels.attention.forms import Served, forms_of
+from xdist_kernels.attention.forms import Cut, Parts, Served, forms_of
 from xdist_kernels.errors import KernelError
 from xdist_kernels.merge.torch import merge_, merge_sinks_
 
@@ -33,13 +33,14 @@ def attention_forward(
     v: Tensor,
     *,
     scale: float,
-    spans: Spans,
-    k_positions: Tensor,
+    spans: Spans | None = None,
+    k_positions: Tensor | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
     dropout: Dropped | None = None,
     form: str | None = None,
     into: tuple[Tensor, Tensor] | None = None,
+    cut: Cut | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`softmax(softcap(scale * q k^T)) v` over the keys each query sees, and its log-sum-exp.
 
@@ -49,14 +50,16 @@ def attention_forward(
     `[prefix_lo, prefix_hi)`, which are disjoint. `sinks` `[H]` is one extra logit per head.
     `dropout` drops probabilities (dropout.py); the log-sum-exp is that without dropout.
     `form` forces "flash", "window" or "blockwise"; None takes the fastest that serves. `into` is
-    (out, lse) over other keys, float32 (float64): these keys' part is added to it, in place.
+    (out, lse) over other keys, float32 (float64): these keys' part is added to it, in place. `cut`
+    stands for spans and positions, which are then None (forms.py).
 
     Returns out `[B,n,H,E]` and lse `[B,n,H]` (natural log, sink included), both float32, float64
     for float64 inputs. Raises KernelError on shapes that do not fit, or a form that cannot
     serve.
     """
-    wide = check_call(q, k, v, spans, k_positions, sinks, dropout)
-    found = _forward(q, k, v, wide, scale, spans, k_positions, softcap, sinks, dropout, form)
+    wide = check_tensors(q, k, v, sinks, dropout)
+    parts = _parts(q, k, v, spans, k_positions, softcap, dropout, form, cut)
+    found = _forward(q, k, v, wide, scale, parts, softcap, sinks, dropout)
     if into is None:
         return found
     merge_(*into, *found)
@@ -72,12 +75,13 @@ def attention_backward(
     dout: Tensor,
     *,
     scale: float,
-    spans: Spans,
-    k_positions: Tensor,
+    spans: Spans | None = None,
+    k_positions: Tensor | None = None,
     softcap: float | None = None,
     dropout: Dropped | None = None,
     form: str | None = None,
     out: Tensor | None = None,
+    cut: Cut | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients dq `[B,n,H,D]`, dk `[B,m,G,D]`, dv `[B,m,G,E]` of `attention_forward`.
 
@@ -87,10 +91,9 @@ def attention_backward(
     `delta` was made, where it is still there: a form may then make no tensor of its size, and
     `delta` may be None, to be made if it is needed.
     """
-    wide = check_call(q, k, v, spans, k_positions, None, dropout)
+    wide = check_tensors(q, k, v, None, dropout)
     batch, n, heads, dim = q.shape
-    drops = dropout is not None and dropout.rate > 0.0
-    parts = list(forms_of(q, k, v, spans, k_positions, softcap, drops, form))
+    parts, positions = _parts(q, k, v, spans, k_positions, softcap, dropout, form, cut)
     if len(parts) == 1 and parts[0].form == "flash":
         found = backward_whole(q, k, v, lse, delta, dout, out, parts[0].pieces, scale)
         if found is not None:
@@ -104,7 +107,7 @@ def attention_backward(
     dv = q.new_zeros(batch, v.shape[2], v.shape[1], v.shape[3], dtype=wide)
     for part in parts:
         _backward_part(
-            part, q, k, v, lse, delta, dout, dq, dk, dv, k_positions, scale, softcap, dropout
+            part, q, k, v, lse, delta, dout, dq, dk, dv, positions, scale, softcap, dropout
         )
     return dq, dk.transpose(1, 2), dv.transpose(1, 2)
 
@@ -134,7 +137,7 @@ def attention_forms(
     )  # fmt: skip
     if taken.name is not None:
         whole = slice(0, q.shape[2]), slice(0, k.shape[2])
-        return [Served(taken.name, *whole, spans, 0, q.shape[1], taken.why)]
+        return [Served(taken.name, *whole, 0, q.shape[1], taken.why)]
     return list(forms_of(q, k, v, spans, k_positions, softcap, drops, form))
 
 
@@ -150,15 +153,26 @@ def sinks_backward(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
     return -(share * delta).sum(dim=(0, 1))
 
 
+def _parts(
+    q: Tensor, k: Tensor, v: Tensor, spans: Spans | None, k_positions: Tensor | None,
+    softcap: float | None, dropout: Dropped | None, form: str | None, cut: Cut | None,
+) -> Parts:  # fmt: skip
+    """How a call is cut, which says what it sees by spans and positions or by a cut."""
+    if cut is None:
+        if spans is None or k_positions is None:
+            raise KernelError("attention needs spans and k_positions, or a cut made of them")
+        tables = spans, k_positions
+        cut = Cut(lambda: tables)
+    return cut.parts(q, k, v, softcap, dropout is not None and dropout.rate > 0.0, form)
+
+
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, wide: torch.dtype, scale: float, spans: Spans,
-    k_positions: Tensor, softcap: float | None, sinks: Tensor | None, dropout: Dropped | None,
-    form: str | None,
+    q: Tensor, k: Tensor, v: Tensor, wide: torch.dtype, scale: float, cut: Parts,
+    softcap: float | None, sinks: Tensor | None, dropout: Dropped | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Of a checked call, out and lse in the dtype `wide` of sums."""
     batch, n, heads, _ = q.shape
-    drops = dropout is not None and dropout.rate > 0.0
-    parts = list(forms_of(q, k, v, spans, k_positions, softcap, drops, form))
+    parts, positions = cut
     if len(parts) == 1 and parts[0].form == "flash":
         found = forward_whole(q, k, v, parts[0].pieces, scale)
         if found is not None:
@@ -168,13 +182,13 @@ def _forward(
     out = q.new_empty(batch, n, heads, v.shape[-1], dtype=wide)
     lse = q.new_empty(batch, n, heads, dtype=wide)
     for part in parts:
-        _forward_part(part, q, k, v, out, lse, k_positions, scale, softcap, sinks, dropout)
+        _forward_part(part, q, k, v, out, lse, positions, scale, softcap, sinks, dropout)
     return out, lse
 
 
 def _forward_part(
     part: Served, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    k_positions: Tensor, scale: float, softcap: float | None, sinks: Tensor | None,
+    k_positions: Tensor | None, scale: float, softcap: float | None, sinks: Tensor | None,
     dropout: Dropped | None,
 ) -> None:  # fmt: skip
     """Fills what the part is of `out` and `lse`."""
@@ -188,8 +202,7 @@ def _forward_part(
     else:
         forward_rows(
             q[:, rows, hs], k, v, out[:, rows, hs], lse[:, rows, hs],
-            _spans_of(part), k_positions, scale, softcap,
-            _dropped(dropout, part),
+            *_tables_of(part, k_positions), scale, softcap, _dropped(dropout, part),
         )  # fmt: skip
     if sinks is not None:
         merge_sinks_(out[:, rows, hs], lse[:, rows, hs], sinks[hs])
@@ -198,7 +211,7 @@ def _forward_part(
 def _backward_part(
     part: Served, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, dout: Tensor,
     dq: Tensor, dk: Tensor, dv: Tensor,
-    k_positions: Tensor, scale: float, softcap: float | None, dropout: Dropped | None,
+    k_positions: Tensor | None, scale: float, softcap: float | None, dropout: Dropped | None,
 ) -> None:  # fmt: skip
     """Fills what the part is of `dq` and adds to `dk` `[B,G,m,D]`, `dv` `[B,G,m,E]`."""
     hs, gs = part.heads, part.groups
@@ -213,14 +226,15 @@ def _backward_part(
         backward_run(q, k, v, lse, delta, dout, dq, dk, dv, part.pieces, scale)
     else:
         backward_rows(
-            q, k, v, lse, delta, dout, dq, dk, dv, _spans_of(part), k_positions, scale, softcap,
+            q, k, v, lse, delta, dout, dq, dk, dv, *_tables_of(part, k_positions), scale, softcap,
             _dropped(dropout, part),
         )  # fmt: skip
 
 
-def _spans_of(part: Served) -> Spans:
-    lo, hi, prefix_lo, prefix_hi = (s[part.start : part.stop] for s in part.spans)
-    return lo, hi, prefix_lo, prefix_hi
+def _tables_of(part: Served, k_positions: Tensor | None) -> tuple[Spans, Tensor]:
+    assert part.spans is not None  # the part is blockwise
+    assert k_positions is not None
+    return part.spans, k_positions
 
 
 def _dropped(dropout: Dropped | None, part: Served) -> Dropped | None:
