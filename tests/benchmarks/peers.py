@@ -4,6 +4,7 @@
     CELLS=all make bench BENCH=peers                    every cell again
     CELLS="8Ki@2:8/8 128Ki-packed@4:4/2" make bench BENCH=peers
     CELLS=... ROUNDS=5 METHODS="ring DistributedAttention" make bench BENCH=peers
+    MEMORY=1 make bench BENCH=peers                     memory and bytes alone, of measured cells
 
 A cell is tokens[-packed]@ranks:query heads/key heads. The table is written after every cell. A
 method that is wrong or refuses on few tokens is not timed: its row says so.
@@ -46,7 +47,8 @@ NOTE = (
     "takes any function. ringmaster's Ulysses gathers everything on gloo; by all-to-all is its "
     "exchange for accelerators, put over gloo here. Its rings compute scores whole without a CUDA "
     "kernel. missed names what is not as good as the goal: interval above 1.05, more bytes, more "
-    "memory. HF gathers its position ids too."
+    "memory. HF gathers its position ids too. memory commit is that of memory and bytes, which are "
+    "also measured without times."
 )
 DOCUMENT = 8192
 HEADS = {8: 8, 32: 4, 128: 4}  # query heads by Ki tokens
@@ -71,14 +73,19 @@ def run(root: Path) -> list[dict[str, Any]]:
     """Measures the cells asked for, writes after each, gives all rows known."""
     every = cells()
     known = _known()
-    asked = os.environ.get("CELLS", "").split() or [c for c in every if c not in known]
+    memory = os.environ.get("MEMORY", "") not in ("", "0")
+    there = [c for c in every if (c in known) == memory]
+    asked = os.environ.get("CELLS", "").split() or there
     if asked == ["all"]:
-        asked = list(every)
-    if unknown := [name for name in asked if name not in every]:
-        raise SystemExit(f"no cells {unknown}; there are {list(every)}")
+        asked = there if memory else list(every)
+    if unknown := [name for name in asked if name not in (there if memory else every)]:
+        raise SystemExit(f"no cells {unknown}; there are {there if memory else list(every)}")
     print(f"{len(asked)} cells: {' '.join(asked)}", flush=True)
     for name in asked:
-        found = cell_rows(name, *every[name], _rounds(every[name][0]), _methods())
+        if memory:
+            found = memory_rows(name, *every[name], known[name], _methods())
+        else:
+            found = cell_rows(name, *every[name], _rounds(every[name][0]), _methods())
         kept = {row["peer"]: row for row in known.get(name, [])}
         known[name] = list((kept | {row["peer"]: row for row in found}).values())
         rows = [row for cell in every for row in known.get(cell, [])]
@@ -90,6 +97,7 @@ def _known() -> dict[str, list[dict[str, Any]]]:
     found: dict[str, list[dict[str, Any]]] = {}
     if PATH.exists():
         for row in json.loads(PATH.read_text(encoding="utf-8"))["rows"]:
+            row.setdefault("memory commit", row["commit"])
             found.setdefault(row["cell"], []).append(row)
     return found
 
@@ -119,11 +127,7 @@ def cell_rows(
     """One row a peer."""
     said = dict(_faults(sizes, ranks, names))
     good = _of_use([name for name in names if name not in said])
-    own = {}
-    for name in good:
-        with _memory_environment(), RankPool(ranks) as pool:
-            own[name] = _joined(pool.run(alone, name, sizes, _fewer(sizes)), sizes)
-        print(f"{cell} {name}: {own[name]['peak']:.0f} MiB", flush=True)
+    own = _own(cell, sizes, ranks, good)
     want = reference(sizes)
     for found in own.values():
         found["error"] = error(found.pop("ranks"), want)
@@ -131,9 +135,54 @@ def cell_rows(
         times = pool.run(interleaved, good, sizes, rounds)
     rows = [_row(cell, name, times, own, said) for name in names if METHODS[name].like]
     for row in rows:
-        row["commit"] = record.commit()
+        row["commit"] = row["memory commit"] = record.commit()
         print(json.dumps(row), flush=True)
     return rows
+
+
+def memory_rows(
+    cell: str, sizes: Sizes, ranks: int, known: Sequence[dict[str, Any]], names: Sequence[str]
+) -> list[dict[str, Any]]:
+    """The known rows of a cell for these methods, with memory and bytes as they are now."""
+    rows = [row for row in known if row["peer"] in names]
+    answered = [row["peer"] for row in rows if row["peer peak (MiB)"] != ""]
+    ours = [row["beside"] for row in rows if row["xdist peak (MiB)"] != ""]
+    own = _own(cell, sizes, ranks, list(dict.fromkeys([*ours, *answered])))
+    found = [with_memory(row, own) for row in rows]
+    for row in found:
+        row["memory commit"] = record.commit()
+        print(json.dumps(row), flush=True)
+    return found
+
+
+def with_memory(row: dict[str, Any], own: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """A row whose memory, bytes and what they miss are those of `own`; its times stay."""
+    mine, other = own.get(row["beside"]), own.get(row["peer"])
+    missed = ["time"] * ("time" in str(row["missed"]).split(", "))
+    changed: dict[str, Any] = {}
+    for key, title in (("moved", "moved (MiB)"), ("peak", "peak (MiB)")):
+        for who, found in (("xdist", mine), ("peer", other)):
+            if found is not None:
+                changed[f"{who} {title}"] = found[key]
+    if mine is not None and other is not None:
+        missed += _more(mine, other)
+    return row | changed | {"missed": ", ".join(missed)}
+
+
+def _more(mine: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """What ours takes more of."""
+    names = {"bytes": "moved", "memory": "peak"}
+    return [name for name, key in names.items() if mine[key] > other[key]]
+
+
+def _own(cell: str, sizes: Sizes, ranks: int, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Memory, bytes and results of each method, in processes of its own."""
+    own = {}
+    for name in names:
+        with _memory_environment(), RankPool(ranks) as pool:
+            own[name] = _joined(pool.run(alone, name, sizes, _fewer(sizes)), sizes)
+        print(f"{cell} {name}: {own[name]['peak']:.1f} MiB", flush=True)
+    return own
 
 
 def _fewer(sizes: Sizes) -> Sizes:
@@ -271,8 +320,7 @@ def _row(
         )
         # Without enough rounds for an interval the median itself must do.
         missed += ["time"] * ((middle if math.isnan(high) else high) > 1.05)
-        missed += ["bytes"] * (mine["moved"] > other["moved"])
-        missed += ["memory"] * (mine["peak"] > other["peak"])
+        missed += _more(mine, other)
     units = (("moved", "moved", "MiB"), ("peak", "peak", "MiB"), ("error", "error", ""))
     for key, title, unit in units:
         for who, found in (("xdist", mine), ("peer", other)):

@@ -76,3 +76,18 @@ def test_the_cells_are_those_of_the_goal() -> None:
     for ranks in (2, 4):
         kinds = {s.heads == s.groups for s, r in cells.values() if r == ranks}
         assert kinds == {True, False}
+
+
+def test_memory_is_measured_again_without_times() -> None:
+    row = {"peer": "p", "beside": "x", "ratio": 0.9, "missed": "time, memory", "commit": "a"}
+    row |= {f"{who} {what} (MiB)": 2.0 for who in ("xdist", "peer") for what in ("moved", "peak")}
+    own = {"x": {"moved": 1.0, "peak": 3.0}, "p": {"moved": 0.5, "peak": 4.0}}
+    found = peers.with_memory(row, own)
+    assert found == row | {
+        "missed": "time, bytes", "xdist moved (MiB)": 1.0, "peer moved (MiB)": 0.5,
+        "xdist peak (MiB)": 3.0, "peer peak (MiB)": 4.0,
+    }  # fmt: skip
+    # Of a peer that refuses nothing is known, and nothing missed.
+    refusing = row | {"missed": "", "peer moved (MiB)": "", "peer peak (MiB)": ""}
+    found = peers.with_memory(refusing, {"x": own["x"]})
+    assert found == refusing | {"xdist moved (MiB)": 1.0, "xdist peak (MiB)": 3.0}
