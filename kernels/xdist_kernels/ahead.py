@@ -3,13 +3,15 @@
     python -m xdist_kernels.ahead [--target sm_90] [--family linear] [--out docs/kernels] [--all]
     python -m xdist_kernels.ahead --check
 
-A family names its calls in `cases()` of its triton_cases.py or triton.py. Each call is made under
-`recording`, where nothing runs: what it would start is listed and compiled as it would be on a
-card. The table (compiled.md, compiled.json) holds shared memory, registers, spilled bytes and the
-matrix instructions of each kernel. A row has a key: the hash of what the compiler reads (sources,
-types, constants, warps, stages, target). Rows whose key is in the table already are kept; --all
-compiles them too. --check fails where the table lacks a key, or where a row needs more shared
-memory than a program has; it compiles nothing but --again so many rows, spread over the table.
+A family names calls in `cases()` of its triton_cases.py or triton.py, and more of them in
+`variants()`, of which only those launches are taken that none before covers (ahead_cover.py). Each
+call is made under `recording`, where nothing runs: what it would start is listed and compiled as it
+would be on a card. The table (compiled.md, compiled.json) holds shared memory, registers, spilled
+bytes and the matrix instructions of each kernel. A row has a key: the hash of
+what the compiler reads (sources, types, constants, warps, stages, target). Rows whose key is in the
+table already are kept; --all compiles them too. --check fails where the table lacks a key, or where
+a row needs more shared memory than a program has; it compiles nothing but --again so many rows,
+spread over the table.
 
 Nothing may set TRITON_INTERPRET: kernels of the interpreter cannot be compiled.
 """
@@ -28,14 +30,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import xdist_kernels
 from xdist_kernels import ahead_table
+from xdist_kernels.ahead_cover import Cover
 from xdist_kernels.ahead_table import Row
 from xdist_kernels.errors import KernelError
 from xdist_kernels.launch import AMPERE, HOPPER, Launch, Target, interpreted, recording
@@ -73,19 +77,37 @@ def families() -> dict[str, Any]:
 
 
 def planned(target: str, wanted: Sequence[str] = ()) -> Iterator[Planned]:
-    """Every kernel that the families' cases start on `target`, each with its constants once."""
+    """Every kernel that the families' cases start on `target`, each with its constants once, and
+    those of their variants that no launch before them covers."""
     seen = set()
     for family, module in families().items():
         if wanted and family not in wanted:
             continue
-        for case, call in module.cases():
+        cover = Cover()
+        known: set[Launch] = set()
+        for case, call, whole in _calls(module):
             with recording(TARGETS[target]) as launches:
                 call()
             for launch in launches:
+                # Most calls start what others have started: to look once is enough.
+                same = replace(launch, programs=0)
+                if same in known:
+                    continue
+                known.add(same)
+                if not whole and not cover.lacks(launch):
+                    continue
+                cover.add(launch)
                 key = key_of(launch, TARGETS[target])
                 if key not in seen:
                     seen.add(key)
                     yield Planned(family, case, target, launch, key)
+
+
+def _calls(module: Any) -> Iterator[tuple[str, Callable[[], object], bool]]:
+    """(case, call, whether all of its launches are taken) of a family."""
+    yield from ((case, call, True) for case, call in module.cases())
+    if hasattr(module, "variants"):
+        yield from ((case, call, False) for case, call in module.variants())
 
 
 def key_of(launch: Launch, target: Target) -> str:

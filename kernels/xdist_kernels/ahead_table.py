@@ -42,23 +42,44 @@ def write(folder: Path, rows: Iterable[Row], targets: Mapping[str, Target]) -> N
     (folder / f"{NAME}.md").write_text(_page(rows, targets), encoding="utf-8")
 
 
+_INTRODUCTION = """\
+# Compiled kernels
+
+Made by `make ahead` on a machine without a GPU: every Triton kernel, compiled as on a card. The
+wrappers can start kernels with more sets of constants than can be compiled. Compiled are those of
+the calls that a family lists (`cases()`), and of many more calls (`variants()`) those launches that
+the ones before do not cover. A launch is covered where, among the compiled ones of its kernel and
+target,
+
+- each of its blocks stands in one with its dtypes (16 or 32 bits; float32 in full or as three TF32
+  products), and in one with its kind of decay;
+- its other sizes, warps and stages stand in one with its dtypes;
+- each exact head dim lies in its blocks as in one: it fills one or several, or fills them in part,
+  where 16 divides it or not;
+- each two of its options, arguments left out and widths of arguments stand in one together (each
+  by itself where the kernel multiplies no matrices);
+- one of its dtypes and decay has no smaller size and no fewer stages: it bounds the shared memory.
+
+So a head dim of 96, say, is covered by rows of 128 and of 80. Lengths, strides and addresses are
+those that 16 divides, with which most bytes move at once. Each launch that the wrappers of conv,
+cross_entropy, merge and selective_scan can make is covered: a test draws calls of all sizes, dtypes
+and options. attention, delta and linear have rows for the dims, dtypes and options that are listed;
+further ones compile when they are first used.
+
+A program has at most {limits} of shared memory. A kernel *spills* where a thread keeps values in
+local memory because its registers do not suffice: those stand by themselves below, each with its
+bytes a thread: all of its local memory, also arrays that the compiler put there (`spilled_bytes` in
+compiled.json). `matrix` names the instructions used: `wgmma` are Hopper's, `mma` those of every
+card since Ampere; float32 products that must keep float32's precision use none. compiled.json
+beside this page has a row for each configuration. Times need a card: [measuring](measuring.md).
+
+Triton {version}, {rows} configurations.\
+"""
+
+
 def _page(rows: list[Row], targets: Mapping[str, Target]) -> str:
     limits = ", ".join(f"{t.shared_bytes >> 10} KiB on {name}" for name, t in targets.items())
-    lines = [
-        "# Compiled kernels",
-        "",
-        "Made by `make ahead` on a machine without a GPU: every Triton kernel, with each set of",
-        "constants of the calls that its family lists (`cases()`), compiled as on a card. A",
-        f"program has at most {limits} of shared memory. A kernel *spills* where a thread keeps",
-        "values in local memory because its registers do not suffice: those stand by themselves",
-        "below, each with its bytes a thread: all of its local memory, also arrays that the",
-        "compiler put there (`spilled_bytes` in compiled.json). `matrix` names the instructions",
-        "used: `wgmma` are Hopper's, `mma` those of every card since Ampere; float32 products that",
-        "must keep float32's precision use none. compiled.json beside this page has a row for each",
-        "configuration. Times need a card: [measuring](measuring.md).",
-        "",
-        f"Triton {version('triton')}, {len(rows)} configurations.",
-    ]
+    lines = [_INTRODUCTION.format(limits=limits, version=version("triton"), rows=len(rows))]
     for family in dict.fromkeys(row["family"] for row in rows):
         own = [row for row in rows if row["family"] == family]
         lines += ["", f"## {family}", "", *_by_kernel(own)]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import product
+from typing import NamedTuple
 
 import torch
 
@@ -13,41 +15,62 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 BATCH, TOKENS, CHANNELS = 2, 4096, 1536
 
 
+class Case(NamedTuple):
+    """weight, bias, prefix: their dtypes, None where there is none; into: gradients are added to
+    those of the history and the run in one tensor, as xdist calls it."""
+
+    dtype: torch.dtype
+    width: int
+    silu: bool = True
+    weight: torch.dtype = FP32
+    bias: torch.dtype | None = FP32
+    prefix: torch.dtype | None = None
+    into: bool = False
+    packed: bool = False
+
+
 def cases() -> Iterator[tuple[str, Callable[[], object]]]:
     """(name, call): widths, dtypes, with and without bias, SiLU, prefix, documents, `into`."""
-    kinds = {"bf16": BF16, "fp16": FP16, "fp32": FP32}
-    for name, dtype in kinds.items():
-        yield f"{name} W4 silu into", partial(_both, dtype, 4, True, True)
-    yield "bf16 W4 silu documents into", partial(_both, BF16, 4, True, True, packed=True)
-    yield "bf16 W4 silu", partial(_both, BF16, 4, True, False)
-    yield "bf16 W4 no bias", partial(_both, BF16, 4, False, False, bias=False)
-    for width in (1, 2, 3, 8):
-        yield f"bf16 W{width} silu into", partial(_both, BF16, width, True, True)
+    whole = Case(BF16, 4, prefix=BF16, into=True)
+    for name, dtype in {"bf16": BF16, "fp16": FP16, "fp32": FP32}.items():
+        yield f"{name} W4 silu into", partial(_both, whole._replace(dtype=dtype, prefix=dtype))
+    yield "bf16 W4 silu documents into", partial(_both, whole._replace(packed=True))
+    yield "bf16 W4 silu", partial(_both, Case(BF16, 4))
+    yield "bf16 W4 no bias", partial(_both, Case(BF16, 4, silu=False, bias=None))
+    for width in (1, 2, 3, 5, 6, 7, 8):
+        yield f"bf16 W{width} silu into", partial(_both, whole._replace(width=width))
 
 
-def _both(
-    dtype: torch.dtype,
-    width: int,
-    silu: bool,
-    inner: bool,
-    *,
-    bias: bool = True,
-    packed: bool = False,
-) -> None:
-    """Forward and backward; inner: as xdist calls them, with a prefix and gradients added up."""
+def variants() -> Iterator[tuple[str, Callable[[], object]]]:
+    """(name, call): every flag and dtype; ahead.py compiles what `cases` do not cover."""
+    optional = (BF16, FP32, None)
+    flags = product((True, False), (BF16, FP32), optional, optional, (True, False), (True, False))
+    mixed = list(product((BF16, FP32), flags))
+    # In steps that change all of them: any two meet sooner than one after the other.
+    for i in range(len(mixed)):
+        dtype, given = mixed[i * 107 % len(mixed)]
+        yield "W2, dtypes and options", partial(_both, Case(dtype, 2, *given))
 
-    def new(*shape: int, kind: torch.dtype = dtype) -> torch.Tensor:
+
+def _both(case: Case) -> None:
+    """Forward and backward."""
+
+    def new(*shape: int, kind: torch.dtype = case.dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=kind, device="meta")
 
-    x, weight = new(BATCH, TOKENS, CHANNELS), new(CHANNELS, width, kind=FP32)
-    level = new(CHANNELS, kind=FP32) if bias else None
-    activation = "silu" if silu else None
-    prefix = new(BATCH, width - 1, CHANNELS) if inner else None
-    inside = new(TOKENS, kind=torch.int64) if packed else None
+    x, weight = new(BATCH, TOKENS, CHANNELS), new(CHANNELS, case.width, kind=case.weight)
+    level = None if case.bias is None else new(CHANNELS, kind=case.bias)
+    activation = "silu" if case.silu else None
+    prefix = None
+    if case.prefix is not None:
+        prefix = new(BATCH, case.width - 1, CHANNELS, kind=case.prefix)
+    inside = new(TOKENS, kind=torch.int64) if case.packed else None
     triton.causal_conv_forward(
         x, weight, level, activation=activation, prefix=prefix, into_document=inside
     )
-    into = new(BATCH, width - 1 + TOKENS, CHANNELS, kind=FP32) if inner else None
+    into = None
+    if case.into:
+        into = new(BATCH, case.width - 1 + TOKENS, CHANNELS, kind=FP32)
     triton.causal_conv_backward(
         x, weight, level, new(BATCH, TOKENS, CHANNELS), activation=activation, prefix=prefix,
         into_document=inside, into=into,

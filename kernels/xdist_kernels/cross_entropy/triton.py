@@ -106,6 +106,12 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
             yield name, partial(_case, vocab, dtype)
 
 
+def variants() -> Iterator[tuple[str, Callable[[], object]]]:
+    """Blocks of rows of every length; ahead.py compiles what `cases` do not cover."""
+    for width in range(4, LONGEST_SHORT_ROW.bit_length()):
+        yield f"cross entropy {1 << width} bfloat16", partial(_case, 1 << width, torch.bfloat16)
+
+
 def _case(vocab: int, dtype: torch.dtype) -> None:
     meta = torch.device("meta")
     labels = torch.empty(96, dtype=torch.int64, device=meta)

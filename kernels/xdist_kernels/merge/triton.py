@@ -200,6 +200,14 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
     yield "merge sinks, bfloat16", partial(_sinks_case, 64, torch.bfloat16)
 
 
+def variants() -> Iterator[tuple[str, Callable[[], object]]]:
+    """Rows of every length; ahead.py compiles what `cases` do not cover."""
+    for width in range(4, LARGEST_ROW.bit_length()):
+        yield f"merge {1 << width}", partial(_case, 1 << width, heads=8)
+    for size in (5, 80):
+        yield f"merge {size}", partial(_case, size, heads=8)
+
+
 def _case(size: int, heads: int) -> None:
     out, other = (torch.empty(2, 96, 8, size, device="meta") for _ in range(2))
     lse, other_lse = (torch.empty(2, 96, 8, device="meta") for _ in range(2))

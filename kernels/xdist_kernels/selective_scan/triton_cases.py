@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -23,6 +24,16 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
     yield "bf16 delta fp32 N16 documents", partial(_every_function, 16, BF16, FP32, True)
     for states in (1, 256):
         yield f"bf16 delta fp32 N{states}", partial(_every_function, states, BF16, FP32, False)
+
+
+def variants() -> Iterator[tuple[str, Callable[[], object]]]:
+    """(name, call): every number of states and dtype; ahead.py compiles what `cases` do not
+    cover."""
+    for states in (128, 64, 32, 8, 4, 2, 80, 5):
+        yield f"bf16 delta fp32 N{states}", partial(_every_function, states, BF16, FP32, False)
+    for dtype, of_delta, packed in product((FP32, BF16), (BF16, FP32), (True, False)):
+        name = f"{_short(dtype)} delta {_short(of_delta)} N4{' documents' if packed else ''}"
+        yield name, partial(_every_function, 4, dtype, of_delta, packed)
 
 
 def _short(dtype: torch.dtype) -> str:
