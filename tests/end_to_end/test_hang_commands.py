@@ -11,12 +11,15 @@ import subprocess
 import sys
 import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import pytest
 
 from tests.end_to_end.killed_command import MARK, marked
 from tests.end_to_end.training import TEXT, config_of, lines_of, make_store, status_of
 from tests.launchers.conftest import PATHS, alive, wait_until
+from xdist.config import Config
 
 HOST = os.uname().nodename
 LIMIT_S = 8
@@ -36,19 +39,35 @@ STARTERS = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(240)
-@pytest.mark.parametrize("starter", sorted(STARTERS))
-def test_a_stopped_rank_ends_the_command(tmp_path: pathlib.Path, starter: str) -> None:
-    """Rank 1 gets SIGSTOP from outside; under plain torchrun nobody but the ranks watches."""
-    make_store(tmp_path)
-    (tmp_path / "tiny.toml").write_text(TEXT)
-    config = config_of(tmp_path, "hung", *SETTINGS)
-    where = [f"run.directory={tmp_path / 'runs'}", "run.name=hung"]
-    words = [str(tmp_path / "tiny.toml"), *where, f"data.store={tmp_path / 'store.zarr'}"]
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended: its exit code, what it printed, seconds from the stop of rank 1 to the
+    end of rank 0."""
+
+    code: int
+    said: str
+    seconds: float
+    config: Config
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
+    """Both commands side by side: most of their time they wait."""
+    folders = [tmp_path_factory.mktemp(starter) for starter in STARTERS]
+    with ThreadPoolExecutor(len(STARTERS)) as threads:
+        return dict(zip(STARTERS, threads.map(_hang, STARTERS, folders), strict=True))
+
+
+def _hang(starter: str, folder: pathlib.Path) -> Ended:
+    """Start the command, stop rank 1 from outside, and wait for the end."""
+    make_store(folder)
+    (folder / "tiny.toml").write_text(TEXT)
+    config = config_of(folder, "hung", *SETTINGS)
+    where = [f"run.directory={folder / 'runs'}", "run.name=hung"]
+    words = [str(folder / "tiny.toml"), *where, f"data.store={folder / 'store.zarr'}"]
     mark = uuid.uuid4().hex
     env = os.environ | {"PYTHONPATH": PATHS, MARK: mark, "OMP_NUM_THREADS": "1"}
-    with (tmp_path / "out").open("wb") as out:
+    with (folder / "out").open("wb") as out:
         process = subprocess.Popen(
             [sys.executable, *STARTERS[starter], *words, *SETTINGS], env=env, stdout=out, stderr=out
         )
@@ -59,8 +78,7 @@ def test_a_stopped_rank_ends_the_command(tmp_path: pathlib.Path, starter: str) -
         os.kill(ranks[1], signal.SIGSTOP)
         stopped = time.monotonic()
         wait_until(lambda: not alive(ranks[0]), 120)
-        # The limit, then at most 10 s for the verdict; half of it again for a busy machine.
-        assert time.monotonic() - stopped < LIMIT_S + 15
+        seconds = time.monotonic() - stopped
         process.wait(timeout=90)
         wait_until(lambda: not marked(mark), 30)
     finally:
@@ -68,12 +86,24 @@ def test_a_stopped_rank_ends_the_command(tmp_path: pathlib.Path, starter: str) -
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         process.wait()
-    said = (tmp_path / "out").read_text(errors="replace")
-    assert process.returncode == (7 if starter == "local" else 1), said
-    assert re.search(rf"rank 1 on {HOST} hangs: in \w+ of \w[\w ]* \d+ since \d+ s", said), said
-    assert "was stopped by a signal (SIGSTOP)" in said
-    status = status_of(config)
+    said = (folder / "out").read_text(errors="replace")
+    return Ended(process.returncode, said, seconds, config)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("starter", sorted(STARTERS))
+def test_a_stopped_rank_ends_the_command(ended: dict[str, Ended], starter: str) -> None:
+    """Rank 1 gets SIGSTOP from outside; under plain torchrun nobody but the ranks watches."""
+    one = ended[starter]
+    # The limit, then at most 10 s for the verdict; half of it again for a busy machine.
+    assert one.seconds < LIMIT_S + 15
+    assert one.code == (7 if starter == "local" else 1), one.said
+    hangs = rf"rank 1 on {HOST} hangs: in \w+ of \w[\w ]* \d+ since \d+ s"
+    assert re.search(hangs, one.said), one.said
+    assert "was stopped by a signal (SIGSTOP)" in one.said
+    status = status_of(one.config)
     assert (status["state"], status["exit_code"]) == ("failed", 7)
     assert (status["rank"], status["host"]) == (1, HOST)
-    stacks = config.run_directory / "logs" / "rank-0.stacks.txt"
+    stacks = one.config.run_directory / "logs" / "rank-0.stacks.txt"
     assert "xdist/train/loop.py" in stacks.read_text()

@@ -96,6 +96,16 @@ class Launch:
         return self.process.wait(PATIENCE_S)
 
 
+@pytest.fixture(scope="module")
+def intruder(small: Small, nodes: RayNodes) -> Iterator[Launch]:
+    """A driver with another token; it tries for long, so that it starts before other tests."""
+    wrong = small.folder / "wrong-token"
+    wrong.write_text("0" * 64)
+    env = nodes.env | {"RAY_AUTH_TOKEN_PATH": str(wrong)}
+    with Launch(small, "intruder", f"ray.address={nodes.address}", **env) as launch:
+        yield launch
+
+
 def ranks_of(run: pathlib.Path) -> dict[int, psutil.Process]:
     """The processes that train for a run, by rank."""
     found = {}
@@ -165,6 +175,7 @@ def test_a_silent_actor_counts_as_lost_and_a_killed_rank_too(
     assert small.losses("silent") == reference
 
 
+@pytest.mark.usefixtures("intruder")
 def test_a_ray_job_prepares_trains_and_leaves_the_true_exit_code(
     small: Small, nodes: RayNodes, tmp_path: pathlib.Path
 ) -> None:
@@ -293,12 +304,9 @@ def _check_secrets(everyone: list[psutil.Process], temporary: pathlib.Path, laun
 
 
 def test_a_cluster_lets_nobody_in_without_its_token(
-    small: Small, nodes: RayNodes, tmp_path: pathlib.Path
+    small: Small, nodes: RayNodes, intruder: Launch
 ) -> None:
-    wrong = tmp_path / "token"
-    wrong.write_text("0" * 64)
-    env = nodes.env | {"RAY_AUTH_TOKEN_PATH": str(wrong)}
-    with Launch(small, "intruder", f"ray.address={nodes.address}", **env) as launch:
-        assert launch.end() == 3, launch.said()
-    assert f"the Ray cluster at {nodes.address} did not let this driver in" in launch.said()
+    assert intruder.end() == 3, intruder.said()
+    said = f"the Ray cluster at {nodes.address} did not let this driver in"
+    assert said in intruder.said()
     assert not small.run("intruder").exists()
