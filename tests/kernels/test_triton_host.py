@@ -217,7 +217,7 @@ def test_calls_without_a_shard_do_not_meet_another_s_mask() -> None:
     attention_call._remembered.cache_clear()
     torch.manual_seed(0)
     q = torch.randn(1, 9, 2, 4)
-    masks = (xdist.Mask(), xdist.Mask(window=2), xdist.Mask(causal=False, chunk=4))
+    masks = (xdist.Mask(), xdist.Mask(chunk=4), xdist.Mask(prefix=2, window=1))
     for mask in masks:
         wanted = xdist.attention(q, q, q, mask=mask, backend="torch")
         with torch.inference_mode():
