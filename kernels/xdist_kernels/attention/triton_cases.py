@@ -41,6 +41,12 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
     yield _named(*wide, narrow=True)
 
 
+def variants() -> Iterator[tuple[str, Callable[[], object]]]:
+    """(name, call); ahead.py compiles what `cases` do not cover."""
+    yield _named(torch.float32, 32, 32)
+    yield _named(torch.bfloat16, 16, 16)
+
+
 def _named(
     dtype: torch.dtype, dim: int, value_dim: int, *, softcap: bool = False, dropout: bool = False,
     into: bool = False, sinks: bool = False, narrow: bool = False, precision: str = "ieee",

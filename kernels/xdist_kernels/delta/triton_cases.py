@@ -98,3 +98,11 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
     fast = Case("scalar", precision="tf32x3")
     yield f"{fast.name} summary", partial(_summary, fast)
     yield f"{fast.name} fp32", partial(_alone, fast._replace(dtype="fp32"))
+
+
+def variants() -> Iterator[tuple[str, Callable[[], object]]]:
+    """(name, call); ahead.py compiles what `cases` do not cover."""
+    case = Case("diagonal", dims=(32, 32))
+    yield case.name, partial(_alone, case)
+    yield f"{case.name} waiting", partial(_waiting, case)
+    yield f"{case.name} summary", partial(_summary, case)

@@ -87,3 +87,9 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
         yield case.name, partial(_tile, case)
         if case.decay != "diagonal" and case.key_dim >= 128:
             yield f"both ends, {case.name}", partial(_both, case)
+
+
+def variants() -> Iterator[tuple[str, Callable[[], object]]]:
+    """(name, call); ahead.py compiles what `cases` do not cover."""
+    case = Case("diagonal", 32, 32, torch.bfloat16)
+    yield case.name, partial(_tile, case)
