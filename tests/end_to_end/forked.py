@@ -114,7 +114,11 @@ def load() -> None:
     import torch._dynamo  # noqa: F401 - torch's optimizers import it when they are made
     import zarr  # noqa: F401
 
-    import xdist.train  # noqa: F401
+    import xdist.models.hybrid_lm
+    import xdist.plan.step
+    import xdist.train.engines.fsdp
+    import xdist.train.report
+    import xdist.train.text_work  # noqa: F401
 
 
 def serve() -> None:
