@@ -125,28 +125,24 @@ def _median_ratio(over: list[float], under: list[float]) -> float:
 def reach(kind: str, ranks: int, limit_bytes: int, first: int) -> tuple[int, int]:
     """The greatest length tried that stays within the limit, and its peak in bytes.
 
-    Doubles from `first` while a guess from the last peak says that it may fit, then tries one and
-    a half of the last. Twice the length is guessed to take twice the memory, or four times where
-    the scores are kept.
+    Doubles from `first` until a length needs more, or is guessed from the last peak to need far
+    more; then tries one and a half of the last that fitted. Twice the length is guessed to take
+    twice the memory, or four times where the scores are kept.
     """
-    growth = 4 if kind == "vanilla" else 2
+    growth = 4.0 if kind == "vanilla" else 2.0
     best = (0, 0)
     tokens = first
-    while True:
+    while best[1] * growth * 0.9 <= limit_bytes:
         taken = _peak_of(kind, ranks, tokens)
         if taken > limit_bytes:
-            return best
+            break
         best = tokens, taken
-        if taken * growth * 0.9 <= limit_bytes:
-            tokens *= 2
-        elif tokens % (2 * first) == 0 or tokens == first:
-            half = tokens * 3 // 2
-            if taken * growth**0.585 * 0.9 > limit_bytes:
-                return best
-            taken = _peak_of(kind, ranks, half)
-            return (half, taken) if taken <= limit_bytes else best
-        else:
-            return best
+        tokens *= 2
+    half = best[0] * 3 // 2
+    if half == 0 or best[1] * growth**0.585 * 0.9 > limit_bytes:
+        return best
+    taken = _peak_of(kind, ranks, half)
+    return (half, taken) if taken <= limit_bytes else best
 
 
 def _peak_of(kind: str, ranks: int, tokens: int) -> int:
