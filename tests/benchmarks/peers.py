@@ -131,8 +131,10 @@ def cell_rows(
     want = reference(sizes)
     for found in own.values():
         found["error"] = error(found.pop("ranks"), want)
-    with RankPool(ranks) as pool:
-        times = pool.run(interleaved, good, sizes, rounds)
+    times = []
+    if good:  # nothing is timed where every peer is wrong or refuses
+        with RankPool(ranks) as pool:
+            times = pool.run(interleaved, good, sizes, rounds)
     rows = [_row(cell, name, times, own, said) for name in names if METHODS[name].like]
     for row in rows:
         row["commit"] = row["memory commit"] = record.commit()
