@@ -47,8 +47,9 @@ NOTE = (
     "takes any function. ringmaster's Ulysses gathers everything on gloo; by all-to-all is its "
     "exchange for accelerators, put over gloo here. Its rings compute scores whole without a CUDA "
     "kernel. missed names what is not as good as the goal: interval above 1.05, more bytes, more "
-    "memory. HF gathers its position ids too. memory commit is that of memory and bytes, which are "
-    "also measured without times."
+    "memory. HF gathers its position ids too; it leaves documents to its local attention, and that "
+    "of Transformers for a CPU takes none from position ids: packed rows are wrong. memory commit "
+    "is that of memory and bytes, which are also measured without times."
 )
 DOCUMENT = 8192
 HEADS = {8: 8, 32: 4, 128: 4}  # query heads by Ki tokens
