@@ -189,9 +189,9 @@ def rows(given: gpu_rows.Options) -> int:
                     continue
                 make = functools.partial(row, case, name, given)
                 table.measure("time", f"{case.name}; {name}", make, theirs=name in rivals)
-    rows = _beside(table.of("time"))
-    table.derive("beside", rows)
-    table.notes = [ABOUT, *_judged(rows)]
+    ratios = _beside(table.of("time"))
+    table.derive("beside", ratios)
+    table.notes = [ABOUT, *_judged(ratios)]
     return table.finish()
 
 

@@ -197,10 +197,10 @@ def rows(given: gpu_rows.Options) -> int:
                 name = f"{op.name}, {_named(tokens)}; {rival.name}"
                 make = functools.partial(_theirs, op, rival, tokens, given)
                 table.measure("time", name, make, theirs=True)
-    rows = _beside(table.of("time"))
-    table.derive("beside", rows)
+    ratios = _beside(table.of("time"))
+    table.derive("beside", ratios)
     families = {op.name for op in (*gpu_ops.LINEAR, *gpu_ops.DELTA)}
-    table.notes = [ABOUT, *_judged(rows, families), *_ahead_of_flash(table.of("time"))]
+    table.notes = [ABOUT, *_judged(ratios, families), *_ahead_of_flash(table.of("time"))]
     return table.finish()
 
 
