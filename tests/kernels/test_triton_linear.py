@@ -15,6 +15,7 @@ from tests.kernels.triton_linear_cases import (
     SCALE,
     Drawn,
     Wanted,
+    apart,
     compare,
     drawn,
     error,
@@ -109,19 +110,21 @@ def test_heads_of_any_size(decay: str, dtype: torch.dtype, dims: tuple[int, int]
 @pytest.mark.parametrize("decay", ["scalar", "diagonal"])
 @pytest.mark.parametrize("low", [0.0, -50.0])
 def test_any_decay_is_stable(decay: str, low: float) -> None:
-    """Decays of 0 and of -50 a token, in one token of three: finite, and right."""
+    """Decays of 0 and of -50 a token, in one token of three: results and gradients are right."""
     torch.manual_seed(4)
-    q, k, v = (torch.randn(1, 70, 1, 8) for _ in range(3))
-    state = torch.randn(1, 1, 8, 8)
-    log_decay = low * (torch.rand(1, 70, 1, 1 if decay == "scalar" else 8) < 0.3).float()
-    given = log_decay[..., 0] if decay == "scalar" else log_decay
-    want, last = linear_attention_reference(q, k, v, given, initial_state=state, scale=SCALE)
-    tile = triton.prepare(q, k, v, log_decay, scale=SCALE)
+    given = drawn(70, decay, torch.float32, dims=(8, 8), heads=(1, 1))
+    assert given.log_decay is not None
+    given = given._replace(log_decay=low * (torch.rand_like(given.log_decay) < 0.3).double())
+    wanted = token_loop(given, (0, 70), torch.float32)
+    *inputs, state = narrowed(given, torch.float32)
+    tile = triton.prepare(*inputs, scale=SCALE)
     out, end = triton.run(tile, state)
-    assert error(out, want) < 1e-5
-    assert error(end, last) < 1e-5
-    grads, dstate = triton.backward(tile, state, torch.randn_like(out), end)
-    assert all(torch.isfinite(g).all() for g in (*grads, dstate) if g is not None)
+    grads, dstate = triton.backward(tile, state, wanted.dout.float(), wanted.dend.float())
+    found = (out, end, *grads, dstate)
+    for x, want in zip(found, (wanted.out, wanted.end, *wanted.grads), strict=True):
+        assert x is not None
+        assert want is not None
+        assert error(x, want) < 1e-5
 
 
 @pytest.mark.parametrize("decay", DECAYS)
@@ -225,26 +228,21 @@ def test_one_state_is_kept_for_many_thousand_tokens(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("decay", DECAYS)
 def test_offsets_past_2_to_the_31(decay: str) -> None:
-    """Tokens whose last element lies 2^31 elements behind the first: views of pages that are
-    never touched, the values of a plain copy."""
+    """q, k, v, decays, dout and where outputs go, each with its last token 2^31 elements behind its
+    first: the values of plain copies."""
     torch.manual_seed(7)
     n, dim = 34, 4
-    stride = 2**31 // (n - 1) + 1
-    views = []
-    for _ in range(3):
-        memory = torch.empty(stride * (n - 1) + dim, dtype=torch.float16)
-        view = memory.as_strided((1, n, 1, dim), (0, stride, dim, 1))
-        assert (n - 1) * view.stride(1) > 2**31
-        views.append(view.copy_(torch.randn(1, n, 1, dim)))
+    near = [torch.randn(1, n, 1, dim).half() for _ in range(5)]
     log_decay = None
     if decay != "none":
         log_decay = -torch.rand(1, n, 1, dim if decay == "diagonal" else 1)
     state = torch.randn(1, 1, dim, dim)
+    distant = apart(*near), None if log_decay is None else apart(log_decay)[0]
     found = []
-    for q, k, v in (views, [x.clone(memory_format=torch.contiguous_format) for x in views]):
-        tile = triton.prepare(q, k, v, log_decay, scale=SCALE)
-        out, end = triton.run(tile, state)
-        grads, dstate = triton.backward(tile, state, v, end)
+    for (q, k, v, dout, out), rates in (distant, (near, log_decay)):
+        tile = triton.prepare(q, k, v, rates, scale=SCALE)
+        _, end = triton.run(tile, state, out=out)
+        grads, dstate = triton.backward(tile, state, dout, end)
         found.append([out, end, *(g for g in grads if g is not None), dstate])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 

@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.kernels.interpreted_grid import only_last_programs
 from tests.kernels.triton_linear_cases import (
     SCALE,
     Drawn,
+    apart,
     compare,
     drawn,
     error,
@@ -114,6 +116,60 @@ def check(given: Drawn, cuts: tuple[int, ...], dtype: torch.dtype, ways: tuple[s
         grads, dsides = back(*inputs, starts_of(cuts), sides, dout, wanted.dends, scale=SCALE)
         assert (grads[3] is None) == (given.log_decay is None)
         compare((*grads, *dsides), wanted.grads, dtype, way)
+
+
+def ways_of(inputs: Any, sides: both.Sides, dout: Tensor, dsides: both.Sides) -> list[Tensor]:
+    """All that the merged form makes: out, states, gradients."""
+    out, ends = both.run_merged(*inputs, None, sides, scale=SCALE)
+    grads, dfirsts = both.backward_merged(*inputs, None, sides, dout, dsides, scale=SCALE)
+    return [x for x in (out, *ends, *grads, *dfirsts) if x is not None]
+
+
+@pytest.mark.parametrize("decay", ["none", "scalar"])
+@pytest.mark.usefixtures("short_spans")
+def test_offsets_past_2_to_the_31(decay: str) -> None:
+    """q, k, v, decays and dout, each with its last token 2^31 elements behind its first: the values
+    of plain copies."""
+    torch.manual_seed(4)
+    n, dim = 34, 4
+    *near, dout = [torch.randn(1, n, 1, dim).half() for _ in range(4)]
+    rates = None if decay == "none" else -torch.rand(1, n, 1, 1)
+    sides, dsides = (both.Sides(*torch.randn(2, 1, 1, dim, dim)) for _ in range(2))
+    *distant, dout_apart = apart(*near, dout)
+    rates_apart = None if rates is None else apart(rates)[0]
+    found = ways_of((*distant, rates_apart), sides, dout_apart, dsides)
+    wanted = ways_of((*near, rates), sides, dout, dsides)
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("decay", ["none", "scalar"])
+def test_grids_past_65535(decay: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """70,000 heads that share their memory: the last program of every grid finds its place."""
+    torch.manual_seed(5)
+    # A chunk of float32, so that the last program has tokens.
+    monkeypatch.setattr(triton_bidirectional, "SPAN_TOKENS", 32)
+    heads, n, dim = 70_000, 3, 2
+    one = [torch.randn(1, n, 1, dim) for _ in range(3)]
+    rates = None if decay == "none" else -torch.rand(1, n, 1, 1)
+    dout = torch.randn(1, n, 1, dim)
+    sides, dsides = (both.Sides(*torch.randn(2, 1, 1, dim, dim)) for _ in range(2))
+    wanted = ways_of((*one, rates), sides, dout, dsides)
+
+    def many(x: Tensor | None, at: int = 2) -> Any:
+        sizes = [-1] * 4
+        sizes[at] = heads
+        return None if x is None else x.expand(sizes)
+
+    names = ("linear.triton_bidirectional", "linear.triton_states", "linear.triton_gate")
+    grids = [only_last_programs(monkeypatch, f"xdist_kernels.{name}") for name in names]
+    all_sides, all_dsides = (both.Sides(*(many(x, 1) for x in pair)) for pair in (sides, dsides))
+    found = ways_of([many(x) for x in (*one, rates)], all_sides, many(dout), all_dsides)
+    assert [len(grid) > 0 for grid in grids] == [True, True, decay == "scalar"]
+    # One program a head: the last one's is the last head.
+    assert {programs for grid in grids for programs in grid} == {heads}
+    for a, b in zip(found, wanted, strict=True):
+        last = a[:, -1:] if a.shape[1] == heads else a[:, :, -1:]
+        assert torch.equal(last, b)
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch", "reference"])

@@ -111,6 +111,20 @@ def narrowed(given: Drawn, dtype: torch.dtype) -> tuple[Tensor, ...]:
     return (*views, decay, given.state.float())
 
 
+def apart(*values: Tensor) -> list[Tensor]:
+    """The same values [1,T,1,D], of one dtype, as views of one memory: the last token lies 2^31
+    elements behind the first, and pages between two tokens are never touched."""
+    tokens, widths = values[0].shape[1], [x.shape[3] for x in values]
+    stride = 2**31 // (tokens - 1) + 1
+    memory = torch.empty(stride * (tokens - 1) + sum(widths), dtype=values[0].dtype)
+    rows = memory.as_strided((1, tokens, 1, sum(widths)), (0, stride, sum(widths), 1))
+    views = list(rows.split(widths, -1))
+    for view, x in zip(views, values, strict=True):
+        assert (tokens - 1) * view.stride(1) > 2**31
+        view.copy_(x)
+    return views
+
+
 def starts_of(cuts: tuple[int, ...]) -> Tensor | None:
     """True where a document starts behind the first token; None where none does."""
     if len(cuts) == 2:
