@@ -3,8 +3,8 @@
 A command such as `make gpu-linear` measures rows one by one, in a process that gpu_supervisor.py
 watches. After each of them JSON and table are written, so a command that was cut (a lease that
 ended, a time limit, a fault on the card) goes on where it stopped when it is called again. Rows
-count as made only for the same kernels, measuring scripts, card, versions and rivals: numbers of
-two programs never stand in one table.
+count as made only for the same kernels, measuring scripts, device, card, versions and rivals:
+numbers of two programs never stand in one table.
 """
 
 from __future__ import annotations
@@ -120,8 +120,9 @@ class Table:
 
     def __post_init__(self) -> None:
         self.machine = gpu_key.machine()
-        shapes = {"shapes": "small" if self.options.small else "full"}
-        self.key = gpu_key.key(self.name, self.machine) | shapes
+        # A machine with a card has the same versions and card where the interpreter runs.
+        how = {"device": self.options.device, "shapes": "small" if self.options.small else "full"}
+        self.key = gpu_key.key(self.name, self.machine) | how
         self.commit = record.commit()
         self.left: list[str] = []
         self.finished = False
@@ -306,8 +307,8 @@ class Table:
         commit = self.commit or "of a plain copy"
         lines += [
             "",
-            f"`{self.command}`, {self.date}, commit {commit}, sources {self.key['code']}, "
-            f"scripts {self.key['scripts']}.",
+            f"`{self.command}`, {self.date}, on {self.options.device}, commit {commit}, "
+            f"sources {self.key['code']}, scripts {self.key['scripts']}.",
             f"{described}.",
         ]
         return "\n".join(lines) + "\n"

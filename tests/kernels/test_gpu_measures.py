@@ -141,6 +141,11 @@ def test_rows_of_other_kernels_or_machines_are_not_taken_over(
     small = _table(module, tmp_path / "small")
     small.measure("time", "a", lambda: {"ms": 1.0})
     assert _cases(_table(module, tmp_path / "small", "--small")) == []
+    # The interpreter's rows, on a machine that has the card as well.
+    table = _table(module, tmp_path / "device")
+    table.measure("time", "a", lambda: {"ms": 1.0})
+    assert _cases(_table(module, tmp_path / "device", "--device", "cuda")) == []
+    assert _cases(_table(module, tmp_path / "device", "--device", "cpu")) == []
 
 
 def test_the_hash_of_scripts_is_that_of_what_measures_in_the_command(
