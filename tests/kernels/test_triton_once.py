@@ -76,6 +76,8 @@ def test_the_delta_rule_prepares_a_summary_once(kind: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", DECAYS)
 def test_linear_attention_s_shared_sums_give_the_same_bits(kind: str) -> None:
+    """Summaries and gradients; outputs and final states, which take one pass where sums are not
+    there, within rounding."""
     torch.manual_seed(0)
     given = drawn(70, kind, torch.float32, dims=(8, 6), heads=(1, 1))
     *inputs, state = narrowed(given, torch.float32)
@@ -98,8 +100,9 @@ def test_linear_attention_s_shared_sums_give_the_same_bits(kind: str) -> None:
     for tile in (back, early):
         grads, first = triton.backward(tile, state, dout, end)
         assert torch.equal(first, before)
-        pairs = zip(grads, wanted, strict=True)
-        assert all(torch.equal(a, b) for a, b in pairs if a is not None and b is not None)
+        for a, b in zip(grads, wanted, strict=True):
+            assert a is b is None or torch.equal(a, b)
+        assert (grads[3] is None) == (kind == "none")
 
 
 @pytest.mark.slow
