@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch._guards import detect_fake_mode
 
 from xdist.comm.checks import disagreeing_ranks
 from xdist.comm.collectives import ProcessGroup
@@ -51,8 +52,7 @@ class SequenceShard:
         """Whether documents were given; states then have a dim of documents."""
         self.documents = Documents.of(documents, layout.length)
         self._compare()
-        self._positions: Tensor | None = None
-        self._document_positions: Tensor | None = None
+        self._positions: dict[str, Tensor] = {}
         self._kept: dict[Hashable, Any] = {}
 
     def _compare(self) -> None:
@@ -88,18 +88,22 @@ class SequenceShard:
     @property
     def positions(self) -> Tensor:
         """Global position of each local token, int64 `[n]`, on the mesh's device."""
-        if self._positions is None:
-            self._positions = _kept_integers(self.layout.positions(self.rank), self.mesh.device)
-        return self._positions
+        return self._integers("positions", lambda: self.layout.positions(self.rank))
 
     @property
     def document_positions(self) -> Tensor:
         """Position of each local token inside its document, int64 `[n]`."""
-        if self._document_positions is None:
-            positions = self.layout.positions(self.rank)
-            inside = positions - self.documents.starts(positions)
-            self._document_positions = _kept_integers(inside, self.mesh.device)
-        return self._document_positions
+        positions = self.layout.positions(self.rank)
+        return self._integers("inside", lambda: positions - self.documents.starts(positions))
+
+    def _integers(self, name: str, make: Callable[[], NDArray[np.int64]]) -> Tensor:
+        """What `make` gives on the mesh's device, made once."""
+        if not may_keep():
+            return _on_device(make(), self.mesh.device)
+        if name not in self._positions:
+            with torch.inference_mode(False):  # autograd may save them later
+                self._positions[name] = _on_device(make(), self.mesh.device)
+        return self._positions[name]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SequenceShard:
         # A copy of a module shares the shard it holds: it never changes, what is kept of its calls
@@ -110,8 +114,10 @@ class SequenceShard:
         """What `make` gives, made by the first layer that asks for `name` and kept with this shard.
 
         For what follows from layout, documents and `name` alone. The `MOST_KEPT` newest names are
-        kept.
+        kept; nothing of a tracing mode is.
         """
+        if not may_keep():
+            return make()
         if name not in self._kept:
             if len(self._kept) >= MOST_KEPT:
                 self._kept.pop(next(iter(self._kept)), None)
@@ -173,10 +179,13 @@ class SequenceShard:
         return torch.cat([x.narrow(dim, start, stop - start) for start, stop in runs], dim)
 
 
-def _kept_integers(values: NDArray[np.int64], device: torch.device) -> Tensor:
-    """Integers on `device`, to be kept."""
-    with torch.inference_mode(False):  # autograd may save them later
-        return torch.from_numpy(np.ascontiguousarray(values)).to(device)
+def may_keep() -> bool:
+    """Whether tensors made now can serve later calls: those of a tracing mode hold no data."""
+    return detect_fake_mode() is None
+
+
+def _on_device(values: NDArray[np.int64], device: torch.device) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(values)).to(device)
 
 
 def resolve(shard: SequenceShard | None, length: int, documents: Any = None) -> SequenceShard:

@@ -70,8 +70,8 @@ def test_only_ranks_that_see_a_key_are_sent_it(pool4: RankPool) -> None:
         for mask in masks
         for make in (Layout.contiguous, Layout.zigzag)
     ]
-    packed = Case("ring", segments(Layout.contiguous(N, PARTS)), Mask(), N)
-    cases += [packed, replace(packed, mask=Mask(chunk=6), strategy="halo")]
+    plain = Case("ring", segments(Layout.contiguous(N, PARTS)), Mask(), N)
+    cases += [plain, replace(plain, mask=Mask(chunk=6), strategy="halo")]
     answers = pool4.run(counted, cases)
     for number, case in enumerate(cases):
         met = seen_by(case)

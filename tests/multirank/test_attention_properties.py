@@ -42,6 +42,8 @@ FLOOR = {torch.float32: 5e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 Answer = dict[str, Tensor] | tuple[str, int]
 
 HALVES = (((0, 5),), ((5, 9),))
+APART = [(1, 1), (3, 3)]
+PAIRS_OF_WINDOWS = Mask(causal=False, window=[*APART, (0, 2), (0, 2)])
 ONCE_WRONG = [
     # Sizes that passed 64 bits when a position was added: queries saw nothing.
     Case("ring", HALVES, Mask(causal=False, window=2**63 - 1), 9),
@@ -51,6 +53,10 @@ ONCE_WRONG = [
     # A scale that is not positive, where torch's kernel hides keys before it scales.
     Case("ulysses", HALVES, Mask(), 9, scale=-0.6, value_dim=4, few=True),
     Case("ring", HALVES, Mask(), 9, scale=0.0, value_dim=4, few=True),
+    # Windows per head: what heads 2 and 3 see was once found by their window, (0, 2), which were
+    # also the numbers of the first two heads.
+    Case("ulysses", (((0, 9),),), PAIRS_OF_WINDOWS, 9, groups=4, head_chunks=2),
+    Case("ulysses", HALVES, replace(PAIRS_OF_WINDOWS, window=[*APART, *[(0, 2)] * 4]), 9, 6, 3),
     # An empty batch: backward could not tell the shape of its gradients.
     Case("ulysses", HALVES, Mask(), 9, batch=0),
     Case("ring", HALVES, Mask(), 9, batch=0, softcap=2.0),

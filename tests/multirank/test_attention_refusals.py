@@ -123,6 +123,7 @@ APART: dict[str, dict[str, Any]] = {
     "strategy": {"strategy": "gather"},
     "soft-cap": {"softcap": 2.0},
     "dropout": {"dropout": xdist.Dropout(0.1, seed=3)},
+    "chunks of heads": {"head_chunks": 2},
     # One rank's backward would wait for gradients that no other rank sends.
     "gradients": {"q": torch.zeros(2, 4, 4, 3, requires_grad=True)},
 }

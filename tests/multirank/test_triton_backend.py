@@ -101,6 +101,7 @@ def of_attention(strategy: str, parts: int, kind: str, mask: Mask, **rest: Any) 
 
 
 PACKED = (0, 1, 12, 12, 24)
+PAIRS_OF_WINDOWS = Mask(causal=False, window=[(1, 1), (3, 3), *[(0, 2)] * 4])
 
 
 def test_attention_on_two_ranks(pool2: RankPool) -> None:
@@ -108,6 +109,8 @@ def test_attention_on_two_ranks(pool2: RankPool) -> None:
         of_attention("ring", 2, "zigzag", Mask(), documents=PACKED, sinks=True),
         of_attention("halo", 2, "uneven", Mask(window=5), heads=2, groups=1),
         of_attention("ulysses", 2, "contiguous", Mask(prefix=3, window=4), heads=3, groups=3),
+        # What heads 2 and 3 see was once found by the numbers of the first two heads, (0, 2).
+        of_attention("ulysses", 2, "contiguous", PAIRS_OF_WINDOWS, heads=6, groups=3),
     ]
     check_attention(cases, pool2)
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import suppress
 from itertools import product
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import xdist
 from xdist import Mask
+from xdist.mesh import Mesh
 from xdist.shard import SequenceShard
 
 N, HEADS, DIM = 140, 2, 8
@@ -266,3 +269,32 @@ def test_sinks_may_have_another_float_dtype(dtype: torch.dtype) -> None:
     assert torch.equal(out, wanted)
     (grad,) = torch.autograd.grad(out.sum(), x["sinks"])
     assert grad.dtype == dtype
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("sharded", [False, True])
+def test_nothing_of_a_tracing_mode_is_kept(sharded: bool, backend: str) -> None:
+    def new_shard() -> SequenceShard:
+        return SequenceShard(Mesh.one_rank(), xdist.Layout.contiguous(9, 1), (0, 4, 9))
+
+    def attended(shard: SequenceShard) -> Tensor:
+        q = draw(1, 9, 2, 4, dtype=torch.float32)
+        given = shard if sharded else None
+        return xdist.attention(q, q, q, given, mask=Mask(window=8), backend=backend)
+
+    def others(shard: SequenceShard) -> tuple[Tensor, ...]:
+        x, weight = draw(1, 9, 8), draw(8, 3)
+        reverse = xdist.causal_conv1d(x, weight, None, shard if sharded else None, reverse=True)
+        return shard.positions, shard.document_positions, reverse
+
+    shard, untouched = new_shard(), new_shard()
+    with FakeTensorMode():
+        shapes = [x.shape for x in others(shard)]
+        with suppress(RuntimeError, UserWarning):  # who looks at values cannot be traced
+            attended(shard)
+    assert torch.equal(attended(shard), attended(untouched))
+    for traced, a, b in zip(shapes, others(shard), others(untouched), strict=True):
+        assert torch.equal(a, b)
+        assert traced == a.shape
+    with FakeTensorMode():  # what is kept of real calls does not stand in the way
+        assert shapes == [x.shape for x in others(shard)]

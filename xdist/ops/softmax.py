@@ -52,7 +52,8 @@ def attention(
         dropout: which probabilities are dropped (`xdist.Dropout`); the same for every number of
             ranks, strategy and layout. None drops nothing.
         head_chunks: how many runs of heads ulysses switches and computes one after another; the
-            peak of memory falls, the bytes stay. Other strategies take 1.
+            peak of memory falls, the bytes stay. Other strategies take 1. Gradients must be needed
+            on all ranks or on none: the order of the moves depends on it.
         backend: "triton", "torch" or "reference" (float64, slow); "auto" takes Triton on CUDA where
             it can serve, else torch (docs/kernels/backends.md).
 

@@ -75,7 +75,8 @@ def attention(
         back = torch.is_grad_enabled() and any(
             x is not None and x.requires_grad for x in (q, k, v, sinks)
         )
-        check_alike(problem, shard, strategy, q.dtype, scale, softcap, sinks is None, dropout, back)
+        settings = (scale, softcap, sinks is None, dropout, head_chunks, back)
+        check_alike(problem, shard, strategy, q.dtype, *settings)
         _check_values(q, k, v, shard)
     q, scale = _scaled(q, scale)
     call = Call(

@@ -15,6 +15,7 @@ from torch import Tensor
 from xdist.comm.collectives import ProcessGroup
 from xdist.cost.attention_keys import Problem, Ranges, head_spans
 from xdist.dropout import Dropout
+from xdist.shard import may_keep
 from xdist_kernels import attention, merge
 from xdist_kernels.attention import flash, libraries
 from xdist_kernels.attention.blocks import Spans
@@ -104,14 +105,21 @@ class Call:
         spans = sets * self.problem.layout.length
         if self.backend != "triton" or max(spans, self.problem.key_length) > MOST_SPANS:
             return None
-        return _remembered(self.problem).kept
+        stream = None
+        if self.device.type == "cuda":
+            # Plans are filled on this stream: no other waits for it, a captured graph only replays.
+            if torch.cuda.is_current_stream_capturing():
+                return None
+            stream = torch.cuda.current_stream(self.device).cuda_stream
+        return _remembered(self.problem, stream).kept if may_keep() else None
 
     def seen(self, ranks: range, start: int, stop: int) -> Seen:
         """What the queries of `ranks`, one rank after another, of heads `[start, stop)` see."""
         mask = self.problem.mask
         alike = len(mask.for_heads(start, stop).head_groups(stop - start)) <= 1
         # Heads that see the same share one set of spans, in whatever runs they are computed.
-        heads: Hashable = mask.sides(start if start < stop else 0) if alike else (start, stop)
+        some = start if start < stop else 0
+        heads = ("alike", *mask.sides(some)) if alike else ("heads", start, stop)
         spans = Later(("spans", ranks, heads), lambda: self._spans(ranks, start, stop))
         drop = self.dropout
         if drop is None or drop.rate == 0.0:
@@ -256,8 +264,8 @@ class Call:
 
 
 @lru_cache(maxsize=MOST_REMEMBERED)
-def _remembered(problem: Problem) -> Problem:
-    """The first of equal problems, with what was made for it."""
+def _remembered(problem: Problem, stream: int | None) -> Problem:
+    """The first of equal problems on a CUDA stream, with what was made for it."""
     return problem
 
 

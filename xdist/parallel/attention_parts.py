@@ -24,7 +24,7 @@ class Inward:
     tokens it holds. This rank wants its own heads in the runs `cuts`."""
 
     x: Tensor
-    heads: Sequence[Sequence[int]]
+    heads: Sequence[range]
     tokens: Sequence[int]
     cuts: Sequence[slice]
 
@@ -84,10 +84,10 @@ def start_to_heads(
     tensor, its runs `[B, all tokens, heads, dim]`."""
     me = members.index(call.rank)
     others = [place for place in range(len(members)) if place != me]
-    own = [some_heads(m.x, m.heads[me]) for m in moved]
+    own = [of_heads(m.x, m.heads[me]) for m in moved]
     cuts = [m.cuts for m in moved]
     arriving = start_packed(
-        {members[r]: [some_heads(m.x, m.heads[r]) for m in moved] for r in others},
+        {members[r]: [of_heads(m.x, m.heads[r]) for m in moved] for r in others},
         {
             members[r]: [
                 ((m.x.shape[0], m.tokens[r], len(m.heads[me]), m.x.shape[3]), m.x.dtype)
@@ -198,11 +198,3 @@ def common(held: Iterable[int], at: Mapping[int, int]) -> list[tuple[slice, slic
         else:
             found.append((slice(here, here + 1), slice(there, there + 1)))
     return found
-
-
-def some_heads(x: Tensor, heads: Sequence[int]) -> Tensor:
-    """`heads` of x `[B, n, heads, dim]`, ascending: a view where they are a run."""
-    if not heads:
-        return x[:, :, :0]
-    run = range(heads[0], heads[-1] + 1)
-    return of_heads(x, run) if len(run) == len(heads) else x[:, :, list(heads)]

@@ -59,8 +59,7 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, softcap: float | None, drops: bool)
 def heads_at_once(batch: int, rows: int, dim: int) -> int:
     """How many heads of `rows` queries fill a call: as many as there are threads, over which the
     kernel's backward shares heads out, and more where they are short."""
-    threads = -(-torch.get_num_threads() // max(1, batch))
-    return max(threads, _CHUNK_ELEMENTS // max(1, batch * rows * dim))
+    return max(torch.get_num_threads(), _CHUNK_ELEMENTS // max(1, batch * rows * dim))
 
 
 def forward_whole(

@@ -67,9 +67,11 @@ class Cut:
         refused = flash.refusal(q, k, v, softcap, drops)
         kind = (q.shape[1:3], k.shape[1:3], refused, softcap is None, drops, form)
         if kind not in self._known:
-            spans, k_positions = self._tables()
-            check_spans(q, k, spans, k_positions)
-            served = tuple(forms_of(q, k, v, spans, k_positions, softcap, drops, form))
+            # What is kept may outlive the inference mode of this call.
+            with torch.inference_mode(False):
+                spans, k_positions = self._tables()
+                check_spans(q, k, spans, k_positions)
+                served = tuple(forms_of(q, k, v, spans, k_positions, softcap, drops, form))
             read = any(part.spans is not None for part in served)
             self._known[kind] = Parts(served, k_positions if read else None)
         return self._known[kind]
