@@ -148,6 +148,7 @@ def test_blocks_of_dims_and_of_chunks(kind: str) -> None:
         assert size <= 3e-6, (name, size)
 
 
+@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("kind", DECAYS)
 def test_float16(kind: str) -> None:
     """Products of float16: a few roundings of 2^-11. What other segments hang on is float32."""
@@ -275,6 +276,7 @@ def test_cases_start_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     }
 
 
+@pytest.mark.usefixtures("poisoned")
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", DECAYS)
 def test_lengths_chunks_and_betas(kind: str) -> None:
@@ -289,6 +291,7 @@ def test_lengths_chunks_and_betas(kind: str) -> None:
             assert size <= 3e-6, (n, packed, name, size)
 
 
+@pytest.mark.usefixtures("poisoned")
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", DECAYS)
 def test_float16_in_the_blocks_of_a_card(kind: str) -> None:
@@ -297,6 +300,7 @@ def test_float16_in_the_blocks_of_a_card(kind: str) -> None:
     check_float16(draw(130, kind, heads=1, dims=(128, 128), dtype=torch.float16))
 
 
+@pytest.mark.usefixtures("poisoned")
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", DECAYS)
 def test_float16_in_the_blocks_of_an_older_card(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -308,6 +312,7 @@ def test_float16_in_the_blocks_of_an_older_card(kind: str, monkeypatch: pytest.M
     check_float16(draw(70, kind, heads=1, dims=dims, dtype=torch.float16))
 
 
+@pytest.mark.usefixtures("poisoned")
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", DECAYS)
 def test_many_rows_take_wide_blocks(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
