@@ -7,6 +7,7 @@ as slow as its highest score.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from xdist.cost.attention_keys import Problem
 # choice never depends on where it is made: about 30 on two processes of one CPU, 700 between cards
 # of one host (600 TFLOP/s, 450 GB/s each way), 6000 over a 400 Gb/s network.
 FLOPS_PER_BYTE = 512
+_log = logging.getLogger(__name__)
 
 
 class Busiest(NamedTuple):
@@ -63,9 +65,10 @@ def choose(problem: Problem) -> Choice:
 
 
 def chosen(problem: Problem) -> Choice:
-    """`choose`, counted once for all calls with this problem."""
+    """`choose`, counted and said (level DEBUG) once for all calls with this problem."""
     if "choice" not in problem.kept:
         problem.kept["choice"] = choose(problem)
+        _log.debug("%s", problem.kept["choice"])
     found: Choice = problem.kept["choice"]
     return found
 

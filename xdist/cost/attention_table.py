@@ -44,7 +44,7 @@ between cards of one host (600 TFLOP/s, 450 GB/s each way), 6000 over a network 
 
 `xdist.parallel.attention.explain(q, k, v, shard, mask=mask)` returns the choice with the busiest
 rank of each strategy, and why the others cannot serve; meta tensors will do. The logger
-`xdist.parallel.attention` says it at level DEBUG. Counting takes milliseconds and is done once a
+`xdist.cost.attention_choice` says it at level DEBUG. Counting takes milliseconds and is done once a
 shard, not once a layer: the layers of a model share it, with the runs of keys that each rank needs
 and what each query sees.
 

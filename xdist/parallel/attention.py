@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import TypeAlias
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from xdist.comm.checks import checks_are_on, raise_together
 from xdist.cost.attention import STRATEGIES, check_strategy
-from xdist.cost.attention_choice import Choice, choose
+from xdist.cost.attention_choice import Choice, choose, chosen
 from xdist.cost.attention_keys import Problem
 from xdist.documents import Documents
 from xdist.dropout import Dropout
@@ -29,7 +28,6 @@ from xdist.shard import SequenceShard, resolve
 from xdist_kernels import attention as kernels
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_log = logging.getLogger(__name__)
 KeyShard: TypeAlias = SequenceShard | str
 
 
@@ -114,11 +112,7 @@ def _run(
 def _chosen(problem: Problem) -> str:
     if problem.parts == 1:  # nothing moves, and there is nothing to share: nothing to count
         return STRATEGIES[0]
-    if "choice" not in problem.kept:
-        problem.kept["choice"] = choose(problem)
-        _log.debug("%s", problem.kept["choice"])
-    choice: Choice = problem.kept["choice"]
-    return choice.strategy
+    return chosen(problem).strategy
 
 
 def _with_head_chunks(strategy: str, head_chunks: int) -> str:
