@@ -14,10 +14,12 @@ import contextlib
 import functools
 import os
 import re
+import select
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -175,6 +177,7 @@ def ahead(
                 log = logs.enter_context(tempfile.TemporaryFile())
                 options = ["--device", device, "--dtype", dtype, "--tokens", str(tokens)]
                 options += ["--share", str(share), str(shares), "--seconds", str(int(seconds) or 1)]
+                options += ["--beside", str(os.getpid())]
                 running.append(
                     (
                         log,
@@ -212,6 +215,28 @@ def _same(x: Any, y: Any) -> bool:
     return torch.equal(x, y)
 
 
+def _end_with(process: int) -> None:
+    """Ends this process by SIGKILL as soon as `process`, which need not be its parent, has ended.
+
+    PR_SET_PDEATHSIG follows the thread that started this process: inside a sanitizer that may be
+    one of the sanitizer's, which ends as it likes.
+    """
+    try:
+        watched = os.pidfd_open(process)
+    except ProcessLookupError:
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise
+    except (AttributeError, OSError):
+        # Linux before 5.3, or a Python that was built there: `--seconds` ends it.
+        return
+
+    def wait() -> None:
+        select.select([watched], [], [])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def main() -> int:
     """Each family of its share once; 1 where one raised. Its lines say which one runs."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -221,7 +246,10 @@ def main() -> int:
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--share", type=int, nargs=2, default=(0, 1), metavar=("I", "N"))
     parser.add_argument("--seconds", type=int, default=0, help="ends by SIGALRM after these")
+    parser.add_argument("--beside", type=int, help="ends when this process has ended")
     given = parser.parse_args()
+    if given.beside is not None:
+        _end_with(given.beside)
     if given.seconds:
         # No handler of ours: it ends a process that is inside a kernel's launch as well.
         signal.alarm(given.seconds)

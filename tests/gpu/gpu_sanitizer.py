@@ -63,7 +63,8 @@ def row(
         # What torch asks of the driver and is refused is no finding about a kernel.
         command += ["--report-api-errors", "no"]
     command += [sys.executable, str(Path(gpu_families.__file__).resolve()), "--device", device]
-    command += ["--seconds", str(max(1, int(seconds)))]
+    # The tool ends with the program that it watches, and that with this process.
+    command += ["--seconds", str(max(1, int(seconds))), "--beside", str(os.getpid())]
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONUNBUFFERED": "1"}
     with tempfile.TemporaryFile() as log:
         # A file, not a pipe: whoever holds a pipe's other end keeps its reader waiting.

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +28,22 @@ def module() -> Iterator[Callable[[str], Any]]:
     sys.path[:0] = [str(ROOT / "tests" / "gpu"), str(ROOT / "tests" / "benchmarks")]
     yield importlib.import_module
     sys.path[:] = before
+
+
+def _until(done: Callable[[], bool]) -> None:
+    until = time.monotonic() + 30.0
+    while not done():
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+def _gone(process: int) -> bool:
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+    # A zombie runs nothing; whoever adopted it will read its code.
+    return state == "Z"
 
 
 def test_the_families_start_kernels_of_every_file(
@@ -125,7 +144,8 @@ def test_the_tool_is_started_over_every_family_and_its_report_kept(
     assert arguments[arguments.index("--tool") + 1] == "memcheck"
     program = arguments.index(sys.executable)
     assert Path(arguments[program + 1]) == ROOT / "tests" / "gpu" / "gpu_families.py"
-    assert arguments[program + 2 :] == ["--device", "cuda", "--seconds", "9"]
+    told = ["--device", "cuda", "--seconds", "9", "--beside", str(os.getpid())]
+    assert arguments[program + 2 :] == told
     row = sanitizer.row("memcheck", None, "cuda", 9.0, tmp_path, "gpu-parity")
     assert "not installed" in row["remark"]
 
@@ -139,6 +159,36 @@ def test_the_program_under_the_tool_runs_every_family(
     row = families.ahead(("float32",), 20, "cpu", small=True, processes=2, seconds=200.0)
     assert row.pop("seconds") > 0
     assert row == {"processes": 2, "families": len(families.families(20, "", "cpu", small=True))}
+
+
+def test_what_a_worker_starts_ends_with_it_however_it_is_ended(tmp_path: Path) -> None:
+    """A worker that is killed ends nothing by itself: what it started sees that it is gone."""
+    seen, ready = tmp_path / "seen", tmp_path / "ready"
+    program = tmp_path / "program"
+    # In place of families: it says who it is, and would run for a minute.
+    program.write_text(
+        f"#!{sys.executable}\nimport os, sys, time\nfrom pathlib import Path\n"
+        f"sys.path.insert(0, {str(ROOT / 'tests' / 'gpu')!r})\nimport gpu_families\n"
+        "def families(*_, **__):\n"
+        f"    Path({str(seen)!r}).write_text(str(os.getpid()))\n"
+        f"    os.rename({str(seen)!r}, {str(ready)!r})\n"
+        "    time.sleep(60)\n"
+        "gpu_families.families = families\nsys.argv = sys.argv[1:]\ngpu_families.main()\n"
+    )
+    program.chmod(0o755)
+    worker = subprocess.Popen(
+        [
+            sys.executable, "-c",
+            f"import sys; sys.path.insert(0, {str(ROOT / 'tests' / 'gpu')!r}); import gpu_families;"
+            f"sys.executable = {str(program)!r};"
+            "gpu_families.ahead(['float32'], 20, 'cpu', small=True, processes=1, seconds=60.0)",
+        ]
+    )  # fmt: skip
+    _until(ready.exists)
+    started = int(ready.read_text())
+    worker.kill()
+    worker.wait()
+    _until(lambda: _gone(started))
 
 
 def test_what_does_not_end_in_a_process_of_its_own_is_a_remark(
