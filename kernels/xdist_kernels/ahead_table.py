@@ -61,10 +61,8 @@ target,
 - one of its dtypes and decay has no smaller size and no fewer stages: it bounds the shared memory.
 
 So a head dim of 96, say, is covered by rows of 128 and of 80. Lengths, strides and addresses are
-those that 16 divides, with which most bytes move at once. Each launch that the wrappers of conv,
-cross_entropy, merge and selective_scan can make is covered: a test draws calls of all sizes, dtypes
-and options. attention, delta and linear have rows for the dims, dtypes and options that are listed;
-further ones compile when they are first used.
+those that 16 divides, with which most bytes move at once. Each launch that the wrappers can make is
+covered: a test draws calls of all sizes, head dims, dtypes and options.
 
 A program has at most {limits} of shared memory. A kernel *spills* where a thread keeps values in
 local memory because its registers do not suffice: those stand by themselves below, each with its

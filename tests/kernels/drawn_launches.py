@@ -1,10 +1,9 @@
 """Draws calls of every family that has Triton kernels, and asks whether the table of compiled
 kernels covers what they would start: `python drawn_launches.py SEED CALLS COMPILED TABLE`.
 
-Calls are drawn over what the wrappers accept, by themselves: no case of a family is looked at. Of
-COVERED families each launch must be covered. Some launches of all families are compiled exactly as
-drawn: they must need no more shared memory than a program has, nor than the rows that bound them.
-Run without TRITON_INTERPRET; 1 where something is not as it should be.
+Calls are drawn over what the wrappers accept, by themselves: no case of a family is looked at.
+Some of the launches are compiled exactly as drawn, and must need no more shared memory than the
+rows that bound them. Run without TRITON_INTERPRET; 1 where something is not as it should be.
 """
 
 from __future__ import annotations
@@ -34,8 +33,6 @@ from xdist_kernels.selective_scan import triton as scan_kernels
 HALVES = (torch.bfloat16, torch.float16)
 DTYPES = (*HALVES, torch.float32)
 FLOAT = torch.float32
-# Families whose every launch is covered; the others have rows for what their cases list.
-COVERED = frozenset({"conv", "cross_entropy", "merge", "selective_scan"})
 # What an option may add to the shared memory of a bounding row that lacks it.
 OPTION_BYTES = 4096
 
@@ -218,15 +215,14 @@ def check(target: str, seed: int, calls: int, compiled: int, table: Path) -> lis
             with recording(ahead.TARGETS[target]) as found:
                 make(draw)
             launches += [(family, launch) for launch in found]
-            if family in COVERED:
-                wrong |= {f"{target}: {fact}" for launch in found for fact in cover.lacks(launch)}
+            wrong |= {f"{target}: {fact}" for launch in found for fact in cover.lacks(launch)}
     for family, launch in random.Random(seed).sample(launches, compiled):
         key = ahead.key_of(launch, ahead.TARGETS[target])
         row = ahead.compiled(ahead.Planned(family, "drawn", target, launch, key))
         bound = max((rows[key]["shared_bytes"] for key in cover.bounds(launch)), default=0)
         if why := ahead.too_large(row):
             wrong.add(why)
-        elif bound and row["shared_bytes"] > bound + OPTION_BYTES:
+        elif row["shared_bytes"] > bound + OPTION_BYTES:
             wrong.add(f"{target}: {launch} needs {row['shared_bytes']} bytes, bound by {bound}")
     print(f"{target}: {len(launches)} launches drawn")
     return sorted(wrong)
