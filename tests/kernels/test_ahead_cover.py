@@ -151,7 +151,7 @@ def test_every_drawn_launch_is_covered_by_compiled_ones() -> None:
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     script = Path(__file__).with_name("drawn_launches.py")
     result = subprocess.run(
-        [sys.executable, script, "7", "25", "2", ROOT / "docs" / "kernels"],
+        [sys.executable, script, "7", "25", "1", ROOT / "docs" / "kernels"],
         check=False,
         capture_output=True,
         text=True,
