@@ -10,8 +10,7 @@ from torch import Tensor
 
 import xdist
 from xdist import Dropout, Mask
-from xdist.cost import attention_keys
-from xdist.parallel import attention as doors
+from xdist.cost import attention_choice, attention_keys
 from xdist.parallel.attention_call import Call
 from xdist.shard import MOST_KEPT, SequenceShard
 from xdist.testing.pool import RankPool
@@ -75,7 +74,7 @@ def test_calls_on_one_shard_equal_calls_on_shards_of_their_own(pool2: RankPool) 
 def counted() -> dict[str, int]:
     """How often needs, choices and spans are computed by six layers, forward and backward."""
     counts = dict.fromkeys(("needs", "choice", "spans"), 0)
-    before = attention_keys.needs_of, doors.choose, Call._spans
+    before = attention_keys.needs_of, attention_choice.choose, Call._spans
 
     def counting(name: str, real):  # type: ignore[no-untyped-def]
         def wrapper(*args):  # type: ignore[no-untyped-def]
@@ -86,13 +85,13 @@ def counted() -> dict[str, int]:
 
     try:
         attention_keys.needs_of = counting("needs", before[0])
-        doors.choose = counting("choice", before[1])
+        attention_choice.choose = counting("choice", before[1])
         Call._spans = counting("spans", before[2])  # type: ignore[method-assign]
         shard = shard_of(xdist.init_mesh(ring=2))
         for _ in range(6):
             layer(shard, Mask(), "auto")
     finally:
-        attention_keys.needs_of, doors.choose, Call._spans = before  # type: ignore[method-assign]
+        attention_keys.needs_of, attention_choice.choose, Call._spans = before  # type: ignore[method-assign]
     return counts
 
 
