@@ -196,6 +196,11 @@ def _square(copies: int) -> Callable[[Sizes, int], int]:
     return lambda s, parts: copies * 4 * s.heads * (s.tokens // parts) ** 2
 
 
+def _half(copies: int) -> Callable[[Sizes, int], int]:
+    """The same of one of the two blocks of tokens that a zigzag share is made of."""
+    return lambda s, parts: copies * 4 * s.heads * (s.tokens // (2 * parts)) ** 2
+
+
 def _wide(copies: int) -> Callable[[Sizes, int], int]:
     """The same with all keys."""
     return lambda s, parts: copies * 4 * s.heads * (s.tokens // parts) * s.tokens
@@ -237,6 +242,9 @@ METHODS: dict[str, Method] = {
         _ringmaster("ring", balance="distflash"), "xdist ring", scores_bytes=_square(4)
     ),
     "ringmaster zigzag": Method(
-        _ringmaster("ring", balance="head_tail"), "xdist ring", zigzag=True
+        _ringmaster("ring", balance="head_tail"),
+        "xdist ring",
+        zigzag=True,
+        scores_bytes=_half(3),
     ),
 }
