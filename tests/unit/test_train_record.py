@@ -19,6 +19,7 @@ from xdist.train.charts import Band, Line, layout_chart, line_chart, short, tick
 from xdist.train.metrics import PeakMemory, StepMetrics
 from xdist.train.progress import Clock, Lines, Live, duration, memory
 from xdist.train.record import Record, read_metrics
+from xdist.train.summary import plan_lines
 
 CONFIG = override(
     Config(),
@@ -209,6 +210,28 @@ def test_the_report_is_one_page_that_loads_nothing(tmp_path: pathlib.Path) -> No
         assert f"{title}</" in text
     assert not re.search(r"\$[a-z]", text)
     assert "prefers-color-scheme: dark" in text
+
+
+def test_a_report_after_a_resume_on_other_degrees_and_stages(tmp_path: pathlib.Path) -> None:
+    """Each step is compared with its own plan, and run.json's may have fewer stages."""
+    record = Record(tmp_path, 0)
+    record.open_metrics(0)
+    for step in range(1, 6):
+        ranks = 2 if step < 3 else 1
+        bytes_of = {"sent_bytes": [10 * ranks] * ranks, "planned_bytes": [10 * ranks] * ranks}
+        peaks = {"peak_memory_bytes": [1 << 30] * ranks}
+        record.metrics(_metrics(step, **bytes_of, **peaks).line())
+    record.close()
+    facts = {"ranks": 1, "planned_peak_memory_bytes": [[1 << 30]]}
+    record.describe("", facts)
+    record.status("finished", 5, exit_code=0)
+    text = write_report(tmp_path).read_text()
+    assert 'class="bad">no' not in text
+    assert text.count('class="good">yes') == 2
+    lines = plan_lines(read_metrics(tmp_path), facts)
+    assert "20 bytes sent a step and rank (planned 20, equal in every step)" in lines[0]
+    assert "(planned 1.00)" in lines[0]
+    assert "peak 1.00 GiB, " in lines[1]
 
 
 def test_a_report_of_a_failed_run_says_why(tmp_path: pathlib.Path) -> None:

@@ -173,9 +173,11 @@ def _memory(steps: list[Values], facts: Values) -> str:
         )
         for rank in range(min(len(s["peak_memory_bytes"]) for s in steps))
     ]
-    planned = facts.get("planned_peak_memory_bytes") or []
-    if planned and all(planned):
-        points = [(x, max(planned[s["stage"]]) / 2**30) for x, s in zip(seen, steps, strict=True)]
+    planned = [planned_peak(facts, step["stage"]) for step in steps]
+    if any(planned):
+        points = [
+            (x, peak / 2**30 if peak else math.nan) for x, peak in zip(seen, planned, strict=True)
+        ]
         lines.append(Line("planned", points, 7, dashed=True))
     return line_chart(
         lines,
@@ -194,25 +196,23 @@ def _layout(facts: Values) -> str:
 def _plan(steps: list[Values], facts: Values) -> str:
     if not steps:
         return ""
-    memory = facts.get("planned_peak_memory_bytes") or []
     rows = []
     for stage, group in itertools.groupby(steps, key=lambda step: step["stage"]):
         of_stage = list(group)
-        sent = {tuple(step["sent_bytes"]) for step in of_stage}
-        planned = of_stage[0]["planned_bytes"]
-        busiest = max(max(one) for one in sent)
-        equal = not planned or all(list(one) == list(planned) for one in sent)
+        planned = planned_sent(of_stage)
+        busiest = max(max(step["sent_bytes"]) for step in of_stage)
+        equal = sent_as_planned(of_stage)
         peak = max(max(step["peak_memory_bytes"]) for step in of_stage)
-        guess = max(memory[stage]) if stage < len(memory) and memory[stage] else None
+        guess = planned_peak(facts, stage)
         rate = sorted(step["tokens_per_s"] for step in of_stage)[len(of_stage) // 2]
         rows.append(
             [
                 f"{of_stage[0]['sequence_length']:,}",
                 f"{len(of_stage):,}",
-                f"{max(planned):,}" if planned else "no plan",
+                f"{planned:,}" if planned is not None else "no plan",
                 f"{busiest:,}",
                 f'<span class="{"good" if equal else "bad"}">{"yes" if equal else "no"}</span>'
-                if planned
+                if planned is not None
                 else "",
                 f"{guess / 2**30:.2f}" if guess else "no plan",
                 f"{peak / 2**30:.2f}",
@@ -232,6 +232,28 @@ def _plan(steps: list[Values], facts: Values) -> str:
     body = "".join("<tr>" + "".join(f"<td>{c}</td>" for c in row) + "</tr>" for row in rows)
     titles = "".join(f"<th>{title}</th>" for title in head)
     return f"<table><thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def planned_peak(facts: Values, stage: int) -> int:
+    """The planned peak of a stage's busiest rank, bytes; 0 where run.json has none.
+
+    Its plan is that of the last start: an earlier one may have had more stages.
+    """
+    peaks = facts.get("planned_peak_memory_bytes") or []
+    return max(peaks[stage], default=0) if stage < len(peaks) else 0
+
+
+def planned_sent(steps: list[Values]) -> int | None:
+    """The most bytes that one rank should send in one of the steps; None without a plan."""
+    return max(
+        (max(step["planned_bytes"]) for step in steps if step["planned_bytes"]), default=None
+    )
+
+
+def sent_as_planned(steps: list[Values]) -> bool:
+    """Whether every step sent what was planned for it: a resume may change the degrees."""
+    planned = [step for step in steps if step["planned_bytes"]]
+    return all(step["sent_bytes"] == step["planned_bytes"] for step in planned)
 
 
 def _bands(steps: list[Values]) -> list[Band]:

@@ -9,7 +9,13 @@ from typing import Any
 
 from xdist.train.progress import Progress
 from xdist.train.record import RUN, Record, read_json, read_metrics, replace
-from xdist.train.report import SUMMARY, write_report
+from xdist.train.report import (
+    SUMMARY,
+    planned_peak,
+    planned_sent,
+    sent_as_planned,
+    write_report,
+)
 
 
 def finish_run(
@@ -34,16 +40,16 @@ def finish_run(
 def plan_lines(steps: list[dict[str, Any]], facts: dict[str, Any]) -> list[str]:
     """For each stage: bytes and memory of the busiest rank, planned and measured."""
     found = []
-    memory = facts.get("planned_peak_memory_bytes") or []
     for stage in sorted({step["stage"] for step in steps}):
         of_stage = [step for step in steps if step["stage"] == stage]
-        planned = of_stage[0]["planned_bytes"]
+        planned = planned_sent(of_stage)
         sent = max(max(step["sent_bytes"]) for step in of_stage)
         peak = max(max(step["peak_memory_bytes"]) for step in of_stage)
         rate = statistics.median(step["tokens_per_s"] for step in of_stage)
-        equal = all(step["sent_bytes"] == step["planned_bytes"] for step in of_stage)
-        guess = max(memory[stage]) if stage < len(memory) and memory[stage] else 0
-        beside_bytes = f" (planned {max(planned):,}, {_same(equal)})" if planned else ""
+        guess = planned_peak(facts, stage)
+        beside_bytes = ""
+        if planned is not None:
+            beside_bytes = f" (planned {planned:,}, {_same(sent_as_planned(of_stage))})"
         beside_memory = f" (planned {guess / 2**30:.2f})" if guess else ""
         found.append(
             f"length {of_stage[0]['sequence_length']:,}: {sent:,} bytes sent a step and rank"
