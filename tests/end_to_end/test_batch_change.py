@@ -49,6 +49,24 @@ def test_a_changed_batch_goes_on_from_the_next_sample_when_allowed(
     assert _cursors(folder, name) == [2, 4, 8, 12, 16, 20]
 
 
+def test_a_finished_run_is_extended_by_a_stage_with_another_batch(
+    folder: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The samples used so far are the same: nothing has to be allowed."""
+    first = "train.curriculum=[{length=61,batch=2,steps=2}%s]"
+    assert run_here(str(folder), "longer", first % "") == (0, "")
+    capsys.readouterr()
+    assert run_here(str(folder), "longer", first % ",{length=61,batch=4,steps=2}") == (0, "")
+    assert "global batch 2->4, as the next stage says, step 2" in capsys.readouterr().out
+    assert _cursors(folder, "longer") == [2, 4, 8, 12]
+    # A stage under way keeps its batch.
+    code, message = run_here(
+        str(folder), "longer", first.replace("batch=2,steps=2", "batch=3,steps=9") % ""
+    )
+    assert code == 2
+    assert "the global batch changed" in message
+
+
 def _rows(config: Config, position: Position, steps: int) -> list[torch.Tensor]:
     """The samples of the next steps, one by one, as the loop is fed with them."""
     feed = text_feed(config, Mesh.one_rank(), TextStore(config.data.store), position)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any, NamedTuple, cast
 
 from torch import Tensor
@@ -128,7 +129,8 @@ def told(state: dict[str, Any], config: Config, mesh: Mesh) -> str:
         return f"{old[name]}->{new[name]}" if old[name] != new[name] else f"{new[name]}"
 
     had, has = state["global_batch"], global_batch(config, state["step"])
-    batch = f"unchanged {has}" if had == has else f"{had}->{has}, allowed by the config"
+    why = "as the next stage says" if _same_order(state, config) else "allowed by the config"
+    batch = f"unchanged {has}" if had == has else f"{had}->{has}, {why}"
     sequence_old, sequence_new = old["ring"] * old["ulysses"], new["ring"] * new["ulysses"]
     sequence = f"{sequence_old}->{sequence_new}" if sequence_old != sequence_new else sequence_new
     before, now = state["config"].get("engine", {}).get("name", "plain"), config.engine.name
@@ -276,9 +278,13 @@ def _shift(state: dict[str, Any]) -> int:
 
 
 def _same_order(state: dict[str, Any], config: Config) -> bool:
-    """Whether `config` would have used the samples that the checkpoint's run used."""
+    """Whether `config` would have used the samples that the checkpoint's run used.
+
+    The batch is that of the stage under way; a stage that is still to begin may have any.
+    """
     step, cursor = state["step"], state["sample_cursor"]
-    same_batch = global_batch(config, step) == state["global_batch"]
+    ends = itertools.accumulate(stage.steps for stage in config.train.curriculum)
+    same_batch = step in ends or global_batch(config, step) == state["global_batch"]
     return same_batch and samples_before(config, step) + _shift(state) == cursor
 
 
