@@ -37,6 +37,11 @@ class Job:
         """Where a rank leaves why it failed."""
         return error_file(self.directory, rank)
 
+    @property
+    def met_file(self) -> pathlib.Path:
+        """What rank 0 leaves when all ranks have met; set-up comes after it."""
+        return self.directory / "logs" / "met"
+
     def started_file(self, rank: int) -> pathlib.Path:
         """What a rank leaves when it has loaded everything and is about to meet the others."""
         return started_file(self.error_file(rank))

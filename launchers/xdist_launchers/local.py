@@ -32,7 +32,7 @@ from xdist_launchers.rank_env import (
     rank_env,
     rendezvous_env,
 )
-from xdist_launchers.run_state import Progress, last_seen, replace_status, running_since
+from xdist_launchers.run_state import Progress, last_seen, replace_status
 
 PEER_GRACE_S = 3.0  # for the others to notice by themselves, and to say what they were doing
 TERM_S = 2.0  # from SIGTERM to SIGKILL
@@ -135,6 +135,7 @@ def port_taken(job: Job) -> str:
 def _attempt(job: Job, signals: _Signals, mine: set[int]) -> _Watch:
     """Start all ranks and return when all have ended; those that must be are ended."""
     (job.directory / "logs").mkdir(parents=True, exist_ok=True)
+    job.met_file.unlink(missing_ok=True)
     meeting = rendezvous_env(LOOPBACK, free_port(), new_nonce())
     watch = _Watch([])
     try:
@@ -165,7 +166,6 @@ def _attempt(job: Job, signals: _Signals, mine: set[int]) -> _Watch:
 def _watch_over(job: Job, watch: _Watch, signals: _Signals) -> None:
     """Return when all ranks have ended, or when those that run have to be ended."""
     began = time.monotonic()
-    run_began = running_since(job.directory)
     met = False
     first_failure = None
     while len(watch.ended_at) < job.ranks and not signals.seen:
@@ -176,7 +176,7 @@ def _watch_over(job: Job, watch: _Watch, signals: _Signals) -> None:
             if now - first_failure > PEER_GRACE_S:
                 return
         elif not met:
-            met = bool(watch.ended_at) or running_since(job.directory) != run_began
+            met = bool(watch.ended_at) or job.met_file.exists()
             if not met and now - began > job.init_timeout_s:
                 return
         time.sleep(0.02)

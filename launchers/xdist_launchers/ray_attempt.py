@@ -17,7 +17,6 @@ from xdist_launchers.rank_env import LOOPBACK, common_env, new_nonce, rank_env, 
 from xdist_launchers.ray_actor import Answer, RankActor
 from xdist_launchers.ray_cluster import Cluster
 from xdist_launchers.ray_plan import Need, Seat, bundle_sizes, seats, shortage
-from xdist_launchers.run_state import running_since
 
 PEER_GRACE_S = 3.0  # for the others to notice by themselves, and to say what they were doing
 CAUSE_S = 8.0  # the longest wait for the death that made its peers fail
@@ -71,12 +70,11 @@ class Attempt:
         Raises:
             LaunchError: the cluster had no room within launch.init_timeout_s.
         """
-        run_began = running_since(self.job.directory)
         try:
             self._place()
             if not self.signals:
                 self._start()
-                self._watch(run_began)
+                self._watch()
         finally:
             self._end()
 
@@ -148,6 +146,7 @@ class Attempt:
         port = self.cluster.get(self.ranks[0].actor.free_port.remote(address), job.init_timeout_s)
         meeting = rendezvous_env(address, port, new_nonce())
         (job.directory / "logs").mkdir(parents=True, exist_ok=True)
+        job.met_file.unlink(missing_ok=True)
         references = []
         for rank in self.ranks:
             seat = rank.seat
@@ -198,7 +197,7 @@ class Attempt:
         env["CUDA_VISIBLE_DEVICES"] = ",".join(cards) if self.need.gpus else ""
         return env | rank_env(seat.rank, seat.local_rank)
 
-    def _watch(self, run_began: int) -> None:
+    def _watch(self) -> None:
         """Return when all ranks have ended, or when those that run have to be ended."""
         began = time.monotonic()
         first_failure = None
@@ -211,7 +210,7 @@ class Attempt:
                 if now - first_failure > grace_s:
                     return
             elif not self.met:
-                self.met = running_since(self.job.directory) != run_began
+                self.met = self.job.met_file.exists()
                 if not self.met and now - began > self.job.init_timeout_s:
                     return
 

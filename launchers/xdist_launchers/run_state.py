@@ -17,12 +17,6 @@ def read_status(directory: pathlib.Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
-def running_since(directory: pathlib.Path) -> int:
-    """A number that changes when rank 0 says in status.json that the ranks have met."""
-    path = directory / "status.json"
-    return path.stat().st_mtime_ns if path.exists() else 0
-
-
 def replace_status(directory: pathlib.Path, failure: Failure, state: str = "failed") -> None:
     """Replace status.json: ranks that were killed could not. Step and checkpoint stay as known."""
     known = Progress(directory)

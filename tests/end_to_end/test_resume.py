@@ -10,6 +10,7 @@ import shutil
 import signal
 
 import pytest
+from torch import nn
 
 from tests.end_to_end.training import (
     config_of,
@@ -21,6 +22,7 @@ from tests.end_to_end.training import (
     run_until,
     status_of,
 )
+from xdist.config import Config
 from xdist.testing import RankPool
 from xdist.train import run
 
@@ -213,6 +215,26 @@ def test_a_signal_saves_after_the_step_and_ends_with_75(folder: pathlib.Path) ->
     assert status["last_checkpoint"].endswith("step-00000003")
     assert run(config) == 0
     assert losses(config) == losses(config_of(folder, "whole"))
+
+
+def test_ranks_say_that_they_met_before_they_build_and_resume(
+    folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """launch.init_timeout_s of the launchers bounds the meeting, not what comes after it."""
+    from xdist.train import setup
+    from xdist_launchers.job import Job
+
+    config = config_of(folder, "met")
+    job = Job((), 1, 1, config.run_directory, 0, 1.0, "")
+    build, seen = setup.build_model, []
+
+    def built(config: Config) -> nn.Module:
+        seen.append((job.met_file.exists(), (config.run_directory / "status.json").exists()))
+        return build(config)
+
+    monkeypatch.setattr(setup, "build_model", built)
+    assert run(config) == 0
+    assert seen == [(True, False)]
 
 
 def test_a_torn_line_of_metrics_is_mended(folder: pathlib.Path) -> None:

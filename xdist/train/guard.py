@@ -54,11 +54,13 @@ class Guard:
         )
 
     def open(self, mesh: Mesh) -> None:
-        """Catch signals and start the watchdog; every rank calls it."""
+        """Catch signals, start the watchdog, say that the ranks have met; every rank calls it."""
         self.stop.__enter__()
         RECORDER.enter("set-up")
         note = self._watchdog.open(mesh)
         self.notes += [note] if note else []
+        # From here on the watchdog bounds what happens, a long resume too, and no launcher does.
+        self._record.met()
 
     def close(self) -> None:
         """Stop watching; signals do again what they did before."""

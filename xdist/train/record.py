@@ -19,6 +19,7 @@ CONFIG = "config.toml"
 RUN = "run.json"
 CHECKPOINTS = "checkpoints"
 REPORT = "report.html"
+MET = "logs/met"
 
 
 class Record:
@@ -36,6 +37,11 @@ class Record:
     def checkpoints(self) -> pathlib.Path:
         """The folder of the checkpoints."""
         return self.directory / CHECKPOINTS
+
+    def met(self) -> None:
+        """Leave logs/met: all ranks have met. A launcher that waits for that watches for it."""
+        if self.rank == 0:
+            replace(self.directory / MET, "")
 
     def describe(self, config_toml: str, facts: dict[str, Any]) -> None:
         """Write config.toml as resolved, and run.json: versions, ranks, parameters, plan."""
