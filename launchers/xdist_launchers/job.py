@@ -13,12 +13,15 @@ from xdist.config import Config, load, override
 from xdist.config_checks import Problem, raise_problems, store_problem, world_problem
 from xdist_launchers.failure import failure_of, inform_torchrun, tell, write_failure
 
+END_S = 60.0  # for a rank to end, once it has saved
+
 
 @dataclasses.dataclass(frozen=True)
 class Job:
     """A checked config and the words that make each rank read the same one.
 
     `command` starts one rank; it gets the path of the rank's failure record appended.
+    `stop_timeout_s` is the longest time from the first signal to the end of the ranks.
     """
 
     command: tuple[str, ...]
@@ -28,6 +31,7 @@ class Job:
     max_restarts: int
     init_timeout_s: float
     again: str
+    stop_timeout_s: float
 
     def log_file(self, rank: int) -> pathlib.Path:
         """Where a rank other than 0 prints."""
@@ -87,7 +91,18 @@ def local_job(
         max_restarts=config.launch.max_restarts,
         init_timeout_s=config.launch.init_timeout_s,
         again=shlex.join(["xdist", "launch", launcher, *words, "--ranks", str(ranks)]),
+        stop_timeout_s=stop_timeout_s(config),
     )
+
+
+def stop_timeout_s(config: Config) -> float:
+    """How long ranks that were asked to stop may take until they have saved and ended, seconds.
+
+    A signal finds them in a step; a save may be due after it, and the next step may have begun
+    before all of them know; then comes the last save. The watchdog bounds each of the four.
+    """
+    longest = max(config.train.first_step_timeout_s, config.train.step_timeout_s)
+    return 4 * longest + END_S
 
 
 def _raise_any(path: str, *found: Problem | None) -> None:

@@ -21,7 +21,7 @@ from types import FrameType
 
 from xdist_launchers.doctor import memory_bytes
 from xdist_launchers.failure import Failure, read_failure
-from xdist_launchers.job import Job
+from xdist_launchers.job import END_S, Job
 from xdist_launchers.processes import Child, adopt_orphans, children, kill_orphans, rss_bytes, stop
 from xdist_launchers.rank_env import (
     LOOPBACK,
@@ -36,7 +36,6 @@ from xdist_launchers.run_state import Progress, last_seen, replace_status
 
 PEER_GRACE_S = 3.0  # for the others to notice by themselves, and to say what they were doing
 TERM_S = 2.0  # from SIGTERM to SIGKILL
-STOP_S = 60.0  # the same when the user stops the run: ranks finish their step and save
 PREEMPTED = 75  # a rank that was asked to stop, and saved
 OOM_SHARE = 0.9  # of the host's memory, from which SIGKILL is taken for the OOM killer's
 
@@ -70,7 +69,7 @@ class _Watch:
 
 
 class _Signals:
-    """SIGINT, SIGTERM and SIGHUP are noted, to be acted on by the loop."""
+    """SIGINT, SIGTERM, SIGHUP and SIGUSR1 are noted, to be acted on by the loop."""
 
     def __init__(self) -> None:
         self.seen: list[int] = []
@@ -80,7 +79,7 @@ class _Signals:
 
     @contextlib.contextmanager
     def caught(self) -> Iterator[_Signals]:
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
         before = {number: signal.signal(number, self.note) for number in numbers}
         try:
             yield self
@@ -155,7 +154,7 @@ def _attempt(job: Job, signals: _Signals, mine: set[int]) -> _Watch:
             print("xdist: stopping after this step; a second signal stops at once", file=sys.stderr)
         stop(
             watch.ranks,
-            term_s=STOP_S if signals.seen else TERM_S,
+            term_s=job.stop_timeout_s if signals.seen else TERM_S,
             hurry=lambda: len(signals.seen) > 1 or (bool(signals.seen) and _hopeless(watch)),
             hurry_s=TERM_S,
         )
@@ -184,8 +183,15 @@ def _watch_over(job: Job, watch: _Watch, signals: _Signals) -> None:
 
 
 def _hopeless(watch: _Watch) -> bool:
-    """Whether a rank was killed: the others wait for it and will not reach the end of a step."""
-    return any(child.ended and child.killed_by is not None for child in watch.ranks)
+    """Whether those that still run will not end by themselves, or not with a save.
+
+    A rank was killed or failed: the others wait for it and will not reach the end of a step. Or
+    one ended well, and long ago: all end after the same save.
+    """
+    watch.look()
+    codes = {watch.ranks[rank].exit_code for rank in watch.ended_at}
+    first = min(watch.ended_at.values(), default=time.monotonic())
+    return not codes <= {0, PREEMPTED} or time.monotonic() - first > END_S
 
 
 def _absent(job: Job, watch: _Watch) -> Failure:

@@ -26,7 +26,6 @@ from xdist_launchers.rank_env import PORT_TRIES
 from xdist_launchers.run_state import Progress, replace_status
 
 PREEMPTED = 75
-STOP_S = 90.0  # from the first signal until mpirun is ended
 _KEPT_LINES = 200
 
 # "process rank 1 with PID 7 on node n0 exited on signal 9" (Open MPI), over two lines or one;
@@ -136,23 +135,23 @@ def _attempt(one: MpiJob, signals: _Signals, mine: set[int]) -> tuple[Child, str
     for tee in tees:
         tee.start()
     try:
-        _wait(child, signals)
+        _wait(child, signals, job.stop_timeout_s)
     finally:
         stop([child], term_s=10.0)
         kill_orphans(mine)
     return child, "".join(tee.text() for tee in tees)
 
 
-def _wait(child: Child, signals: _Signals) -> None:
-    """Until mpirun has ended, or was asked to twice."""
-    asked_at = None
+def _wait(child: Child, signals: _Signals, stop_timeout_s: float) -> None:
+    """Until mpirun has ended, or was asked to twice, or `stop_timeout_s` after the first time."""
+    until = None
     while not child.ended:
-        if signals.seen and asked_at is None:
-            asked_at = time.monotonic()
+        if signals.seen and until is None:
+            until = time.monotonic() + stop_timeout_s
             print("xdist: stopping after this step; a second signal stops at once", file=sys.stderr)
             # Every mpirun forwards SIGUSR1; at SIGTERM that of Open MPI kills the ranks.
             os.kill(child.pid, signal.SIGUSR1)
-        if asked_at is not None and (len(signals.seen) > 1 or time.monotonic() - asked_at > STOP_S):
+        if until is not None and (len(signals.seen) > 1 or time.monotonic() > until):
             return
         time.sleep(0.02)
 

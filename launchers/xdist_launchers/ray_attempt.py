@@ -12,7 +12,7 @@ from typing import Any
 
 from xdist.errors import LaunchError
 from xdist_launchers.failure import Failure, read_failure
-from xdist_launchers.job import Job
+from xdist_launchers.job import END_S, Job
 from xdist_launchers.rank_env import LOOPBACK, common_env, new_nonce, rank_env, rendezvous_env
 from xdist_launchers.ray_actor import Answer, RankActor
 from xdist_launchers.ray_cluster import Cluster
@@ -22,7 +22,7 @@ PEER_GRACE_S = 3.0  # for the others to notice by themselves, and to say what th
 CAUSE_S = 8.0  # the longest wait for the death that made its peers fail
 UNREACHABLE_S = 3.0  # for a connection to an actor to come back
 TERM_S = 2.0  # from SIGTERM to SIGKILL
-STOP_S = 60.0  # the same when the user stops the run: ranks finish their step and save
+PREEMPTED = 75  # a rank that was asked to stop, and saved
 
 
 @dataclass
@@ -308,12 +308,21 @@ class Attempt:
         for rank in self.ranks:
             if not rank.ended:
                 rank.actor.send.remote(signal.SIGTERM)
-        until = time.monotonic() + STOP_S
+        until = time.monotonic() + self.job.stop_timeout_s
         while time.monotonic() < until and len(self.signals) < 2:
             self._listen()
-            dead = any(rank.lost or rank.answer.killed_by is not None for rank in self.ranks)
-            if dead or all(rank.ended for rank in self.ranks):
+            if self._hopeless() or all(rank.ended for rank in self.ranks):
                 return
+
+    def _hopeless(self) -> bool:
+        """Whether those that still run will not end by themselves, or not with a save.
+
+        A rank was lost or failed, and the others wait for it; or one ended well, and long ago.
+        """
+        ended = [rank.ended_at for rank in self.ranks if rank.ended_at is not None]
+        codes = {None if rank.lost else rank.answer.exit_code for rank in self.ranks if rank.ended}
+        first = min(ended, default=time.monotonic())
+        return not codes <= {0, PREEMPTED} or time.monotonic() - first > END_S
 
     def _give_back(self) -> None:
         for rank in self.ranks:

@@ -21,7 +21,7 @@ from xdist_launchers.failure import Failure
 from xdist_launchers.job import Job, local_job
 from xdist_launchers.local import port_taken
 from xdist_launchers.rank_env import PORT_TRIES
-from xdist_launchers.ray_attempt import Attempt, Watched, first_failure
+from xdist_launchers.ray_attempt import PREEMPTED, Attempt, Watched, first_failure
 from xdist_launchers.ray_cluster import (
     Cluster,
     check_environment,
@@ -33,9 +33,8 @@ from xdist_launchers.ray_plan import Need
 from xdist_launchers.ray_private import private_cluster
 from xdist_launchers.run_state import Progress, replace_status
 
-PREEMPTED = 75  # a rank that was asked to stop, and saved
 OOM_SHARE = 0.9  # of the host's memory, from which SIGKILL is taken for the OOM killer's
-_NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 def ray_job(path: str, overrides: Sequence[str], *, render: bool = False) -> tuple[Config, Job]:

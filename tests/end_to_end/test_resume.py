@@ -225,7 +225,7 @@ def test_ranks_say_that_they_met_before_they_build_and_resume(
     from xdist_launchers.job import Job
 
     config = config_of(folder, "met")
-    job = Job((), 1, 1, config.run_directory, 0, 1.0, "")
+    job = Job((), 1, 1, config.run_directory, 0, 1.0, "", 1.0)
     build, seen = setup.build_model, []
 
     def built(config: Config) -> nn.Module:

@@ -42,9 +42,11 @@ from xdist_launchers import local
 from xdist_launchers.job import Job
 local.PEER_GRACE_S = 1.0  # these ranks never need the three seconds
 body, run, *numbers = sys.argv[1:]
-ranks, restarts, init_timeout_s = map(int, numbers)
+ranks, restarts, init_timeout_s, stop_timeout_s = map(int, numbers)
 command = (sys.executable, "-c", body, run)
-job = Job(command, ranks, 1, pathlib.Path(run), restarts, init_timeout_s, "xdist again")
+job = Job(
+    command, ranks, 1, pathlib.Path(run), restarts, init_timeout_s, "xdist again", stop_timeout_s
+)
 sys.exit(local.run(job))
 """
 
@@ -94,10 +96,17 @@ def launch(tmp_path: pathlib.Path) -> Iterator[Callable[..., Launch]]:
     """Start `body` on some ranks under the local launcher; all is killed after the test."""
     started: list[Launch] = []
 
-    def start(body: str, ranks: int = 2, restarts: int = 0, init_timeout_s: int = 60) -> Launch:
+    def start(
+        body: str,
+        ranks: int = 2,
+        restarts: int = 0,
+        init_timeout_s: int = 60,
+        stop_timeout_s: int = 60,
+    ) -> Launch:
         run = tmp_path / "run"
         run.mkdir(exist_ok=True)
-        arguments = [PRELUDE + body, str(run), str(ranks), str(restarts), str(init_timeout_s)]
+        numbers = map(str, (ranks, restarts, init_timeout_s, stop_timeout_s))
+        arguments = [PRELUDE + body, str(run), *numbers]
         process = subprocess.Popen(
             [sys.executable, "-c", LAUNCH, *arguments],
             stdout=subprocess.PIPE,

@@ -14,9 +14,10 @@ from collections.abc import Callable
 import pytest
 
 from tests.launchers.conftest import LAUNCH, PATHS, PRELUDE, Launch, alive, wait_until
+from xdist.config import Config, override
 from xdist_launchers import local
 from xdist_launchers.failure import Failure
-from xdist_launchers.job import Job
+from xdist_launchers.job import Job, stop_timeout_s
 from xdist_launchers.run_state import Progress, replace_status
 
 Start = Callable[..., Launch]
@@ -207,7 +208,8 @@ def test_a_signal_stops_all_ranks_even_stubborn_ones(launch: Start, number: int)
     assert started.status()["state"] == "stopped"
 
 
-def test_ranks_that_save_when_asked_to_stop_end_with_75(launch: Start) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
+def test_ranks_that_save_when_asked_to_stop_end_with_75(launch: Start, number: int) -> None:
     body = """
 def save(*_):
     time.sleep(0.3)
@@ -219,11 +221,39 @@ time.sleep(300)
 """
     started = launch(body)
     wait_until(lambda: all((started.run / f"ready-{rank}").exists() for rank in (0, 1)))
-    started.process.send_signal(signal.SIGINT)
+    started.process.send_signal(number)
     code, out = started.end()
     assert code == 75
     assert all((started.run / f"saved-{rank}").exists() for rank in (0, 1))
     assert "stopped and saved; go on with: xdist again" in out
+
+
+DEAF = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+READY = "(run / f'ready-{rank}').touch()\ntime.sleep(300)\n"
+
+
+def test_ranks_that_neither_save_nor_end_are_ended_after_stop_timeout_s(launch: Start) -> None:
+    started = launch(DEAF + READY, stop_timeout_s=2)
+    wait_until(lambda: all((started.run / f"ready-{rank}").exists() for rank in (0, 1)))
+    before = time.monotonic()
+    started.process.send_signal(signal.SIGTERM)
+    assert started.end()[0] == 128 + signal.SIGTERM
+    assert 2 <= time.monotonic() - before < 20
+
+
+def test_a_save_is_not_waited_for_when_a_rank_fails_that_was_asked_to_stop(launch: Start) -> None:
+    fails = "if rank: signal.signal(signal.SIGTERM, lambda *_: sys.exit(5))\nelse: "
+    started = launch(fails + DEAF + READY, stop_timeout_s=300)
+    wait_until(lambda: all((started.run / f"ready-{rank}").exists() for rank in (0, 1)))
+    started.process.send_signal(signal.SIGTERM)
+    assert started.end(30)[0] == 128 + signal.SIGTERM
+
+
+def test_a_signal_leaves_time_for_whatever_the_watchdog_allows() -> None:
+    """The rest of a step and a save, one more step and the last save, each at its longest."""
+    config = override(Config(), ["train.step_timeout_s=5000", "train.first_step_timeout_s=100"])
+    assert stop_timeout_s(config) > 4 * 5000
+    assert stop_timeout_s(Config()) > 4 * Config().train.first_step_timeout_s
 
 
 def test_failure_4_a_rank_that_never_joins_is_named(launch: Start) -> None:
@@ -301,7 +331,7 @@ def test_a_terminal_stays_one_for_rank_0(tmp_path: pathlib.Path) -> None:
     master, slave = pty.openpty()
     try:
         done = subprocess.run(
-            [sys.executable, "-c", LAUNCH, body, str(tmp_path), "2", "0", "60"],
+            [sys.executable, "-c", LAUNCH, body, str(tmp_path), "2", "0", "60", "60"],
             stdin=slave,
             stdout=slave,
             stderr=slave,
@@ -319,7 +349,7 @@ def test_a_terminal_stays_one_for_rank_0(tmp_path: pathlib.Path) -> None:
 
 
 def _job(directory: pathlib.Path) -> Job:
-    return Job(("train", "", "--error-file"), 2, 1, directory, 0, 60.0, "xdist again")
+    return Job(("train", "", "--error-file"), 2, 1, directory, 0, 60.0, "xdist again", 60.0)
 
 
 def test_sigkill_on_a_full_host_is_called_likely_the_oom_killer(tmp_path: pathlib.Path) -> None:

