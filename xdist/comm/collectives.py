@@ -18,7 +18,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from xdist.comm import faults
-from xdist.comm.keep import recorded, replayed
+from xdist.comm.keep import replayed, reserve
 from xdist.comm.ledger import CONTROL, record
 from xdist.comm.pending import Pending
 from xdist.comm.recorder import RECORDER
@@ -55,8 +55,8 @@ def rank_of(group: ProcessGroup | None) -> int:
 
 @dataclass(frozen=True)
 class _Buffers:
-    """What the transfers read and write; gloo has no CUDA send, so it gets host copies. The meta
-    device has no transfers: it gets host memory that nobody touches."""
+    """What the transfers read and write: copies on another device where the group does not carry
+    the tensors' own (`carrier`), which `device` then names."""
 
     sends: dict[int, Tensor]
     receives: dict[int, Tensor]
@@ -86,23 +86,24 @@ def start_pairs(
     kept = {me: sends[me]} if me in sends and me in receives else {}
     if group is None:
         return Pending.done(kept)
+    arriving = {r: spec for r, spec in receives.items() if r != me}
     tape = replayed()
     if tape is not None and move != CONTROL:
-        return Pending.done({**tape.take(move), **kept})
+        got = tape.take(move, arriving)
+        _keep(_place(move, arriving), got)
+        return Pending.done({**got, **kept})
     sent = {r: t.detach().contiguous() for r, t in sends.items() if r != me and t.numel()}
-    arriving = {r: spec for r, spec in receives.items() if r != me}
-    staged = device.type == "meta" or (device.type == "cuda" and _backend(group) == "gloo")
-    where = torch.device("cpu") if staged else device
+    where = carrier(device, group)
     buffers = _Buffers(
         {r: _on(where, t) for r, t in sent.items()},
         {
             r: torch.empty(shape, dtype=dtype, device=where)
             for r, (shape, dtype) in arriving.items()
         },
-        device if staged else None,
+        None if where == device else device,
     )
     if isinstance(group, Imagined):
-        return _imagined(buffers, kept, move)
+        return _imagined(buffers, kept, move, _place(move, arriving))
     noted, send_tags, receive_tags = RECORDER.begin(
         move,
         group,
@@ -118,8 +119,7 @@ def start_pairs(
         sum(t.nbytes for t in buffers.receives.values()),
     )
 
-    tape = recorded()
-    place = tape.reserve(move) if tape is not None and move != CONTROL else None
+    place = _place(move, arriving)
 
     def finish() -> dict[int, Tensor]:
         RECORDER.wait(noted)
@@ -130,14 +130,47 @@ def start_pairs(
         got = buffers.receives
         if buffers.device is not None:
             got = {r: _on(buffers.device, t) for r, t in got.items()}
-        if place is not None:
-            place.update(got)
+        _keep(place, got)
         return {**got, **kept}
 
     return Pending(finish)
 
 
-def _imagined(buffers: _Buffers, kept: dict[int, Tensor], move: str) -> Pending[dict[int, Tensor]]:
+def _place(move: str, arriving: Mapping[int, tuple[Shape, torch.dtype]]) -> dict[int, Tensor] | None:
+    """Where what arrives is kept for a recompute, if it is."""
+    return None if move == CONTROL else reserve(move, arriving)
+
+
+def _keep(place: dict[int, Tensor] | None, got: Mapping[int, Tensor]) -> None:
+    if place is not None:
+        place.update(got)
+
+
+def carrier(device: torch.device, group: ProcessGroup) -> torch.device:
+    """Where the transfers of tensors on `device` read and write: there, or where `group` carries.
+
+    NCCL carries no host memory, so what lies there crosses by the current card; gloo sends no CUDA
+    memory, so what lies there crosses by the host. The meta device has no transfers: it gets host
+    memory that nobody touches.
+    """
+    if device.type == "meta":
+        return torch.device("cpu")
+    if isinstance(group, Imagined):
+        return device
+    backends = dist.BackendConfig(dist.Backend(dist.get_backend_config(group)))
+    carried = [
+        kind
+        for kind, backend in backends.get_device_backend_map().items()
+        if (kind, backend) != ("cuda", "gloo")
+    ]
+    if device.type in carried or not carried:
+        return device
+    return torch.device("cpu" if "cpu" in carried else carried[0])
+
+
+def _imagined(
+    buffers: _Buffers, kept: dict[int, Tensor], move: str, place: dict[int, Tensor] | None
+) -> Pending[dict[int, Tensor]]:
     """Nothing is posted: the bytes are counted, and what would arrive is there."""
     record(
         move,
@@ -147,9 +180,7 @@ def _imagined(buffers: _Buffers, kept: dict[int, Tensor], move: str) -> Pending[
     got = buffers.receives
     if buffers.device is not None:
         got = {r: _on(buffers.device, t) for r, t in got.items()}
-    tape = recorded()
-    if tape is not None and move != CONTROL:
-        tape.reserve(move).update(got)
+    _keep(place, got)
     return Pending.done({**got, **kept})
 
 
@@ -211,17 +242,13 @@ def _store_host(store: dist.Store) -> str:
     return store.host if isinstance(store, dist.TCPStore) else ""
 
 
-def exchange_integers(
-    values: Sequence[int], group: ProcessGroup | None, *, device: torch.device | None = None
-) -> list[tuple[int, ...]]:
+def exchange_integers(values: Sequence[int], group: ProcessGroup | None) -> list[tuple[int, ...]]:
     """Every rank's `values` (int64, the same number on all ranks), by rank. Control bytes."""
     mine = torch.tensor(list(values), dtype=torch.int64)
     if group is None:
         return [tuple(values)]
-    if isinstance(group, Imagined) or _backend(group) == "fake":
+    if isinstance(group, Imagined) or str(dist.get_backend(group)) == "fake":
         return [tuple(values)] * size_of(group)
-    if _backend(group) != "gloo":
-        mine = mine.to(device or torch.device("cuda", torch.cuda.current_device()))
     others = [r for r in range(size_of(group)) if r != rank_of(group)]
     spec = ((len(values),), torch.int64)
     got = start_pairs(
@@ -248,10 +275,6 @@ def check_member(group: ProcessGroup | None) -> None:
             f"group {group!r}",
             "pass a group of mesh (mesh.sequence_group, ...), or None for one rank",
         )
-
-
-def _backend(group: ProcessGroup) -> str:
-    return str(dist.get_backend(group))
 
 
 # --- process groups: used by mesh.py -----------------------------------------------------------

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from xdist.comm.collectives import naming_lost_peers, rank_of, size_of
+from xdist.comm.collectives import carrier, naming_lost_peers, rank_of, size_of
 from xdist.comm.ledger import record
 from xdist.comm.recorder import RECORDER
 
@@ -34,10 +34,11 @@ def gather_flat(whole: Tensor, own: Tensor, group: ProcessGroup, *, move: str) -
     On CUDA with NCCL it is enqueued on the current stream. Raises PeerLost.
     """
     with _counted(move, own, group):
-        if _staged(own, group):
-            host = torch.empty(whole.shape, dtype=whole.dtype)
-            _gather(host, own.cpu(), group=group)
-            whole.copy_(host)
+        where = carrier(own.device, group)
+        if where != own.device:
+            carried = torch.empty(whole.shape, dtype=whole.dtype, device=where)
+            _gather(carried, own.to(where), group=group)
+            whole.copy_(carried)
         else:
             _gather(whole, own, group=group)
 
@@ -48,10 +49,11 @@ def reduce_scatter_flat(own: Tensor, whole: Tensor, group: ProcessGroup, *, move
     The sum is taken in the dtype given. As for `gather_flat` otherwise.
     """
     with _counted(move, own, group):
-        if _staged(whole, group):
-            host = torch.empty(own.shape, dtype=own.dtype)
-            _reduce_scatter(host, whole.cpu(), op=dist.ReduceOp.SUM, group=group)
-            own.copy_(host)
+        where = carrier(whole.device, group)
+        if where != whole.device:
+            carried = torch.empty(own.shape, dtype=own.dtype, device=where)
+            _reduce_scatter(carried, whole.to(where), op=dist.ReduceOp.SUM, group=group)
+            own.copy_(carried)
         else:
             _reduce_scatter(own, whole, op=dist.ReduceOp.SUM, group=group)
 
@@ -73,8 +75,3 @@ def _counted(move: str, share: Tensor, group: ProcessGroup) -> Iterator[None]:
     RECORDER.end(noted)
     moved = share.nbytes * len(shares)
     record(move, moved, moved)
-
-
-def _staged(tensor: Tensor, group: ProcessGroup) -> bool:
-    """Whether the backend cannot take the tensor where it is."""
-    return tensor.device.type == "cuda" and str(dist.get_backend(group)) == "gloo"

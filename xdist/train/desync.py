@@ -57,7 +57,7 @@ def check_equal(tensors: Iterable[tuple[str, Tensor]], mesh: Mesh, *, when: str)
     device = mesh.device
     column = torch.stack([h.to(device) for h in hashes]) if hashes else torch.zeros(1).long()
     mine = int(hash_of(column))
-    all_hashes = exchange_integers([mine], mesh.parameter_group, device=device)
+    all_hashes = exchange_integers([mine], mesh.parameter_group)
     if len(set(all_hashes)) == 1:
         return
     raise _difference([name for name, _ in named], column.tolist(), mesh, when)
