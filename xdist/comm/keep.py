@@ -1,59 +1,83 @@
 """Keeping what an exchange delivered, so that a recompute does not send again.
 
 Inside `recording()` every exchange's received tensors go on a tape; inside `replaying(tape)` the
-same exchanges, in the same order, take them from it and nothing travels. Whether a layer keeps or
-sends again is the caller's policy (memory/checkpoint.py keeps); the bytes kept are those received.
+same exchanges, in the same order, take them from it and nothing travels. Tapes nest: an exchange
+goes on all that record, also one whose data come from a tape. Whether a layer keeps or sends again
+is the caller's policy (memory/checkpoint.py keeps); the bytes kept are those received.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
+
+from xdist.errors import ConfigError
+
+Specs = Mapping[int, tuple[tuple[int, ...], torch.dtype]]  # of what arrives, by rank
+
+
+@dataclass(frozen=True)
+class Kept:
+    """One exchange: what was to arrive, and it once it has."""
+
+    move: str
+    specs: Specs
+    tensors: dict[int, Tensor] = field(default_factory=dict)
 
 
 @dataclass
 class Tape:
-    """Received tensors of the exchanges of one forward pass, in the order they were started."""
+    """The exchanges of one forward pass, in the order they were started."""
 
-    received: list[tuple[str, dict[int, Tensor]]] = field(default_factory=list)
+    exchanges: list[Kept] = field(default_factory=list)
     next: int = 0
 
-    def reserve(self, move: str) -> dict[int, Tensor]:
-        """A place for an exchange that is starting; its tensors are put in when they arrive."""
-        place: dict[int, Tensor] = {}
-        self.received.append((move, place))
-        return place
+    def take(self, move: str, specs: Specs) -> dict[int, Tensor]:
+        """What the next exchange received when it was recorded.
 
-    def take(self, move: str) -> dict[int, Tensor]:
-        """What the next exchange received when it was recorded."""
-        if self.next == len(self.received) or self.received[self.next][0] != move:
-            raise RuntimeError(
-                f"a recompute started exchange {self.next} ({move}), which its forward did not"
+        Raises:
+            ConfigError: it was another one.
+        """
+        kept = self.exchanges[self.next] if self.next < len(self.exchanges) else None
+        if kept is None or kept.move != move or _plain(kept.specs) != _plain(specs):
+            was = "none" if kept is None else _said(kept.move, kept.specs)
+            raise ConfigError(
+                "a recompute starts another exchange than its forward did",
+                f"exchange {self.next} is {_said(move, specs)}; in the forward it was {was}",
+                "make the layer's exchanges the same, in the same order, with and without "
+                "gradients and at each call, or leave the layer out of the checkpoint",
             )
         self.next += 1
-        return self.received[self.next - 1][1]
+        return kept.tensors
 
     @property
     def nbytes(self) -> int:
         """Bytes kept."""
-        return sum(t.nbytes for _, place in self.received for t in place.values())
+        return sum(t.nbytes for kept in self.exchanges for t in kept.tensors.values())
 
 
 class _Mode(threading.local):
-    recording: Tape | None = None
+    recording: tuple[Tape, ...] = ()
     replaying: Tape | None = None
 
 
 _mode = _Mode()
 
 
-def recorded() -> Tape | None:
-    """The tape exchanges are to be written to, if any."""
-    return _mode.recording
+def reserve(move: str, specs: Specs) -> dict[int, Tensor] | None:
+    """A place on every tape that records for an exchange that is starting, None without any; its
+    tensors are put in when they arrive."""
+    if not _mode.recording:
+        return None
+    kept = Kept(move, specs)
+    for tape in _mode.recording:
+        tape.exchanges.append(kept)
+    return kept.tensors
 
 
 def replayed() -> Tape | None:
@@ -61,12 +85,19 @@ def replayed() -> Tape | None:
     return _mode.replaying
 
 
+def on_tape() -> bool:
+    """Whether exchanges are recorded or replayed: their order must then not depend on whether
+    gradients are wanted, since a forward is recorded without and replayed with them."""
+    return bool(_mode.recording) or _mode.replaying is not None
+
+
 @contextmanager
 def recording() -> Iterator[Tape]:
-    """Keep what the exchanges started inside receive. Nested: the inner tape alone."""
-    before, _mode.recording = _mode.recording, Tape()
+    """Keep what the exchanges started inside receive."""
+    before, tape = _mode.recording, Tape()
+    _mode.recording = (*before, tape)
     try:
-        yield _mode.recording
+        yield tape
     finally:
         _mode.recording = before
 
@@ -80,3 +111,12 @@ def replaying(tape: Tape) -> Iterator[None]:
         yield
     finally:
         _mode.replaying = before
+
+
+def _plain(specs: Specs) -> dict[int, tuple[tuple[int, ...], torch.dtype]]:
+    return {rank: (tuple(shape), dtype) for rank, (shape, dtype) in specs.items()}
+
+
+def _said(move: str, specs: Specs) -> str:
+    parts = [f"{tuple(shape)} of {dtype} from {rank}" for rank, (shape, dtype) in specs.items()]
+    return f"{move} ({', '.join(parts) or 'nothing arrives'})"
