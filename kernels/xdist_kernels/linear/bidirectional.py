@@ -19,6 +19,7 @@ from torch import Tensor
 
 from xdist_kernels import backend as backends
 from xdist_kernels import linear
+from xdist_kernels.autocast import in_given_dtypes
 from xdist_kernels.linear.chunks import collect, state_dtype
 from xdist_kernels.linear.inputs import canonical_decay, check
 
@@ -69,6 +70,7 @@ def _merges(name: str, log_decay: Tensor | None) -> bool:
 
 class _Bidirectional(torch.autograd.Function):
     @staticmethod
+    @in_given_dtypes
     def forward(
         ctx: Any,
         q: Tensor,

@@ -39,7 +39,7 @@ class Block(NamedTuple):
     q: Tensor
     k: Tensor
     v: Tensor
-    c: Tensor | None  # [R, C, 1 or K] cumulative log decay inside a chunk, to base 2
+    g: Tensor | None  # [R, C, 1 or K] log decay to base 2; c below: cumulative inside a chunk
     since_start: Tensor | None  # exp(c_i), zero after a document starts in the chunk
     until_end: Tensor | None  # exp(c_C - c_i), zero before the chunk's last document
     borders: Tensor  # [rows, 1 or K, chunks + 1, chunks + 1] T above, in the states' dtype

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from xdist_kernels.linear.halves import sums_between
+
 # torch's exp2 takes a third of exp's time on a CPU: log decays are turned to base 2 once.
 LOG2_E = 1.0 / math.log(2.0)
 
@@ -84,15 +86,14 @@ def border_decays(totals: Tensor, ids: DocumentIds | None, wide: torch.dtype) ->
     """Decay from border j to border s, [rows, Kd, chunks+1, chunks+1], 0 for j > s.
 
     `totals` [rows, chunks, Kd] are the chunks' log decays to base 2 (Kd = 1, or one per key dim).
-    The borders are few, so float64 keeps their differences exact over a long tile.
+    The borders are few, so that float64 costs little over a long tile.
     """
-    at = pad(totals.double().cumsum(1), (0, 0, 1, 0)).transpose(1, 2)
-    count = at.shape[-1]
-    keep = torch.ones(count, count, dtype=torch.bool, device=at.device).tril()
+    between = sums_between(totals.double().mT)
+    count = between.shape[-1]
+    keep = torch.ones(count, count, dtype=torch.bool, device=between.device).tril()
     if ids is not None:
         keep = keep & (ids.borders[:, None] == ids.borders[None, :])
-    between = (at[..., :, None] - at[..., None, :]).clamp(max=0.0).to(wide)
-    return between.exp2_() * keep
+    return between.to(wide).exp2_() * keep
 
 
 def carry(decays: Tensor, entries: Tensor) -> Tensor:

@@ -25,6 +25,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from xdist_kernels.linear.halves import sums_behind, sums_between, within
+
 CHUNK = 32
 # torch.exp2 is three times faster than torch.exp on a CPU: decays are taken to base 2 first.
 _LOG2_E = 1.0 / math.log(2.0)
@@ -44,13 +46,6 @@ class Decays:
     query: Tensor
     key: Tensor
     states: Tensor
-
-
-@lru_cache(maxsize=32)
-def _causal(size: int, offset: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Exponents to add, [size, size]: `offset` on and below the diagonal, -inf above."""
-    above = torch.full((size, size), -math.inf, dtype=dtype, device=device).triu_(1)
-    return above + offset
 
 
 @lru_cache(maxsize=32)
@@ -84,25 +79,19 @@ def decays(
 ) -> Decays:
     """The factors of a tile.
 
-    log_decay: [B, T, H], T a multiple of `chunk`; starts: bool [T], True at a document's first
+    log_decay: [B, T, H], T a multiple of `chunk`, a power of two; starts: bool [T], True at a document's first
     token (None: no document starts here); dim: channels of a head.
     """
     batch, tokens, heads = log_decay.shape
     chunks = tokens // chunk
     kind = (log_decay.dtype, log_decay.device)
-    running = (log_decay * _LOG2_E).view(batch * chunks, chunk, heads).cumsum(1)
-    by_head = running.permute(2, 0, 1).contiguous()
-    # Above the diagonal the exponent would be positive and could overflow: -inf is added first.
-    intra = (by_head.unsqueeze(-1) - by_head.unsqueeze(-2)).add_(
-        _causal(chunk, math.log2(scale), *kind)
-    )
-    intra.exp2_()
-    query = (running + math.log2(scale)).exp2_()
-    key = (running[:, -1:] - running).exp2_()
-    along = by_head[:, :, -1].view(heads, batch, chunks).cumsum(-1)
-    after = torch.nn.functional.pad(along, (1, 0))
-    states = (after.unsqueeze(-1) - after.unsqueeze(-2)).add_(_causal(chunks + 1, 0.0, *kind))
-    states.exp2_()
+    own = (log_decay * _LOG2_E).view(batch * chunks, chunk, heads)
+    by_head = own.permute(2, 0, 1).reshape(-1, chunk, 1)
+    intra = within(by_head, log_decay.dtype).mul_(scale).view(heads, -1, chunk, chunk)
+    query = own.cumsum(1).add_(math.log2(scale)).exp2_()
+    key = sums_behind(own).exp2_()
+    totals = by_head.view(heads, batch, chunks, chunk).sum(-1, dtype=torch.float64)
+    states = sums_between(totals).to(log_decay.dtype).exp2_().tril_()
     if starts is not None:
         index, before, last = _document_index(starts, chunks, chunk)
         same = index.unsqueeze(-1) == index.unsqueeze(-2)

@@ -1,6 +1,6 @@
 """Gated linear attention over one tile of some thousand tokens: forward, adjoint and backward.
 
-    for each chunk (batched, not looped), with c = cumulative log decay inside the chunk:
+    for each chunk (batched, not looped), with c = cumulative log decay g inside the chunk:
         E     = (K * exp(c_C - c))^T V                     the chunk's own summary
         S_in  = T [S_0, E_0, E_1, ...]                     T_sj: decay between two chunk borders
         O     = scale * (inside the chunk + (Q * exp(c)) S_in)
@@ -47,6 +47,7 @@ from xdist_kernels.linear.chunks import (
     to_chunks,
     to_tokens,
 )
+from xdist_kernels.linear.halves import sums_behind
 
 
 def prepare(
@@ -79,12 +80,13 @@ def _block(
         if ids is not None:
             since, until = ids.since_start(rows).to(wide), ids.until_end(rows).to(wide)
         return Block(q, k, v, None, since, until, border_decays(totals, ids, wide), ids)
-    c = (to_chunks(log_decay, chunk).to(wide) * LOG2_E).cumsum(1)
-    since, until = c.exp2(), (c[:, -1:] - c).exp2_()
+    g = to_chunks(log_decay, chunk).to(wide) * LOG2_E
+    c = g.cumsum(1)
+    borders = border_decays(c[:, -1].reshape(rows, -1, c.shape[-1]), ids, wide)
+    since, until = c.exp2_(), sums_behind(g).exp2_()
     if ids is not None:
         since, until = since * ids.since_start(rows), until * ids.until_end(rows)
-    borders = border_decays(c[:, -1].reshape(rows, -1, c.shape[-1]), ids, wide)
-    return Block(q, k, v, c, since, until, borders, ids)
+    return Block(q, k, v, g, since, until, borders, ids)
 
 
 def transition(p: Prepared) -> Tensor | None:
@@ -116,18 +118,18 @@ def _add_scaled(total: Tensor, x: Tensor, factor: Tensor | None) -> None:
 
 def _outputs(b: Block, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """[R,C,V] inside the chunks, without scale."""
-    if b.c is not None and b.c.shape[-1] > 1:
-        return within_diagonal.outputs(q, k, v, b.c, b.ids)
-    return within_scalar.outputs(q, k, v, b.c, b.ids)
+    if b.g is not None and b.g.shape[-1] > 1:
+        return within_diagonal.outputs(q, k, v, b.g, b.ids)
+    return within_scalar.outputs(q, k, v, b.g, b.ids)
 
 
 def _gradients(
     b: Block, q: Tensor, k: Tensor, v: Tensor, dout: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv of `_outputs`."""
-    if b.c is not None and b.c.shape[-1] > 1:
-        return within_diagonal.gradients(q, k, v, dout, b.c, b.ids)
-    return within_scalar.gradients(q, k, v, dout, b.c, b.ids)
+    if b.g is not None and b.g.shape[-1] > 1:
+        return within_diagonal.gradients(q, k, v, dout, b.g, b.ids)
+    return within_scalar.gradients(q, k, v, dout, b.g, b.ids)
 
 
 def _sums(b: Block, left: Tensor, right: Tensor) -> Tensor:
@@ -268,11 +270,11 @@ def _complete(b: Block, half: Half, dstate: Tensor) -> _Gradients:
     dtype = b.v.dtype
     grads = [collect(to_tokens(x.to(dtype), batch, heads, n), group) for x in (dq, dk)]
     grads.append(to_tokens(dv.to(dtype), batch, heads, n))
-    if b.c is not None:
+    if b.g is not None:
         wide = states.dtype
         ends = (dstates[:, 1:] * states[:, 1:]).sum(-1).reshape(-1, 1, q.shape[-1])
         slope = q.to(wide) * dq.to(wide) - k.to(wide) * dk.to(wide)
-        if b.c.shape[-1] == 1:
+        if b.g.shape[-1] == 1:
             slope, ends = slope.sum(-1, keepdim=True), ends.sum(-1, keepdim=True)
         grads.append(to_tokens(gate_gradient(slope, ends, b.ids), batch, heads, n))
     return _Gradients(tuple(grads), dstates[:, 0].clone())

@@ -1,17 +1,19 @@
 """Inside chunks, with a decay of its own for every key dim: halving.
 
 A quotient of cumulative products would overflow, and a [C, C, K] table of decays is C times the
-input. Each chunk is instead halved again and again; with c = cumulative log decay in the chunk:
+input. Each chunk is instead halved again and again; with c = cumulative log decay g in the chunk:
 
     O_i = (q_i . k_i) v_i
-    for half = C/2, C/4, ..., 1:
+    for half = 1, 2, ..., C/2:
         for each block of 2*half tokens (batched), m = the last token of its first half:
             Q' = Q_second * exp(c - c_m)          both exponents are at most 0:
             K' = K_first  * exp(c_m - c)          nothing overflows, whatever the decay
             O_second += (Q' K'^T) V_first
 
+The exponents are sums of g, never differences of c (halves.py).
+
 log2(C) levels of C*K powers each, and exactly the C(C-1)/2 products that causality leaves. Shapes
-and dtypes are those of within_scalar.py, but c [R,C,K]; results are in the dtype of the states.
+and dtypes are those of within_scalar.py, but g [R,C,K]; results are in the dtype of the states.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import torch
 from torch import Tensor
 
 from xdist_kernels.linear.chunks import DocumentIds
+from xdist_kernels.linear.halves import halves, levels
 
 
 class _Level(NamedTuple):
@@ -34,56 +37,45 @@ class _Level(NamedTuple):
     same: Tensor | None  # [blocks, half, half] query and key of one document
 
 
-def _halves(x: Tensor, half: int) -> tuple[Tensor, Tensor]:
-    """First and second halves of the blocks of x [R, C, D]: two [blocks, half, D] views."""
-    blocks = x.view(-1, 2, half, x.shape[-1])
-    return blocks[:, 0], blocks[:, 1]
-
-
-def _levels(c: Tensor, ids: DocumentIds | None, dtype: torch.dtype) -> Iterator[_Level]:
-    half = c.shape[1] // 2
-    while half:
-        first, second = _halves(c, half)
-        middle = first[:, -1:]
+def _levels(g: Tensor, ids: DocumentIds | None, dtype: torch.dtype) -> Iterator[_Level]:
+    for half, since, until in levels(g):
         same = None
         if ids is not None:
-            early, late = _halves(ids.tokens[..., None], half)
-            same = (late == early.mT).repeat(c.shape[0] // ids.tokens.shape[0], 1, 1)
-        query, key = (second - middle).exp2_().to(dtype), (middle - first).exp2_().to(dtype)
-        yield _Level(half, query, key, same)
-        half //= 2
+            early, late = halves(ids.tokens[..., None], half)
+            same = (late == early.mT).repeat(g.shape[0] // ids.tokens.shape[0], 1, 1)
+        yield _Level(half, since.exp2().to(dtype), until.exp2().to(dtype), same)
 
 
-def outputs(q: Tensor, k: Tensor, v: Tensor, c: Tensor, ids: DocumentIds | None) -> Tensor:
+def outputs(q: Tensor, k: Tensor, v: Tensor, g: Tensor, ids: DocumentIds | None) -> Tensor:
     """O [R,C,V], without the scale and without what a state before the chunk adds."""
-    wide = c.dtype
+    wide = g.dtype
     out = torch.linalg.vecdot(q.to(wide), k.to(wide))[..., None] * v.to(wide)
-    for level in _levels(c, ids, q.dtype):
-        k_first, q_second = _halves(k, level.half)[0], _halves(q, level.half)[1]
+    for level in _levels(g, ids, q.dtype):
+        k_first, q_second = halves(k, level.half)[0], halves(q, level.half)[1]
         scores = torch.bmm(q_second * level.query, (k_first * level.key).mT)
         if level.same is not None:
             scores = scores * level.same
-        _halves(out, level.half)[1].add_(torch.bmm(scores, _halves(v, level.half)[0]))
+        halves(out, level.half)[1].add_(torch.bmm(scores, halves(v, level.half)[0]))
     return out
 
 
 def gradients(
-    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, c: Tensor, ids: DocumentIds | None
+    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, g: Tensor, ids: DocumentIds | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk [R,C,K] and dv [R,C,V] of `outputs`."""
-    wide = c.dtype
+    wide = g.dtype
     q_wide, k_wide, dout_wide = q.to(wide), k.to(wide), dout.to(wide)
     diagonal = torch.linalg.vecdot(dout_wide, v.to(wide))[..., None]
     dq, dk = diagonal * k_wide, diagonal * q_wide
     dv = torch.linalg.vecdot(q_wide, k_wide)[..., None] * dout_wide
-    for level in _levels(c, ids, q.dtype):
-        k_first, q_second = _halves(k, level.half)[0], _halves(q, level.half)[1]
-        v_first, dout_second = _halves(v, level.half)[0], _halves(dout, level.half)[1]
+    for level in _levels(g, ids, q.dtype):
+        k_first, q_second = halves(k, level.half)[0], halves(q, level.half)[1]
+        v_first, dout_second = halves(v, level.half)[0], halves(dout, level.half)[1]
         key, query = k_first * level.key, q_second * level.query
         scores, dscores = torch.bmm(query, key.mT), torch.bmm(dout_second, v_first.mT)
         if level.same is not None:
             scores, dscores = scores * level.same, dscores * level.same
-        _halves(dq, level.half)[1].add_(torch.bmm(dscores, key) * level.query)
-        _halves(dk, level.half)[0].add_(torch.bmm(dscores.mT, query) * level.key)
-        _halves(dv, level.half)[0].add_(torch.bmm(scores.mT, dout_second))
+        halves(dq, level.half)[1].add_(torch.bmm(dscores, key) * level.query)
+        halves(dk, level.half)[0].add_(torch.bmm(dscores.mT, query) * level.key)
+        halves(dv, level.half)[0].add_(torch.bmm(scores.mT, dout_second))
     return dq, dk, dv
