@@ -14,7 +14,8 @@ Long rows on a CPU are computed a few heads at a time, each such unit from tenso
 backward what is kept of a unit is freed before the gradients of the next are made.
 With `chunks` each rank's heads are switched and computed in that many runs: while one is computed
 the outputs of the last are on their way back, and the next is on its way in where what is kept for
-backward outgrows it (without a backward it would be the peak). The bytes do not change.
+backward outgrows it (without a backward it would be the peak), but not in a checkpoint, whose
+forward and recompute make their exchanges in one order. The bytes do not change.
 
 After Jacobs et al. 2023, arXiv 2309.14509; a key head is sent once to each rank that needs it.
 """
@@ -27,6 +28,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from xdist.comm.keep import on_tape
 from xdist.comm.pending import Pending
 from xdist.parallel.attention_call import Call
 from xdist.parallel.attention_runs import backward as runs_backward
@@ -59,6 +61,7 @@ class UlyssesAttention(Function):
     ) -> Tensor:  # fmt: skip
         switch = Switch(call, range(call.problem.parts), chunks, by_units=True)
         at = switch.keys_at()
+        ahead = keep and not on_tape()
         into = switch.new_output(q, v.shape[3])
         nothing: Pending[Any] = Pending.done(None)
         arriving = switch.start_in(0, q, k, v)
@@ -70,7 +73,7 @@ class UlyssesAttention(Function):
             arriving = nothing  # it would hold what it gave
             ks[0], vs[0] = _with_carried(carried, (ks[0], vs[0]))
             carried = _carried(switch, chunk, (ks[0], vs[0]))
-            if keep and chunk + 1 < chunks:
+            if ahead and chunk + 1 < chunks:
                 arriving = switch.start_in(chunk + 1, q, k, v)
             outs = []
             for unit in switch.units(chunk):
@@ -88,7 +91,7 @@ class UlyssesAttention(Function):
             leaving.wait()
             if not switch.alone:
                 leaving = switch.start_out(chunk, outs, into)
-            if not keep and chunk + 1 < chunks:
+            if not ahead and chunk + 1 < chunks:
                 arriving = switch.start_in(chunk + 1, q, k, v)
         leaving.wait()
         ctx.call, ctx.switch, ctx.like = call, switch, (q.to("meta"), k.to("meta"), v.to("meta"))
