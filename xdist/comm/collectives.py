@@ -136,7 +136,9 @@ def start_pairs(
     return Pending(finish)
 
 
-def _place(move: str, arriving: Mapping[int, tuple[Shape, torch.dtype]]) -> dict[int, Tensor] | None:
+def _place(
+    move: str, arriving: Mapping[int, tuple[Shape, torch.dtype]]
+) -> dict[int, Tensor] | None:
     """Where what arrives is kept for a recompute, if it is."""
     return None if move == CONTROL else reserve(move, arriving)
 
