@@ -30,6 +30,7 @@ CASES = [
     ("vdt", "ring", ("parallel.ring=2",)),
     ("vdt", "dim 2", ("parallel.ulysses=2", "parallel.dim=2")),
     ("vdt", "data", ("parallel.data=2", "train.accumulation=1")),
+    ("vdt", "as many as there are", ("train.accumulation=1",)),
     ("vdt", "tensor", ("parallel.ring=2", "parallel.grid=megatron_sp")),
 ]
 

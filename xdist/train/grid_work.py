@@ -129,9 +129,10 @@ class GridWork:
         """Each rank rehearses its own steps without values, and all are brought together."""
         from xdist.plan import grid_step
 
+        config = setup.resolved(self._config, self._mesh.world_size)
         mine = []
-        for stage in self._config.train.curriculum:
-            moves, memory = grid_step(self._config, stage, self._mesh.world_rank)
+        for stage in config.train.curriculum:
+            moves, memory = grid_step(config, stage, self._mesh.world_rank)
             mine.append([sum(moved.sent_bytes for moved in moves.values()), memory.peak_bytes])
         told = share_json_rows(mine, self._mesh)
         stages = range(len(mine))
