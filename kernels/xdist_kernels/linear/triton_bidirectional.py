@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from xdist_kernels.launch import Config, launch, target_of
-from xdist_kernels.linear.triton_chunk import LOG2_E, load_rows
+from xdist_kernels.linear.triton_chunk import load_rows, parted, to_base_2
 from xdist_kernels.linear.triton_shapes import (
     cdiv,
     chunk_tokens,
@@ -34,7 +34,8 @@ SPAN_TOKENS = 256
 
 
 class Running(NamedTuple):
-    """Of each token [B,H,T] float32, to base 2: c and e above, summed inside spans; None: 0."""
+    """Of each token [B,H,T,2] float32, to base 2: c and e above, summed inside spans, each as a
+    float64 parted into two; None: 0."""
 
     c: Tensor | None
     e: Tensor | None
@@ -45,19 +46,30 @@ def running_sums(
     g: tl.tensor, c: tl.tensor, e: tl.tensor, g_b: tl.tensor, g_t: tl.tensor, g_h: tl.tensor,
     T: tl.tensor, H: tl.tensor, spans: tl.tensor, SPAN: tl.constexpr,
 ) -> None:  # fmt: skip
-    # of one span of one head:  c = cumsum(g), e = c - g, to base 2
+    # of one span of one head:  c = cumsum(g), e = c - g, to base 2, in float64
     i_p = tl.program_id(0).to(tl.int64)
     i_h = i_p % H
     i_s = i_p // H % spans
     i_b = i_p // H // spans
     o_t = i_s * SPAN + tl.arange(0, SPAN)
     m_t = o_t < T
-    b_g = tl.load(g + i_b * g_b + i_h * g_h + o_t * g_t, mask=m_t, other=0.0).to(tl.float32)
-    b_g = b_g * LOG2_E
+    b_g = tl.load(g + i_b * g_b + i_h * g_h + o_t * g_t, mask=m_t, other=0.0)
+    b_g = to_base_2(b_g).to(tl.float64)
     b_c = tl.cumsum(b_g, 0)
-    o_out = (i_b * H + i_h) * T + o_t
-    tl.store(c + o_out, b_c, mask=m_t)
-    tl.store(e + o_out, b_c - b_g, mask=m_t)
+    o_out = ((i_b * H + i_h) * T + o_t) * 2
+    b_top, b_low = parted(b_c)
+    tl.store(c + o_out, b_top, mask=m_t)
+    tl.store(c + o_out + 1, b_low, mask=m_t)
+    b_top, b_low = parted(b_c - b_g)
+    tl.store(e + o_out, b_top, mask=m_t)
+    tl.store(e + o_out + 1, b_low, mask=m_t)
+
+
+@triton.jit
+def load_sums(sums: tl.tensor, o_t: tl.tensor, m_t: tl.tensor) -> Any:
+    """Both parts of the sums of tokens o_t."""
+    b_top = tl.load(sums + o_t * 2, mask=m_t, other=0.0)
+    return b_top, tl.load(sums + o_t * 2 + 1, mask=m_t, other=0.0)
 
 
 @triton.jit
@@ -71,11 +83,13 @@ def both_decays(
     of_s = tl.where(m_t, 1.0, 0.0)
     of_r = of_s
     if c is not None:
-        b_c = tl.load(c + i_bh * T + o_t, mask=m_t, other=0.0)
-        b_e = tl.load(e + i_bh * T + o_t, mask=m_t, other=0.0)
-        total = tl.load(c + i_bh * T + stop - 1)
-        of_s = tl.exp2(b_c) if ADJOINT else tl.exp2(total - b_c)
-        of_r = tl.exp2(total - b_e) if ADJOINT else tl.exp2(b_e)
+        b_c, c_low = load_sums(c, i_bh * T + o_t, m_t)
+        b_e, e_low = load_sums(e, i_bh * T + o_t, m_t)
+        p_total = c + (i_bh * T + stop - 1) * 2
+        total = tl.load(p_total)
+        low = tl.load(p_total + 1)
+        of_s = tl.exp2(b_c) if ADJOINT else tl.exp2((total - b_c) + (low - c_low))
+        of_r = tl.exp2((total - b_e) + (low - e_low)) if ADJOINT else tl.exp2(b_e)
     if ids is not None:
         b_id = tl.load(ids + tl.minimum(o_t, T - 1))
         if ADJOINT:
@@ -141,7 +155,7 @@ def sum_both(
     if logs is not None:
         log = 0.0
         if c is not None:
-            log = tl.load(c + i_bh * T + stop - 1)
+            log = tl.load(c + (i_bh * T + stop - 1) * 2)
         mirrored_log = log
         if ids is not None:
             at_left = tl.load(ids + begin - 1, mask=begin > 0, other=0)
@@ -209,8 +223,8 @@ def scan_both(
     b_o = tl.dot(b_x, b_s, input_precision=PRECISION) * of_s[:, None]  # [BT, BD2]
     b_p = tl.dot(b_x, b_r, input_precision=PRECISION) * of_r[:, None]  # [BT, BD2]
     if c is not None:
-        c_a = tl.load(c + i_bh * T + o_a, mask=m_a, other=0.0)
-        e_a = tl.load(e + i_bh * T + o_a, mask=m_a, other=0.0)
+        c_a, c_a_low = load_sums(c, i_bh * T + o_a, m_a)
+        e_a, e_a_low = load_sums(e, i_bh * T + o_a, m_a)
     for i in range(tl.cdiv(stop - begin, BT).to(tl.int32)):
         o_b = begin + i * BT + o_i
         m_b = o_b < stop
@@ -228,10 +242,12 @@ def scan_both(
         b_f = tl.zeros([BT, BT], dtype=tl.float32)
         b_m = b_f
         if c is not None:
-            c_b = tl.load(c + i_bh * T + o_b, mask=m_b, other=0.0)
-            e_b = tl.load(e + i_bh * T + o_b, mask=m_b, other=0.0)
-            b_f = (c_a[:, None] - c_b[None, :]) * (-1.0 if ADJOINT else 1.0)
-            b_m = (e_b[None, :] - e_a[:, None]) * (-1.0 if ADJOINT else 1.0)
+            c_b, c_b_low = load_sums(c, i_bh * T + o_b, m_b)
+            e_b, e_b_low = load_sums(e, i_bh * T + o_b, m_b)
+            b_f = (c_a[:, None] - c_b[None, :]) + (c_a_low[:, None] - c_b_low[None, :])
+            b_m = (e_b[None, :] - e_a[:, None]) + (e_b_low[None, :] - e_a_low[:, None])
+            b_f = b_f * (-1.0 if ADJOINT else 1.0)
+            b_m = b_m * (-1.0 if ADJOINT else 1.0)
         b_f = tl.exp2(tl.where(before, b_f, float("-inf")))
         b_m = tl.exp2(tl.where(behind, b_m, float("-inf")))
         b_a = tl.dot(b_x, tl.trans(b_y), input_precision=PRECISION) * scale  # [BT, BT]
@@ -257,7 +273,7 @@ def running(log_decay: Tensor | None) -> Running:
     if log_decay is None:
         return Running(None, None)
     batch, tokens, heads, _ = log_decay.shape
-    shape = (batch, heads, tokens)
+    shape = (batch, heads, tokens, 2)
     c, e = (torch.empty(shape, dtype=torch.float32, device=log_decay.device) for _ in range(2))
     spans = cdiv(tokens, SPAN_TOKENS)
     g_b, g_t, g_h = log_decay.stride()[:3]

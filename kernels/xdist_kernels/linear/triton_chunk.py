@@ -10,6 +10,8 @@ import triton.language as tl
 from xdist_kernels.linear import chunks
 
 LOG2_E = tl.constexpr(chunks.LOG2_E)
+# exp2 of this and of all below is 0 in float32: no decay is stronger.
+LEAST = tl.constexpr(-160.0)
 
 
 @triton.jit
@@ -34,6 +36,21 @@ def load_documents(
 
 
 @triton.jit
+def to_base_2(b_g: tl.tensor) -> Any:
+    """A log decay as a float32 exponent of 2, not below LEAST; NaN stays."""
+    b_g = b_g.to(tl.float32) * LOG2_E
+    return tl.where(b_g < LEAST, LEAST, b_g)
+
+
+@triton.jit
+def parted(b_x: tl.tensor) -> Any:
+    """A float64 block as two of float32, the second what the first rounds off: of running sums,
+    `(top_i - top_j) + (low_i - low_j)` has all digits, also behind a strong decay."""
+    b_top = b_x.to(tl.float32)
+    return b_top, (b_x - b_top.to(tl.float64)).to(tl.float32)
+
+
+@triton.jit
 def row_decays(
     p_g: tl.tensor, g_t: tl.tensor, p_ids: tl.tensor, first: tl.tensor, o_t: tl.tensor,
     m_t: tl.tensor, T: tl.tensor, BT: tl.constexpr, REVERSE: tl.constexpr,
@@ -54,13 +71,14 @@ def row_decays(
         b_id, before, last = load_documents(p_ids, first, o_t, T, BT)
         visible = visible & (b_id[:, None] == b_id[None, :])
     if p_g is not None:
-        b_g = tl.load(p_g + o_t * g_t, mask=m_t, other=0.0).to(tl.float32) * LOG2_E
-        b_c = tl.cumsum(b_g, 0)
+        b_g = to_base_2(tl.load(p_g + o_t * g_t, mask=m_t, other=0.0))
+        b_c, b_low = parted(tl.cumsum(b_g.to(tl.float64), 0))
         # Of the running sum itself: one added up in another order differs by a rounding of it.
         log = tl.sum(tl.where(o_i == BT - 1, b_c, 0.0), 0)
+        low = tl.sum(tl.where(o_i == BT - 1, b_low, 0.0), 0)
         since = tl.exp2(b_c)
-        until = tl.exp2(log - b_c)
-        gap = b_c[:, None] - b_c[None, :]
+        until = tl.exp2((log - b_c) + (low - b_low))
+        gap = (b_c[:, None] - b_c[None, :]) + (b_low[:, None] - b_low[None, :])
         if REVERSE:
             gap = -gap
         # Where rows do not see columns the exponent is positive and could overflow.

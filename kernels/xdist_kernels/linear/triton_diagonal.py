@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from xdist_kernels.launch import launch
-from xdist_kernels.linear.triton_chunk import LOG2_E, load_documents, load_rows
+from xdist_kernels.linear.triton_chunk import load_documents, load_rows, to_base_2
 from xdist_kernels.linear.triton_shapes import (
     cdiv,
     chunk_tokens,
@@ -37,14 +37,27 @@ class Weighed(NamedTuple):
 
 
 @triton.jit
-def middle_of(o_i: tl.tensor, i_level: tl.tensor, LEVELS: tl.constexpr) -> Any:
-    """Of each token's block of 2h tokens (h is halved from level to level): its number, whether
-    the token is in its second half, and the last token of its first half."""
-    shift = LEVELS - i_level
-    block = o_i >> shift
-    second = ((o_i >> (shift - 1)) & 1) == 1
-    middle = (block << shift) + (1 << (shift - 1)) - 1
-    return block, second, middle
+def halves_of(o_i: tl.tensor, i_level: tl.tensor) -> Any:
+    """Of each token's block of 2h tokens, h = 2^level: its number, whether the token is in its
+    second half, and the last token of its other half."""
+    block = o_i >> (i_level + 1)
+    second = ((o_i >> i_level) & 1) == 1
+    sibling = (o_i >> i_level) ^ 1
+    return block, second, ((sibling + 1) << i_level) - 1
+
+
+@triton.jit
+def joined(
+    b_c: tl.tensor, b_r: tl.tensor, second: tl.tensor, other: tl.tensor, BT: tl.constexpr,
+    BK: tl.constexpr,
+) -> Any:  # fmt: skip
+    """From halves to their blocks: the log decays [BT, BK] b_c from the start of a token's half,
+    and b_r from behind the token to its end. Sums of one sign, never a difference of sums, which
+    would lose what stands beside a strong decay."""
+    b_other = tl.gather(b_c, tl.broadcast_to(other[:, None], (BT, BK)), 0)
+    b_c += tl.where(second[:, None], b_other, 0.0)
+    b_r += tl.where(second[:, None], 0.0, b_other)
+    return b_c, b_r
 
 
 @triton.jit
@@ -67,7 +80,7 @@ def weigh_chunks(
     #     for blocks of key dims:
     #         q' = scale * q * exp(c);  k' = k * exp(c_C - c)
     #         A += diag(q . k)
-    #         for halves h = C/2 .. 1, m = the middle of a token's block of 2h:
+    #         for halves h = 1 .. C/2, m = the middle of a token's block of 2h:
     #             f = exp(-|c - c_m|)
     #             A += (q * f) (k * f)^T, of second and first halves of the same block
     #     A = scale * A, where both tokens are of one document
@@ -97,33 +110,36 @@ def weigh_chunks(
     for i_k in range(tl.cdiv(K, BK)):
         o_k = i_k * BK + tl.arange(0, BK)
         m_k = m_t[:, None] & (o_k < K)[None, :]
-        b_g = load_rows(g + i_b * g_b + i_h * g_h, o_t, m_t, o_k, g_t, K).to(tl.float32)
-        b_g = b_g * LOG2_E  # [BT, BK]
-        b_c = tl.cumsum(b_g, 0)
-        b_total = tl.sum(tl.where(o_i[:, None] == BT - 1, b_c, 0.0), 0)  # [BK]
+        p_g = g + i_b * g_b + i_h * g_h
+        b_g = to_base_2(load_rows(p_g, o_t, m_t, o_k, g_t, K))  # [BT, BK]
+        b_total = tl.sum(b_g, 0)  # [BK]
         tl.store(totals + i_chunk * K + o_k, b_total + gone, mask=o_k < K)
         o_out = o_head[:, None] + o_k[None, :]
         if k is not None:
             p_k = k + i_b * k_b + i_h // k_group * k_h
             b_k = load_rows(p_k, o_t, m_t, o_k, k_t, K).to(tl.float32)
-            b_kw = b_k * tl.exp2(b_total[None, :] - b_c) * until[:, None]
+            m_next = (o_i < BT - 1) & (o_t + 1 < T)
+            b_next = to_base_2(load_rows(p_g, o_t + 1, m_next, o_k, g_t, K))
+            b_kw = b_k * tl.exp2(tl.cumsum(b_next, 0, reverse=True)) * until[:, None]
             tl.store(k_weighed + o_out, b_kw.to(k_weighed.dtype.element_ty), mask=m_k)
         if q is not None:
             p_q = q + i_b * q_b + i_h // q_group * q_h
             b_q = load_rows(p_q, o_t, m_t, o_k, q_t, K).to(tl.float32)
-            b_qw = b_q * tl.exp2(b_c) * since[:, None] * scale
+            b_qw = b_q * tl.exp2(tl.cumsum(b_g, 0)) * since[:, None] * scale
             tl.store(q_weighed + o_out, b_qw.to(q_weighed.dtype.element_ty), mask=m_k)
         if inner is not None:
             own = tl.sum(b_q * b_k, 1)  # [BT]
             b_a += tl.where(o_i[:, None] == o_i[None, :], own[:, None], 0.0)
+            b_c = b_g
+            b_r = tl.zeros([BT, BK], dtype=tl.float32)
             for i_level in range(LEVELS):
-                block, second, middle = middle_of(o_i, i_level, LEVELS)
-                at = tl.broadcast_to(middle[:, None], (BT, BK))
-                b_f = tl.exp2(-tl.abs(b_c - tl.gather(b_c, at, 0)))  # [BT, BK]
+                block, second, other = halves_of(o_i, i_level)
+                b_f = tl.exp2(tl.where(second[:, None], b_c, b_r))  # [BT, BK]
                 b_qf = (b_q * b_f).to(inner.dtype.element_ty)
                 b_kf = (b_k * b_f).to(inner.dtype.element_ty)
                 b_level = tl.dot(b_qf, tl.trans(b_kf), input_precision=PRECISION)
                 b_a += tl.where(meets(block, second), b_level, 0.0)
+                b_c, b_r = joined(b_c, b_r, second, other, BT, BK)
     if inner is not None:
         b_a = tl.where(visible, b_a * scale, 0.0)
         p_a = inner + i_chunk * BT * BT + o_i[:, None] * BT + o_i[None, :]
@@ -180,10 +196,9 @@ def gradients_of_keys(
         o_out = (((i_b * T + o_t) * H + i_h) * K)[:, None] + o_k[None, :]
         visible = o_i[:, None] >= o_i[None, :]
         seen = o_i[:, None] <= o_i[None, :]
-        b_g = load_rows(g + i_b * g_b + i_h * g_h, o_t, m_t, o_k, g_t, K).to(tl.float32)
-        b_g = b_g * LOG2_E  # [BT, BK]
-        b_c = tl.cumsum(b_g, 0)
-        b_total = tl.sum(tl.where(o_i[:, None] == BT - 1, b_c, 0.0), 0)  # [BK]
+        b_c = to_base_2(load_rows(g + i_b * g_b + i_h * g_h, o_t, m_t, o_k, g_t, K))  # [BT, BK]
+        b_r = tl.zeros([BT, BK], dtype=tl.float32)
+        b_total = tl.sum(b_c, 0)  # [BK]
         if ids is not None:
             b_id, before, last = load_documents(ids, first, o_t, T, BT)
             visible = visible & (b_id[:, None] == b_id[None, :])
@@ -203,19 +218,19 @@ def gradients_of_keys(
         b_dq = own * b_k
         b_dk = own * b_q
         for i_level in range(LEVELS):
-            block, second, middle = middle_of(o_i, i_level, LEVELS)
-            at = tl.broadcast_to(middle[:, None], (BT, BK))
-            b_f = tl.exp2(-tl.abs(b_c - tl.gather(b_c, at, 0)))  # [BT, BK]
+            block, second, other = halves_of(o_i, i_level)
+            b_f = tl.exp2(tl.where(second[:, None], b_c, b_r))  # [BT, BK]
             b_level = tl.where(meets(block, second), b_da, 0.0).to(b_q.dtype)
             b_kf = (b_k * b_f).to(b_q.dtype)
             b_dq += b_f * tl.dot(b_level, b_kf, input_precision=PRECISION)
             b_qf = (b_q * b_f).to(b_q.dtype)
             b_turned = tl.where(meets(block, second == 0), b_dat, 0.0).to(b_q.dtype)
             b_dk += b_f * tl.dot(b_turned, b_qf, input_precision=PRECISION)
+            b_c, b_r = joined(b_c, b_r, second, other, BT, BK)
 
         # What the borders' states give comes behind the loop: it would fill registers inside.
         b_since = tl.exp2(b_c) * scale
-        b_until = tl.exp2(b_total[None, :] - b_c)
+        b_until = tl.exp2(b_r)
         b_keep = tl.exp2(b_total)
         if ids is not None:
             b_since = tl.where((b_id == before)[:, None], b_since, 0.0)
