@@ -8,6 +8,7 @@ import os
 import pathlib
 import shutil
 import signal
+import time
 
 import pytest
 from torch import nn
@@ -22,6 +23,7 @@ from tests.end_to_end.training import (
     run_until,
     status_of,
 )
+from xdist.checkpoint import Cut
 from xdist.config import Config
 from xdist.testing import RankPool
 from xdist.train import run
@@ -198,23 +200,54 @@ def test_failure_9_other_data_are_refused_unless_allowed(
     assert "allowed by the config" in capsys.readouterr().out
 
 
-def _signal_at(name: str) -> None:
-    os.kill(os.getpid(), signal.SIGTERM)
+def _signal_at(number: int, times: int = 1) -> Cut:
+    """Sends this process a signal when its third step begins."""
+
+    def send(_: str) -> None:
+        for _i in range(times):
+            os.kill(os.getpid(), number)
+            # A handler runs between two instructions.
+            time.sleep(0.01)
+
+    return Cut("train.step", 3, send)
 
 
-def test_a_signal_saves_after_the_step_and_ends_with_75(folder: pathlib.Path) -> None:
-    from xdist.checkpoint import Cut
-
-    config = config_of(folder, "signal", "checkpoint.every_steps=0")
-    before = signal.getsignal(signal.SIGTERM)
-    assert run(config, on_point=Cut("train.step", 3, _signal_at)) == 75
-    assert signal.getsignal(signal.SIGTERM) is before
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_saves_after_the_step_and_ends_with_75(
+    folder: pathlib.Path, number: signal.Signals
+) -> None:
+    config = config_of(folder, f"signal-{number.name}", "checkpoint.every_steps=0")
+    before = signal.getsignal(number)
+    assert run(config, on_point=_signal_at(number)) == 75
+    assert signal.getsignal(number) is before
     status = status_of(config)
     assert (status["state"], status["step"], status["exit_code"]) == ("preempted", 3, 75)
-    assert status["reason"] == "received SIGTERM"
+    assert status["reason"] == f"received {number.name}"
     assert status["last_checkpoint"].endswith("step-00000003")
     assert run(config) == 0
     assert losses(config) == losses(config_of(folder, "whole"))
+
+
+def test_a_second_ctrl_c_ends_a_run_at_once_that_has_no_young_checkpoint(
+    folder: pathlib.Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = config_of(folder, "twice", "checkpoint.every_steps=0")
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        run(config, on_point=_signal_at(signal.SIGINT, times=2))
+    assert signal.getsignal(signal.SIGINT) is before
+    assert capfd.readouterr().err.count("a second Ctrl-C stops at once") == 1
+    status = status_of(config)
+    assert (status["state"], status["step"], status["exit_code"]) == ("failed", 2, 130)
+
+
+def test_ctrl_c_stays_ignored_where_it_was(folder: pathlib.Path) -> None:
+    """A script's job in the background, which a Ctrl-C to the script is not meant for."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert run(config_of(folder, "ignored"), on_point=_signal_at(signal.SIGINT)) == 0
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_ranks_say_that_they_met_before_they_build_and_resume(
