@@ -14,6 +14,7 @@ from torch._guards import detect_fake_mode
 
 from xdist.comm.checks import disagreeing_ranks
 from xdist.comm.collectives import ProcessGroup
+from xdist.comm.first_order import first_order
 from xdist.comm.gather import start_gather, start_reduce_scatter
 from xdist.documents import Documents
 from xdist.errors import DesyncError, LayoutError, ShapeError
@@ -224,6 +225,7 @@ class _Gather(torch.autograd.Function):
         return whole.view_as(whole)
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         shard: SequenceShard = ctx.shard
         ordered = shard.in_rank_order(grad, ctx.dim)

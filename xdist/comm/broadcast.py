@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from xdist.comm.collectives import ProcessGroup, check_member, rank_of, size_of, start_pairs
+from xdist.comm.first_order import first_order
 from xdist.comm.pending import Pending
 from xdist.comm.summing import add_in_rank_order, sum_dtype
 
@@ -61,6 +62,7 @@ class _Broadcast(torch.autograd.Function):
         return found.view_as(found)
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         total = start_sum_to(grad, ctx.group, root=ctx.root).wait()
         return total.to(grad.dtype), None, None

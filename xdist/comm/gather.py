@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from xdist.comm.collectives import ProcessGroup, check_member, rank_of, size_of, start_pairs
+from xdist.comm.first_order import first_order
 from xdist.comm.pending import Pending
 from xdist.comm.summing import add_in_rank_order, offsets, sum_dtype
 from xdist.errors import ShapeError
@@ -110,6 +111,7 @@ class _Gather(torch.autograd.Function):
         return whole.view_as(whole)
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         share = start_reduce_scatter(grad, ctx.group, dim=ctx.dim, sizes=ctx.sizes).wait()
         return share.to(ctx.dtype), None, None, None
@@ -125,6 +127,7 @@ class _ReduceScatter(torch.autograd.Function):
         return share.view_as(share)
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         whole = start_gather(grad, ctx.group, dim=ctx.dim, sizes=ctx.sizes).wait()
         return whole, None, None, None

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from xdist.comm.collectives import ProcessGroup, check_member, rank_of, size_of, start_pairs
+from xdist.comm.first_order import first_order
 from xdist.comm.pending import Pending
 from xdist.comm.summing import sum_dtype
 from xdist.comm.switch import sized
@@ -167,6 +168,7 @@ class _Halo(torch.autograd.Function):
         return tuple(tensors) or (x.new_zeros(sized(x, dim, 0)),)
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         layout, group, dim, before, after = ctx.arguments
         count = len(layout.segments(rank_of(group)))

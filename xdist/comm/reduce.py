@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from xdist.comm.collectives import ProcessGroup, check_member, rank_of, size_of, start_pairs
+from xdist.comm.first_order import first_order
 from xdist.comm.gather import start_reduce_scatter
 from xdist.comm.pending import Pending
 from xdist.comm.summing import sum_dtype
@@ -58,5 +59,6 @@ class _Reduce(torch.autograd.Function):
         return total.view_as(total)
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         return start_reduce(grad, ctx.group).wait().to(grad.dtype), None

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from xdist.comm.collectives import ProcessGroup, check_member, rank_of, size_of, start_pairs
+from xdist.comm.first_order import first_order
 from xdist.comm.pending import Pending
 from xdist.errors import ShapeError
 from xdist.layout import Layout, Piece
@@ -86,6 +87,7 @@ class _Relayout(torch.autograd.Function):
         return start_relayout(x, group, dim=dim, source=source, target=target).wait()
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         back = start_relayout(grad, ctx.group, dim=ctx.dim, source=ctx.target, target=ctx.source)
         return back.wait(), None, None, None, None

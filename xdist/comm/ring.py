@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from xdist.comm.collectives import ProcessGroup, Shape, rank_of, size_of, start_pairs
+from xdist.comm.first_order import first_order
 from xdist.comm.pending import Pending
 from xdist.comm.summing import add_in_rank_order, sum_dtype
 from xdist.comm.switch import sized
@@ -114,6 +115,7 @@ class _Blocks(torch.autograd.Function):
         return tuple(got[r].view_as(got[r]) for r in needs[rank_of(group)])
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         like = torch.empty(ctx.shape, **ctx.options)
         owners = ctx.needs[rank_of(ctx.group)]

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from xdist.comm.collectives import ProcessGroup, rank_of, size_of
+from xdist.comm.first_order import first_order
 from xdist.comm.pending import Pending
 from xdist.comm.scan_fold import ChainFold, Direction, Fold, GatherFold, run_together
 from xdist.comm.scan_maps import Maps, Transition, apply_transition
@@ -33,6 +34,7 @@ from xdist.cost.scan import (
 )
 from xdist.errors import ShapeError
 from xdist.layout import Layout
+from xdist_kernels.autocast import in_given_dtypes
 
 __all__ = [
     "Scan",
@@ -239,6 +241,7 @@ def scan(
 
 class _Scan(torch.autograd.Function):
     @staticmethod
+    @in_given_dtypes
     def forward(ctx: Any, plan: Scan, states: Tensor, transitions: Tensor | None) -> Tensor:
         like = states.new_empty(states.shape[1:])
         given = None if transitions is None else transitions.unbind(0)
@@ -250,6 +253,7 @@ class _Scan(torch.autograd.Function):
         return found.to(states.dtype)
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         entering, transitions, merged = ctx.saved_tensors
         plan: Scan = ctx.plan

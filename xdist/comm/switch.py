@@ -22,6 +22,7 @@ from xdist.comm.collectives import (
     size_of,
     start_pairs,
 )
+from xdist.comm.first_order import first_order
 from xdist.comm.pending import Pending
 from xdist.comm.summing import offsets
 from xdist.errors import ShapeError
@@ -177,6 +178,7 @@ class _Switch(torch.autograd.Function):
         return tuple(y.view_as(y) if group is None else y for y in found)
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         back = [one.swapped() for one in ctx.switches]
         return None, None, *start_switch_many(grads, back, ctx.group).wait()

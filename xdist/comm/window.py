@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from xdist.comm.collectives import ProcessGroup, check_member, rank_of, size_of, start_pairs
+from xdist.comm.first_order import first_order
 from xdist.comm.pending import Pending
 from xdist.comm.summing import sum_dtype
 from xdist.comm.switch import pack, packed_spec, sized, unpack
@@ -173,6 +174,7 @@ class _Window(torch.autograd.Function):
         return tuple(y.view_as(y) for y in found)
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         layout, group = ctx.arguments
         likes = [torch.empty(shape, dtype=kind, device=at) for shape, kind, at in ctx.likes]

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from xdist.comm import keep
+from xdist.comm.first_order import first_order
+from xdist_kernels.autocast import Autocast, autocast_again
 
 
 def checkpoint(layer: nn.Module | Callable[..., Tensor], x: Tensor, *rest: Any) -> Tensor:
@@ -35,16 +37,17 @@ class _Checkpoint(torch.autograd.Function):
     def forward(ctx: Any, layer: Any, rest: tuple[Any, ...], x: Tensor, *held: Tensor) -> Tensor:
         with keep.recording() as tape:
             out = layer(x, *rest)
-        ctx.layer, ctx.rest, ctx.tape = layer, rest, tape
+        ctx.layer, ctx.rest, ctx.tape, ctx.autocast = layer, rest, tape, Autocast.now(x)
         ctx.save_for_backward(x, *held)
         return out
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         x, *held = ctx.saved_tensors
         with torch.enable_grad():
             again = x.detach().requires_grad_(x.requires_grad)
-            with keep.replaying(ctx.tape):
+            with keep.replaying(ctx.tape), autocast_again(ctx.autocast):
                 out = ctx.layer(again, *ctx.rest)
         wanted = [t for t in (again, *held) if t.requires_grad]
         found = iter(torch.autograd.grad(out, wanted, grad, allow_unused=True))

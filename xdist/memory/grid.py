@@ -21,18 +21,19 @@ Source: multi-axis gradient checkpointing, Lee et al., "Video-Ma2mba" (arXiv 241
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from xdist.comm.first_order import first_order
 from xdist.cost.grid import Grid
 from xdist.memory.grid_cells import Sums
 from xdist.memory.grid_groups import Group, HeadSum, backward_group, forward_group, head_seed
 from xdist.memory.grid_plan import Plan, plan_of
 from xdist.shard import SequenceShard
+from xdist_kernels.autocast import Autocast, autocast_again
 
 
 def checkpoint_grid(
@@ -97,7 +98,7 @@ class _Grid(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, plan: Plan, x: Tensor, *parameters: Tensor) -> Tensor:
-        ctx.plan, ctx.groups, ctx.autocast = plan, [], _autocast_now(x.device.type)
+        ctx.plan, ctx.groups, ctx.autocast = plan, [], Autocast.now(x)
         ctx.save_for_backward(x, *parameters)
         head = HeadSum(plan.head) if plan.head is not None else None
         y = x
@@ -114,6 +115,7 @@ class _Grid(torch.autograd.Function):
         return head.total(x)
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
         x, *parameters = ctx.saved_tensors
         if ctx.groups is None:
@@ -121,7 +123,7 @@ class _Grid(torch.autograd.Function):
         plan, groups, ctx.groups = ctx.plan, ctx.groups, None
         sums = Sums(parameters)
         d: Tensor | None = dout if plan.head is None else None
-        with _autocast_again(ctx.autocast):
+        with autocast_again(ctx.autocast):
             for number in reversed(range(len(groups))):
                 group = groups.pop()
                 own = x.detach() if number == 0 else group.x
@@ -135,14 +137,3 @@ class _Grid(torch.autograd.Function):
         empty = not plan.segments
         grads = [sums.of(p, of_nothing=empty) if p.requires_grad else None for p in parameters]
         return None, dx, *grads
-
-
-def _autocast_now(kind: str) -> tuple[str, bool, torch.dtype]:
-    return kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
-
-
-@contextlib.contextmanager
-def _autocast_again(state: tuple[str, bool, torch.dtype]) -> Iterator[None]:
-    kind, on, dtype = state
-    with torch.autocast(kind, dtype=dtype, enabled=on):
-        yield

@@ -18,12 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from xdist.comm.first_order import first_order
 from xdist.comm.reduce import start_reduce
 from xdist.errors import ShapeError, StrategyError
 from xdist.memory.answers import count_answers
 from xdist.memory.normalise import normalised, normalised_backward
 from xdist_kernels import backend as kernels_backend
 from xdist_kernels import cross_entropy as tiles
+from xdist_kernels.autocast import in_given_dtypes
 from xdist_kernels.errors import KernelError
 
 # Of a tile's gradients in float16, whose smallest number is above 1 / (tokens of a long batch):
@@ -40,6 +42,7 @@ class TiledCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
+    @in_given_dtypes
     def forward(
         ctx: Any,
         hidden: Tensor,
@@ -62,6 +65,7 @@ class TiledCrossEntropy(torch.autograd.Function):
         return loss.to(hidden.dtype if hidden.dtype.itemsize > 4 else torch.float32)
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         sweep, ctx.sweep = ctx.sweep, None
         if sweep is None:

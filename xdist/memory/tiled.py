@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from xdist.comm.first_order import first_order
 from xdist.errors import ShapeError
+from xdist_kernels.autocast import Autocast, autocast_again
 
 TILE_TOKENS = 4096
 
@@ -46,7 +48,7 @@ def _slices(n: int, tokens: int) -> list[slice]:
 class _Tiled(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, layer: nn.Module, tokens: int, x: Tensor, *held: Tensor) -> Tensor:
-        ctx.layer, ctx.tokens = layer, tokens
+        ctx.layer, ctx.tokens, ctx.autocast = layer, tokens, Autocast.now(x)
         ctx.save_for_backward(x, *held)
         out: Tensor | None = None
         for tile in _slices(x.shape[1], tokens):
@@ -58,13 +60,14 @@ class _Tiled(torch.autograd.Function):
         return out
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         x, *held = ctx.saved_tensors
         wanted = [p for p in held if p.requires_grad]
         sums = [torch.zeros(p.shape, dtype=_wide(p), device=p.device) for p in wanted]
         dx = torch.empty_like(x)
         for tile in _slices(x.shape[1], ctx.tokens):
-            with torch.enable_grad():
+            with torch.enable_grad(), autocast_again(ctx.autocast):
                 own = x[:, tile].detach().requires_grad_()
                 out = ctx.layer(own)
             parts = torch.autograd.grad(out, (own, *wanted), grad[:, tile], allow_unused=True)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from xdist.nn.decay import wide
+from xdist_kernels.autocast import in_given_dtypes
 
 TILE_TOKENS = 1024
 
@@ -51,6 +52,7 @@ class NormThenGate(torch.autograd.Function):
     """(y, z or None, weight or None, gate, eps) -> norm(y) * weight * gate(z), [B, n, ..., V]."""
 
     @staticmethod
+    @in_given_dtypes
     def forward(
         ctx: Any, y: Tensor, z: Tensor | None, weight: Tensor | None, gate: str, eps: float
     ) -> Tensor:
@@ -68,6 +70,7 @@ class NormThenGate(torch.autograd.Function):
         return out
 
     @staticmethod
+    @in_given_dtypes
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         y, z, weight = ctx.saved_tensors
         dy, dz = torch.empty_like(y), None if z is None else torch.empty_like(z)
@@ -95,6 +98,7 @@ class GateThenNorm(torch.autograd.Function):
     """(y, z, weight [E], groups, eps) -> norm(y * silu(z)) * weight, [B, n, E], group by group."""
 
     @staticmethod
+    @in_given_dtypes
     def forward(ctx: Any, y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float) -> Tensor:
         out = torch.empty_like(y, memory_format=torch.contiguous_format)
         for at in _tiles(y):
@@ -105,6 +109,7 @@ class GateThenNorm(torch.autograd.Function):
         return out
 
     @staticmethod
+    @in_given_dtypes
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         y, z, weight = ctx.saved_tensors
         shape = (ctx.groups, -1)
@@ -127,6 +132,7 @@ class Unit(torch.autograd.Function):
     """(x, eps) -> x / sqrt(sum(x^2) + eps) over the last dim, [B, n, ..., K]."""
 
     @staticmethod
+    @in_given_dtypes
     def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
         for at in _tiles(x):
@@ -137,6 +143,7 @@ class Unit(torch.autograd.Function):
         return out
 
     @staticmethod
+    @in_given_dtypes
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
         dx = torch.empty_like(x, memory_format=torch.contiguous_format)

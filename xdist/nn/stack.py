@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from xdist.comm.first_order import first_order
 from xdist.memory.stream import Kept, Sweep
 from xdist.nn.embedding import EmbeddingPass, NGramEmbedding
+from xdist_kernels.autocast import in_given_dtypes
 
 if TYPE_CHECKING:
     from xdist.nn.block import Block
@@ -81,11 +83,13 @@ class StreamedEmbedding(torch.autograd.Function):
     """x = StreamedEmbedding.apply(symbols, tokens table, n-gram table)."""
 
     @staticmethod
+    @in_given_dtypes
     def forward(ctx: Any, symbols: _Symbols, *tables: Tensor) -> Tensor:
         ctx.symbols = symbols
         return symbols.embed()
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, dx: Tensor) -> tuple[Any, ...]:
         held: _Symbols = ctx.symbols
         tables = EmbeddingPass(held.embedding)
@@ -104,6 +108,7 @@ class StreamedBlock(torch.autograd.Function):
     """
 
     @staticmethod
+    @in_given_dtypes
     def forward(
         ctx: Any, block: Block, streaming: Streaming, x: Tensor, *parameters: Tensor
     ) -> Tensor:
@@ -116,6 +121,7 @@ class StreamedBlock(torch.autograd.Function):
         return out
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         block: Block = ctx.block
         streaming: Streaming = ctx.streaming

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from xdist.comm.first_order import first_order
 from xdist.parallel.attention_blocks import Blocks
 from xdist.parallel.attention_call import Call
 from xdist.parallel.attention_ring import Ring
 from xdist.parallel.attention_switch import Switch
-from xdist.parallel.first_order import first_order
 from xdist_kernels.attention.torch import sinks_backward
 
 

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from xdist.comm.first_order import first_order
 from xdist.cost.attention_keys import Needs, all_keys
 from xdist.parallel.attention_blocks import Block, Blocks
 from xdist.parallel.attention_call import Call, joined
-from xdist.parallel.first_order import first_order
 from xdist_kernels.attention.torch import sinks_backward
 
 

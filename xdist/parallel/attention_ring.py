@@ -18,13 +18,13 @@ from typing import Any
 from torch import Tensor
 from torch.autograd import Function
 
+from xdist.comm.first_order import first_order
 from xdist.comm.pending import Pending
 from xdist.parallel.attention_blocks import Block, Blocks
 from xdist.parallel.attention_call import Call
 from xdist.parallel.attention_runs import Run, merge_forward
 from xdist.parallel.attention_runs import backward as runs_backward
 from xdist.parallel.attention_runs import forward as runs_forward
-from xdist.parallel.first_order import first_order
 from xdist_kernels.attention.torch import sinks_backward
 
 

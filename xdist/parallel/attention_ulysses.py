@@ -28,13 +28,13 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from xdist.comm.first_order import first_order
 from xdist.comm.keep import on_tape
 from xdist.comm.pending import Pending
 from xdist.parallel.attention_call import Call
 from xdist.parallel.attention_runs import backward as runs_backward
 from xdist.parallel.attention_runs import forward as runs_forward
 from xdist.parallel.attention_switch import Switch, Unit
-from xdist.parallel.first_order import first_order
 from xdist_kernels.attention.torch import sinks_backward
 
 Pair = tuple[Tensor, Tensor]  # of keys and values

@@ -21,6 +21,7 @@ from xdist.parallel.recurrent_scan import ScanRecurrence, ScanRequest
 from xdist.parallel.recurrent_tiles import Share
 from xdist.parallel.recurrent_work import Work
 from xdist.shard import SequenceShard
+from xdist_kernels.autocast import without_autocast
 
 if TYPE_CHECKING:
     from xdist.parallel.recurrent import Request, Result
@@ -51,7 +52,8 @@ def carried_recurrence(request: Request, carry: Carry) -> Result:
     index, state = carry.take(Call(journey=journey))
     state = work.identity if state is None else state
     if carry.until == index:
-        carry.put(_advanced(work, carry, state))
+        with without_autocast(state):
+            carry.put(_advanced(work, carry, state))
     fresh = work.identity.unsqueeze(1).expand(-1, carry.documents.count - 1, *state.shape[1:])
     initial = torch.cat([state.unsqueeze(1), fresh], 1)
     call = recurrent_call.Call(op, share, True, len(inputs))

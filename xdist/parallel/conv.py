@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from xdist.comm.first_order import first_order
 from xdist.comm.gather import gather
 from xdist.comm.halo import start_halo, start_halo_adjoint
 from xdist.cost.conv import final_pieces, tokens_in
@@ -28,11 +29,11 @@ from xdist.errors import ShapeError
 from xdist.layout import Layout
 from xdist.parallel.backend import chosen
 from xdist.parallel.conv_parts import Stretch, Walk
-from xdist.parallel.first_order import first_order
 from xdist.parallel.noted import Noted, notes
 from xdist.parallel.recurrent_tiles import Share
 from xdist.shard import SequenceShard
 from xdist_kernels import conv
+from xdist_kernels.autocast import in_given_dtypes
 from xdist_kernels.errors import KernelError
 
 
@@ -166,6 +167,7 @@ class _CausalConv(torch.autograd.Function):
     """(walk, x, weight, bias, initial states) -> y."""
 
     @staticmethod
+    @in_given_dtypes
     def forward(
         ctx: Any,
         walk: Walk,

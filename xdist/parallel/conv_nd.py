@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from xdist.comm.first_order import first_order
 from xdist.comm.summing import sum_dtype
 from xdist.comm.window_edges import edge_bounds, start_edges, start_edges_adjoint
 from xdist.cost.conv_nd import Along, Padding, conv_dims, share_windows
@@ -28,8 +29,8 @@ from xdist.cost.per_dim import PerDim, per_dim
 from xdist.errors import ShapeError
 from xdist.grid_shard import GridShard, resolve_grid
 from xdist.parallel.backend import chosen
-from xdist.parallel.first_order import first_order, without_autocast
 from xdist_kernels import conv_nd as kernel
+from xdist_kernels.autocast import without_autocast
 from xdist_kernels.errors import KernelError
 
 

@@ -15,15 +15,16 @@ import torch
 from torch import Tensor
 
 from xdist.comm.collectives import ProcessGroup
+from xdist.comm.first_order import first_order
 from xdist.comm.scan import Scan
 from xdist.documents import Documents
 from xdist.layout import Layout
-from xdist.parallel.first_order import first_order
 from xdist.parallel.grid_rows import Group, Rows
 from xdist.parallel.recurrence import Recurrence
 from xdist.parallel.recurrent_scan import backward_together, forward_together
 from xdist.parallel.recurrent_tiles import Share
 from xdist.parallel.recurrent_work import Work
+from xdist_kernels.autocast import in_given_dtypes
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,7 @@ class RowScan(torch.autograd.Function):
     """(plan, distinct inputs [B, n, heads, D] in the grid's order) -> outputs [B, n, H, V]."""
 
     @staticmethod
+    @in_given_dtypes
     def forward(ctx: Any, plan: RowPlan, *tensors: Tensor) -> tuple[Tensor, ...]:
         like = next(x for i, x in enumerate(tensors) if i not in plan.whole)
         outs = [

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from xdist.comm.first_order import first_order
 from xdist.memory.carry import Carry
-from xdist.parallel.first_order import first_order
 from xdist.parallel.noted import notes
 from xdist.parallel.recurrences.linear import LinearAttention
 from xdist.parallel.recurrent import Request
 from xdist.shard import SequenceShard
+from xdist_kernels.autocast import in_given_dtypes
 from xdist_kernels.linear.bidirectional import Sides, backward_merged, run_merged
 
 
@@ -67,6 +68,7 @@ class _BothWays(torch.autograd.Function):
     """(q, k, v, log_decay [B,n,H,1] or None, starts, scale) -> out."""
 
     @staticmethod
+    @in_given_dtypes
     def forward(
         ctx: Any,
         q: Tensor,

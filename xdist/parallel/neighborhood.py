@@ -18,14 +18,15 @@ from torch import Tensor
 from torch.autograd import Function
 
 from xdist.comm.checks import checks_are_on, raise_together
+from xdist.comm.first_order import first_order
 from xdist.cost.neighborhood import key_windows
 from xdist.cost.per_dim import PerDim, per_dim
 from xdist.errors import NumericsError, ShapeError
 from xdist.grid_shard import GridShard, resolve_grid
 from xdist.parallel.backend import chosen
-from xdist.parallel.first_order import first_order, without_autocast
 from xdist.parallel.neighborhood_parts import Call, Fetch, Stretch, stretches_of
 from xdist_kernels import neighborhood as kernels
+from xdist_kernels.autocast import without_autocast
 from xdist_kernels.errors import KernelError
 from xdist_kernels.neighborhood.rules import Near, Rule
 

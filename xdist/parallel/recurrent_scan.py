@@ -22,11 +22,12 @@ import torch
 from torch import Tensor
 
 from xdist.comm.collectives import ProcessGroup
+from xdist.comm.first_order import first_order
 from xdist.comm.scan import Scan, start_adjoint_together, start_together
-from xdist.parallel.first_order import first_order
 from xdist.parallel.recurrent_call import Call, keep, restore, split
 from xdist.parallel.recurrent_final import FinalStates
 from xdist.parallel.recurrent_work import Work
+from xdist_kernels.autocast import in_given_dtypes
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,7 @@ class ScanRecurrence(torch.autograd.Function):
     """
 
     @staticmethod
+    @in_given_dtypes
     def forward(ctx: Any, request: ScanRequest, *tensors: Any) -> tuple[Tensor | None, ...]:
         given = split(request.calls, tensors)
         works = [

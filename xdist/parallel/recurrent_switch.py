@@ -19,15 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from xdist.comm.first_order import first_order
 from xdist.cost.recurrent import Shares, overlaps
 from xdist.layout import Layout
-from xdist.parallel.first_order import first_order
 from xdist.parallel.recurrence import Inputs
 from xdist.parallel.recurrent_call import Call, Tensors, keep, restore, split
 from xdist.parallel.recurrent_final import FinalStates
 from xdist.parallel.recurrent_heads import HeadExchange
 from xdist.parallel.recurrent_tiles import Share
 from xdist.parallel.recurrent_work import Work
+from xdist_kernels.autocast import in_given_dtypes
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,7 @@ class SwitchRecurrence(torch.autograd.Function):
     """
 
     @staticmethod
+    @in_given_dtypes
     def forward(ctx: Any, request: SwitchRequest, *tensors: Any) -> tuple[Tensor | None, ...]:
         exchange = request.exchange
         given = split(request.calls, tensors)

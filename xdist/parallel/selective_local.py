@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu, softplus
 
+from xdist_kernels.autocast import in_given_dtypes
+
 TILE_TOKENS = 4096
 # Beyond this torch's softplus is the identity, in value and gradient.
 LINEAR_ABOVE = 20.0
@@ -60,6 +62,7 @@ class _Steps(torch.autograd.Function):
     """(delta, bias or None) -> softplus(delta + bias) in float32 or wider."""
 
     @staticmethod
+    @in_given_dtypes
     def forward(ctx: Any, delta: Tensor, bias: Tensor | None) -> Tensor:
         wide = _wide(delta)
         found = softplus(delta.to(wide) if bias is None else delta.to(wide) + bias.to(wide))
@@ -68,6 +71,7 @@ class _Steps(torch.autograd.Function):
         return found
 
     @staticmethod
+    @in_given_dtypes
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
         (steps,) = ctx.saved_tensors
         # softplus'(x) = sigmoid(x) = 1 - e^{-softplus(x)}
@@ -81,6 +85,7 @@ class _Finish(torch.autograd.Function):
     """(out, u, D or None, z or None) -> (out + D u) * silu(z) in the dtype of out."""
 
     @staticmethod
+    @in_given_dtypes
     def forward(ctx: Any, out: Tensor, u: Tensor, D: Tensor | None, z: Tensor | None) -> Tensor:
         found = torch.empty_like(out, memory_format=torch.contiguous_format)
         for at in _tiles(out):
@@ -92,6 +97,7 @@ class _Finish(torch.autograd.Function):
         return found
 
     @staticmethod
+    @in_given_dtypes
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         out, u, D, z = ctx.saved_tensors
         wide = _wide(grad)

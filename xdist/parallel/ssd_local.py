@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from xdist.parallel.recurrence import state_dtype
+from xdist_kernels.autocast import in_given_dtypes
 
 TILE_TOKENS = 4096
 
@@ -26,6 +27,7 @@ class Values(torch.autograd.Function):
     """(dt [B,n,H] in the states' dtype, x [B,n,H,D]) -> dt x in the dtype of x, rounded once."""
 
     @staticmethod
+    @in_given_dtypes
     def forward(ctx: Any, dt: Tensor, x: Tensor) -> Tensor:
         ctx.save_for_backward(dt, x)
         found = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -34,6 +36,7 @@ class Values(torch.autograd.Function):
         return found
 
     @staticmethod
+    @in_given_dtypes
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         dt, x = ctx.saved_tensors
         wide = dt.dtype
@@ -50,6 +53,7 @@ class Skip(torch.autograd.Function):
     """(out, x [B,n,H,D], D [H]) -> out + D x in the dtype of out."""
 
     @staticmethod
+    @in_given_dtypes
     def forward(ctx: Any, out: Tensor, x: Tensor, D: Tensor) -> Tensor:
         ctx.save_for_backward(x, D)
         wide = state_dtype((x,))
@@ -59,6 +63,7 @@ class Skip(torch.autograd.Function):
         return found
 
     @staticmethod
+    @in_given_dtypes
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, D = ctx.saved_tensors
         wide = state_dtype((x,))

@@ -1,17 +1,15 @@
-"""Backward passes written by hand: they have no derivative of their own, and say so; autocast does
-not reach into them."""
+"""Backward passes written by hand: they have no derivative of their own, and say so."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from xdist.errors import StrategyError
+from xdist_kernels.autocast import without_autocast
 
 Backward = Callable[..., tuple[Any, ...]]
 
@@ -40,11 +38,3 @@ def first_order(backward: Backward) -> Backward:
             return backward(ctx, *grads)
 
     return refusing
-
-
-def without_autocast(like: Tensor) -> AbstractContextManager[object]:
-    """Inside, autocast leaves operations on `like`'s device alone."""
-    kind = like.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return torch.autocast(kind, enabled=False)
-    return nullcontext()
