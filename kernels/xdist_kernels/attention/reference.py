@@ -6,7 +6,7 @@ For query i of head h, with G key heads shared by H query heads (g = h // (H / G
     (3) Z   = sum_j exp(s_j) + exp(sink_h)         the sink only if there is one
     (4) o_i = sum_j z_j exp(s_j) / Z * v_j;        lse_i = log Z
         z_j = 1, or with dropout 1 / (1 - rate) where the pair is kept and 0 where not
-A query that sees nothing and has no sink has o_i = 0 and lse_i = -inf.
+A query that sees nothing and has no sink (or one of -inf) has o_i = 0 and lse_i = -inf.
 Letters: B batch, n queries, m keys, H query heads, G key heads, D key dim, E value dim.
 """
 
@@ -51,7 +51,7 @@ def attention_reference(
             s_ = scale * torch.einsum("bd,bjd->bj", q[:, i, h], k_)  # (1)
             if softcap is not None:
                 s_ = softcap * torch.tanh(s_ / softcap)  # (2)
-            if sinks is not None:  # (3): a sink is a key whose value is zero
+            if sinks is not None and sinks[h] != -math.inf:  # (3): a sink is a key whose value is zero
                 s_ = torch.cat([s_, sinks[h].double().expand(batch, 1)], dim=1)
                 v_ = torch.cat([v_, v_.new_zeros(batch, 1, v_.shape[-1])], dim=1)
             if s_.shape[1] == 0:

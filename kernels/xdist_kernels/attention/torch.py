@@ -149,7 +149,8 @@ def attention_delta(out: Tensor, dout: Tensor) -> Tensor:
 
 def sinks_backward(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
     """Gradient `[H]` of the sinks: a sink takes `exp(sink - lse)` of a row and adds no value."""
-    share = torch.exp(sinks.to(lse.dtype) - lse)
+    # A row that sees nothing beside a sink of -inf has a lse of -inf: its share is 0.
+    share = torch.exp(sinks.to(lse.dtype) - lse.masked_fill(lse == -torch.inf, 0.0))
     return -(share * delta).sum(dim=(0, 1))
 
 
