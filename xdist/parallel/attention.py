@@ -17,15 +17,20 @@ from xdist.errors import MaskError, NumericsError, ShapeError, StrategyError
 from xdist.mask import Mask
 from xdist.parallel.attention_2d import TwoAxesAttention
 from xdist.parallel.attention_call import Call
-from xdist.parallel.attention_checks import check_alike, check_device, check_settings
+from xdist.parallel.attention_checks import (
+    check_alike,
+    check_device,
+    check_kinds,
+    check_settings,
+)
 from xdist.parallel.attention_fetch import FetchAttention
 from xdist.parallel.attention_ring import RingAttention
 from xdist.parallel.attention_ulysses import ulysses
 from xdist.parallel.backend import decided, is_auto
+from xdist.parallel.first_order import without_autocast
 from xdist.parallel.noted import Noted, notes
 from xdist.shard import SequenceShard, resolve
 from xdist_kernels import attention as kernels
-from xdist_kernels.autocast import without_autocast
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 KeyShard: TypeAlias = SequenceShard | str
@@ -48,6 +53,7 @@ def attention(
     backend: str = "auto",
 ) -> Tensor:
     """`xdist.attention`, see there. Every check comes before anything is sent."""
+    check_kinds(shard, q=q, k=k, v=v, sinks=sinks)
     shared = shard is not None
     shard = resolve(shard, q.shape[1] if q.dim() == 4 else 0)
     check_settings(mask, scale, softcap, dropout)
@@ -143,6 +149,7 @@ def explain(
 
     Reads shapes and dtypes alone: tensors on the meta device will do.
     """
+    check_kinds(shard, q=q, k=k, v=v)
     shard = resolve(shard, q.shape[1] if q.dim() == 4 else 0)
     return choose(problem_of(q, k, v, shard, mask=mask, sinks=None, key_shard=key_shard))
 
