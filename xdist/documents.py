@@ -40,6 +40,13 @@ class Documents:
         _check(cuts, length)
         return cls(cuts)
 
+    @classmethod
+    def whole(cls, documents: Any) -> Documents:
+        """The documents of a sequence that ends with the last of them; else as `of`."""
+        given = isinstance(documents, Documents)
+        cuts = documents.cu_seqlens if given else _integers(documents)
+        return cls.of(cuts, cuts[-1] if cuts else 0)
+
     def mirrored(self) -> Documents:
         """The same documents seen from the end: the last one first, position p is N - 1 - p."""
         return Documents(tuple(self.length - cut for cut in reversed(self.cu_seqlens)))

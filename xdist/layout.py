@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 from xdist.balance import balanced_segments
 from xdist.documents import Documents
-from xdist.errors import LayoutError
+from xdist.errors import LayoutError, MaskError
 from xdist.mask import Mask
 
 
@@ -98,14 +99,20 @@ class Layout:
                 fewer keys that travel. Single tokens may force more.
 
         Raises:
-            LayoutError: parts below 1, or a negative slack.
-            DocumentsError: cu_seqlens that start elsewhere than at 0, or decrease.
+            LayoutError: parts below 1, or a slack that is negative or not finite.
+            MaskError: a mask that is no Mask.
+            DocumentsError: no cu_seqlens, or such as start elsewhere than at 0, or decrease.
         """
-        given = documents.cu_seqlens if isinstance(documents, Documents) else list(documents)
-        packed = Documents.of(documents, int(given[-1]) if len(given) else 0)
+        packed = Documents.whole(documents)
         _cuts(packed.length, parts, pieces=parts)
-        if not slack >= 0:
-            raise LayoutError("slack must not be negative", f"got {slack}")
+        if not 0 <= slack < math.inf:
+            raise LayoutError("slack must be finite and not negative", f"got {slack}")
+        if mask is not None and not isinstance(mask, Mask):
+            raise MaskError(
+                "mask must be an xdist.Mask or None",
+                f"got {type(mask).__name__}",
+                "describe what is visible by xdist.Mask(causal=, window=, prefix=, chunk=)",
+            )
         found = balanced_segments(packed, parts, mask or Mask(), slack)
         return cls(packed.length, tuple(tuple(runs) for runs in found))
 

@@ -16,7 +16,9 @@ from torch.utils.checkpoint import checkpoint
 
 import xdist
 from xdist import Mask
+from xdist.errors import ShapeError
 from xdist.mesh import Mesh
+from xdist.parallel.attention import explain
 from xdist.shard import SequenceShard
 
 N, HEADS, DIM = 140, 2, 8
@@ -302,3 +304,38 @@ def test_nothing_of_a_tracing_mode_is_kept(sharded: bool, backend: str) -> None:
         assert traced == a.shape
     with FakeTensorMode():  # what is kept of real calls does not stand in the way
         assert shapes == [x.shape for x in others(shard)]
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_a_sink_of_minus_infinity_takes_nothing(backend: str) -> None:
+    """Also of a query that sees no key, for which there is then nothing at all."""
+    shards = [
+        SequenceShard(Mesh.one_rank(), xdist.Layout.contiguous(n, 1), documents)
+        for n, documents in ((4, [0, 2, 4]), (3, [0, 0, 3]))
+    ]
+    q, k = (draw(1, n, 2, 4).requires_grad_() for n in (4, 3))
+    sinks = torch.tensor([-torch.inf, 0.3], dtype=torch.float64, requires_grad=True)
+    options = {"mask": Mask(causal=False), "key_shard": shards[1], "backend": backend}
+    out = xdist.attention(q, k, k, shards[0], sinks=sinks, **options)
+    found = torch.autograd.grad(out.square().sum(), (q, k, sinks))
+    plain = xdist.attention(q, k, k, shards[0], **options)
+    wants = torch.autograd.grad(plain.square().sum(), (q, k))
+    assert found[2][0] == 0.0
+    assert found[2][1].isfinite()
+    assert torch.equal(out[:, :, 0], plain[:, :, 0])
+    for own, want in zip(found, wants, strict=False):
+        torch.testing.assert_close(own[:, :, 0], want[:, :, 0])
+
+
+def test_what_is_no_tensor_or_no_shard_of_a_sequence_is_refused() -> None:
+    q, one = draw(2, 9, 2, 4), Mesh.one_rank()
+    for calling in (xdist.attention, explain):
+        for shard in (xdist.GridShard(one, (9,), 0), one, Mask()):
+            name = type(shard).__name__
+            with pytest.raises(ShapeError, match=f"takes a SequenceShard or None\ngot {name}"):
+                calling(q, q, q, shard, mask=Mask())  # type: ignore[arg-type]
+        for given, name in (((q.numpy(), q, q), "q"), ((q, q, None), "v")):
+            with pytest.raises(ShapeError, match=f"{name} must be a tensor"):
+                calling(*given, mask=Mask())  # type: ignore[arg-type]
+    with pytest.raises(ShapeError, match="sinks must be a tensor\ngot list"):
+        xdist.attention(q, q, q, mask=Mask(), sinks=[0.0, 0.0])  # type: ignore[arg-type]

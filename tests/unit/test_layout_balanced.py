@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from xdist import Layout, Mask
 from xdist.cost.attention_keys import Problem
 from xdist.documents import Documents
-from xdist.errors import DocumentsError, LayoutError
+from xdist.errors import DocumentsError, LayoutError, MaskError
 
 PARTS = (2, 3, 4, 8)
 MASKS = (
@@ -149,8 +150,11 @@ def test_slack_saves_keys() -> None:
 def test_what_cannot_be_balanced_is_refused() -> None:
     with pytest.raises(LayoutError, match="parts >= 1"):
         Layout.balanced([0, 8], 0)
-    with pytest.raises(LayoutError, match=r"slack must not be negative\n.*-0.1"):
-        Layout.balanced([0, 8], 2, slack=-0.1)
-    for wrong in ([], [0], [1, 8], [0, 5, 3]):
+    for slack in (-0.1, math.inf, math.nan):
+        with pytest.raises(LayoutError, match=rf"slack must be finite and not negative\n.*{slack}"):
+            Layout.balanced([0, 8], 2, slack=slack)
+    with pytest.raises(MaskError, match=r"mask must be an xdist.Mask or None\ngot str"):
+        Layout.balanced([0, 8], 2, "causal")  # type: ignore[arg-type]
+    for wrong in (None, 8, [], [0], [1, 8], [0, 5, 3], [0, 8.5], [[0, 8]], "08"):
         with pytest.raises(DocumentsError):
             Layout.balanced(wrong, 2)

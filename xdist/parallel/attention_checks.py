@@ -16,6 +16,21 @@ from xdist.mask import Mask
 from xdist.shard import SequenceShard
 
 
+def check_kinds(shard: object, **tensors: object) -> None:
+    """Refuses what is no tensor (None is no sinks), and a shard of something else."""
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor) and not (name == "sinks" and x is None):
+            raise ShapeError(
+                f"{name} must be a tensor", f"got {type(x).__name__}", "pass a torch.Tensor"
+            )
+    if shard is not None and not isinstance(shard, SequenceShard):
+        raise ShapeError(
+            "attention takes a SequenceShard or None",
+            f"got {type(shard).__name__}",
+            "pass xdist.SequenceShard(mesh, layout); for grids there is xdist.grid_attention",
+        )
+
+
 def check_settings(
     mask: Mask, scale: float | None, softcap: float | None, dropout: Dropout | None
 ) -> None:
