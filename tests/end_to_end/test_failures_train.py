@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ import xdist
 from tests.end_to_end.training import config_of, lines_of, losses, make_store, run_here, status_of
 from xdist.checkpoint import load_latest
 from xdist.config import Config
+from xdist.data.prepare import prepare_text
 from xdist.errors import XdistError
 from xdist.shard import SequenceShard
 from xdist.testing import RankPool
@@ -46,6 +48,32 @@ def _damaged(folder: pathlib.Path, where: pathlib.Path, *, flip: bool) -> pathli
     else:
         chunk.unlink()
     return where
+
+
+def test_failure_10_a_store_that_does_not_fit_is_refused_before_the_first_step(
+    folder: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """Of more tokens than the model knows, or without what is evaluated at the end."""
+    np.save(tmp_path / "ids.npy", np.arange(1000, dtype=np.int64))
+    prepare_text([tmp_path / "ids.npy"], tmp_path / "ids.zarr", vocabulary_size=1000,
+                 held_out_fraction=0)  # fmt: skip
+    told = {}
+    for name, store, size in (
+        ("wide", tmp_path / "ids.zarr", 999),
+        ("no-split", tmp_path / "ids.zarr", 1000),
+        ("misnamed", folder / "store.zarr", 256),
+    ):
+        settings = (f"data.store={store}", f"model.vocab_size={size}", "data.held_out=held_out")
+        if name == "misnamed":
+            settings = (*settings[:2], "data.held_out=test")
+        code, told[name] = run_here(str(folder), name, *settings)
+        assert code == 5
+        metrics = folder / "runs" / name / "metrics.jsonl"
+        assert not metrics.exists() or not metrics.read_text()
+    assert "vocabulary has 1000 tokens, model.vocab_size = 999" in told["wide"]
+    assert "model.vocab_size=1000" in told["wide"]
+    assert "'held_out' to evaluate on" in told["no-split"]
+    assert "data.held_out = 'test', the store has held_out, train" in told["misnamed"]
 
 
 LONG = "train.curriculum=[{length=96,batch=4,steps=12}]"

@@ -13,6 +13,7 @@ from xdist.certify import certify_config
 from xdist.config import Config, load, override, parse
 from xdist.config_text import toml_value
 from xdist.dry_run import dry_run
+from xdist.errors import ConfigError, XdistError
 from xdist.testing import RankPool
 from xdist.train import run
 
@@ -86,6 +87,35 @@ ENGINES = {
         "train.curriculum=[{length=61,batch=2,steps=3},{length=96,batch=2,steps=3}]",
     ),
 }
+
+
+SHORT = (
+    (("evaluate.tokens=201",), "set evaluate.tokens=200, another length"),
+    (("train.curriculum=[{length=60,batch=1,steps=1},{length=1,batch=1,steps=1}]",), "set another"),
+)
+
+
+def _refused(folder: str) -> list[tuple[type, str, str]]:
+    found = []
+    for number, (settings, _) in enumerate(SHORT):
+        whole = ("parallel.ulysses=2", "train.accumulation=1", *settings)
+        config = config_of(folder, "LlamaConfig", f"short-{number}", *whole)
+        with pytest.raises(XdistError) as caught:
+            run(config)
+        metrics = (config.run_directory / "metrics.jsonl").read_text()
+        found.append((type(caught.value), str(caught.value), metrics))
+    return found
+
+
+def test_a_sequence_too_short_for_the_ranks_is_refused_before_the_first_step(
+    folder: pathlib.Path, pool2: RankPool
+) -> None:
+    for rank in pool2.run(_refused, str(folder)):
+        for (kind, message, metrics), (_, remedy) in zip(rank, SHORT, strict=True):
+            assert kind is ConfigError
+            assert "a sequence of 1 tokens" in message
+            assert remedy in message.splitlines()[-1]
+            assert metrics == ""
 
 
 @pytest.mark.slow

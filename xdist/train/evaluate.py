@@ -14,12 +14,12 @@ from xdist.comm.reduce import start_reduce
 from xdist.config import Config
 from xdist.data import Request, TextStore, evaluation_windows
 from xdist.data.loader import read_batch
-from xdist.data.store import Split
 from xdist.memory.answers import Answers, counting_answers
 from xdist.mesh import Mesh
 from xdist.train.agree import together
 from xdist.train.engines.protocol import Engine
 from xdist.train.feed import Shards, layout_of, place_of
+from xdist.train.text_checks import read_tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +68,7 @@ def evaluate(
     module = engine.module
     was_training = module.training
     module.eval()
-    read = _read_tokens(config, split)
+    read = read_tokens(config, split)
     with torch.no_grad(), counting_answers() as answers:
         for request, filled in _requests(config, mesh, read):
             stop = on_window()
@@ -98,12 +98,6 @@ def evaluate(
     module.train(was_training)
     accuracy = None if split.sample_length is None else _accuracy(answers, tokens, mesh)
     return Evaluation(total / max(tokens, 1), tokens, config.evaluate.length, read, accuracy)
-
-
-def _read_tokens(config: Config, split: Split) -> int:
-    """How many of the split's first tokens are evaluated; of a task whole samples."""
-    read = min(split.length, config.evaluate.tokens)
-    return read - read % (split.sample_length or 1)
 
 
 def _accuracy(answers: Answers, tokens: int, mesh: Mesh) -> float | None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from xdist.config import Config, Stage
 from xdist.data import Batch, Loader, Request, TextStore
-from xdist.data.loader import Place, check_samples
+from xdist.data.loader import Place
 from xdist.data.read_ahead import ReadAhead
 from xdist.errors import DataError
 from xdist.layout import Layout
@@ -115,7 +115,6 @@ def draws_of(config: Config, position: Position) -> Iterator[Draw]:
 def text_feed(config: Config, mesh: Mesh, store: TextStore, position: Position) -> Feed:
     """Reads tokens ahead from `position` to the end of the curriculum."""
     split = store.split("train")
-    _check_samples(config, store)
     layouts = {
         stage.length: layout_of(config, stage.length, mesh) for stage in config.train.curriculum
     }
@@ -142,15 +141,6 @@ def text_feed(config: Config, mesh: Mesh, store: TextStore, position: Position) 
         prefetch=data.prefetch,
     )
     return Feed(config, position, loader)
-
-
-def _check_samples(config: Config, store: TextStore) -> None:
-    """Before the first step: every length that will be read fits the samples of a task."""
-    documents, held_out = config.data.documents, config.data.held_out
-    for stage in config.train.curriculum:
-        check_samples(store.split("train"), stage.length, documents)
-    if held_out in store.split_names:
-        check_samples(store.split(held_out), config.evaluate.length, documents)
 
 
 class Shards:

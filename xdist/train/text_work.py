@@ -17,16 +17,22 @@ from xdist.train.engines.protocol import Engine
 from xdist.train.evaluate import Evaluation, evaluate
 from xdist.train.feed import Feed, Shards, layout_of, text_feed
 from xdist.train.resume import Position
+from xdist.train.text_checks import check_sequences, check_vocabulary
 
 BYTES = 256
 
 
 class TextWork:
-    """`Workload` of `data.kind = "text"`."""
+    """`Workload` of `data.kind = "text"`.
+
+    Raises:
+        DataError: no store there, or one of more tokens than `model.vocab_size`.
+    """
 
     def __init__(self, config: Config, mesh: Mesh) -> None:
         self._config, self._mesh = config, mesh
         self.store = TextStore(config.data.store)
+        check_vocabulary(config, self.store)
         self.shards = Shards(mesh)
 
     @property
@@ -40,7 +46,12 @@ class TextWork:
         return "bits/byte" if self._config.model.vocab_size == BYTES else "bits/token"
 
     def feed(self, position: Position) -> Feed:
-        """Reads this rank's slices ahead."""
+        """Reads this rank's slices ahead.
+
+        Raises:
+            DataError, ConfigError: a sequence of the training or of the evaluation cannot be made.
+        """
+        check_sequences(self._config, self._mesh, self.store)
         return text_feed(self._config, self._mesh, self.store, position)
 
     def loss(self, engine: Engine, micro: Batch, step: int, valid_tokens: int) -> Tensor:
