@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -165,6 +166,45 @@ def test_nothing_is_replaced_and_detach_gives_all_back() -> None:
     assert model.config is config
     assert all(m.config is config for m in model.modules() if hasattr(m, "config"))
     assert torch.equal(model(input_ids=TOKENS).logits, before)
+
+
+def test_what_is_saved_while_attached_is_the_model_s_own(tmp_path: Path) -> None:
+    model = make("llama")
+    model.save_pretrained(tmp_path / "before")
+    handle = attach(model, shard())
+    assert model(input_ids=TOKENS).past_key_values is None
+    model.save_pretrained(tmp_path / "attached")
+    handle.detach()
+    before, attached = (tmp_path / name / "config.json" for name in ("before", "attached"))
+    assert attached.read_text() == before.read_text()
+    assert model(input_ids=TOKENS).past_key_values is not None
+
+
+@pytest.mark.parametrize("options", [{}, {"sliding_window": 3}], ids=["whole", "window"])
+def test_a_model_that_is_not_causal(options: dict[str, Any]) -> None:
+    """By its configuration, or by the call: the library hands is_causal on to the layers."""
+    family = "mistral" if options else "llama"
+    model, plain = make(family, is_causal=False, **options), make(family, **options)
+    plain.load_state_dict(model.state_dict())
+    want, causal = model(input_ids=TOKENS).logits, plain(input_ids=TOKENS).logits
+    assert not torch.allclose(want, causal, atol=1e-2)
+    for one in (model, plain):
+        attach(one, shard())
+    for found in (model(input_ids=TOKENS), plain(input_ids=TOKENS, is_causal=False)):
+        torch.testing.assert_close(found.logits, want, rtol=1e-5, atol=1e-6)
+    for found in (model(input_ids=TOKENS, is_causal=True), plain(input_ids=TOKENS)):
+        torch.testing.assert_close(found.logits, causal, rtol=1e-5, atol=1e-6)
+
+
+def test_a_layer_that_contradicts_its_mask_raises() -> None:
+    model = make("llama")
+    attach(model, shard())
+    inner = model.model.layers[1].self_attn
+    inner.register_forward_pre_hook(
+        lambda module, args, kwargs: (args, kwargs | {"is_causal": False}), with_kwargs=True
+    )
+    with pytest.raises(MaskError, match="says is_causal=False, and its mask does not"):
+        model(input_ids=TOKENS)
 
 
 def test_autocast_gives_attention_one_dtype() -> None:

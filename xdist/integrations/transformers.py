@@ -123,7 +123,6 @@ class Attached:
         copies = dict(zip(configs, copy.deepcopy(list(configs.values())), strict=True))
         for own in copies.values():
             own._attn_implementation_internal = NAME
-            own.use_cache = False
         for module, name, value in held:
             setattr(module, name, copies[id(value)])
         self._replaced = held
@@ -152,6 +151,8 @@ class Attached:
         kwargs = kwargs | {
             "attention_mask": ones.expand(tokens.shape[:2]),
             "position_ids": shard.document_positions.to(tokens.device)[None],
+            # Not in the configuration, which is saved with the model.
+            "use_cache": False,
         }
         before = registered.running.get()
         registered.running.set(registered.Forward(shard, self.strategy, self.dropout, self, before))

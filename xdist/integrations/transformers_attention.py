@@ -105,6 +105,7 @@ def attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    is_causal: bool | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """The library's attention interface: out `[B, n, H, E]`, and no weights.
@@ -120,10 +121,11 @@ def attention(
         sliding_window: the layer's window, which must be the mask's.
         softcap: as in `xdist.attention`.
         s_aux: sinks `[H]`.
+        is_causal: what the model's configuration says, which must be so of the mask too.
         others: refused unless None or known to say nothing about attention.
 
     Raises:
-        MaskError: a mask made elsewhere, or another window than the mask's.
+        MaskError: a mask made elsewhere, or another window or direction than the mask's.
         ConfigError: dropout that was not named, or an argument xdist does not know.
     """
     if not isinstance(attention_mask, Asked):
@@ -141,6 +143,7 @@ def attention(
         )
     asked, forward = attention_mask.mask, attention_mask.forward
     _check_window(module, asked, sliding_window)
+    _check_causal(module, asked, is_causal)
     out = ops.attention(
         *_one_dtype(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)),
         forward.shard,
@@ -171,6 +174,16 @@ def _check_window(module: Any, asked: Mask, sliding_window: int | None) -> None:
         "a layer's sliding window is not that of its mask",
         f"layer {module.layer_idx} says {sliding_window}, the mask is {asked}",
         "give the model's configuration one window",
+    )
+
+
+def _check_causal(module: Any, asked: Mask, is_causal: bool | None) -> None:
+    if is_causal is None or is_causal == asked.causal:
+        return
+    raise MaskError(
+        f"a layer says is_causal={is_causal}, and its mask does not",
+        f"the mask of {type(module).__name__} is {asked}",
+        "give the model's configuration one is_causal, and leave it out of the call",
     )
 
 
