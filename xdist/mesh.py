@@ -13,6 +13,7 @@ import torch
 
 from xdist.comm import collectives, worlds
 from xdist.comm.collectives import DeviceMesh, ProcessGroup
+from xdist.console import say
 from xdist.errors import GeometryError
 from xdist.rank import RankVariables, read_rank
 
@@ -240,10 +241,10 @@ def _backend(device: torch.device, variables: RankVariables) -> str:
     if variables.local_world_size <= cards:
         return "nccl"
     if variables.rank == 0:
-        print(
+        say(
             f"xdist: {variables.local_world_size} ranks share {cards} card(s), which NCCL refuses: "
             "moves go through host memory (gloo)",
-            file=sys.stderr,
+            sys.stderr,
         )
     return "gloo"
 

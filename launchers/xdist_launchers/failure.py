@@ -94,9 +94,12 @@ def inform_torchrun(failure: Failure) -> None:
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not path:
         return
+    from xdist.console import on_disk
+
     extra = {"py_callstack": failure.traceback, "timestamp": str(int(failure.time_s))}
     said = {"message": {"message": failure.message(), "extraInfo": extra}}
-    pathlib.Path(path).write_text(json.dumps(said), encoding="utf-8")
+    with on_disk(path):
+        pathlib.Path(path).write_text(json.dumps(said), encoding="utf-8")
 
 
 def read_failure(path: str | os.PathLike[str]) -> Failure | None:
@@ -109,7 +112,13 @@ def read_failure(path: str | os.PathLike[str]) -> Failure | None:
 
 def tell(failure: Failure, details: str = "") -> None:
     """Print the message on stderr; of an exception that is not xdist's own, the traceback too."""
-    print(failure.message(details), file=sys.stderr)
+    say(failure.message(details))
     if failure.exit_code == 1:
-        print(failure.traceback, end="", file=sys.stderr)
-    sys.stderr.flush()
+        say(failure.traceback.removesuffix("\n"))
+
+
+def say(text: str) -> None:
+    """Print on standard error; that nobody reads it (`2>&1 | head`) ends nothing."""
+    from xdist.console import say as say_on
+
+    say_on(text, sys.stderr)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import faulthandler
+import os
 import pathlib
 import shlex
 import sys
@@ -11,7 +12,7 @@ from collections.abc import Sequence
 
 from xdist.config import Config, load, override
 from xdist.config_checks import Problem, raise_problems, store_problem, world_problem
-from xdist_launchers.failure import failure_of, inform_torchrun, tell, write_failure
+from xdist_launchers.failure import Failure, failure_of, inform_torchrun, tell, write_failure
 
 END_S = 60.0  # for a rank to end, once it has saved
 
@@ -135,12 +136,13 @@ def run_rank(path: str, overrides: Sequence[str], record: pathlib.Path | None) -
             config = override(config, [f"launch.ranks={here.world_size}"])
 
         faulthandler.enable()
+        from xdist.console import say
         from xdist.plan import plan
         from xdist.train import run
 
         if rank == 0:
             # What will be measured is said beforehand; no process group is there yet.
-            print(plan(config).table(), flush=True)
+            say(plan(config).table(), sys.stdout)
         if record is not None:
             started_file(record).touch()
         return run(config, on_abort=lambda error: _leave(error, rank, directory, record))
@@ -155,14 +157,23 @@ def _leave(
     """Write this rank's failure record; tell it where no launcher will."""
     failure = failure_of(error, rank)
     inform_torchrun(failure)
-    if record is not None:
-        write_failure(failure, record)
+    path = record
+    if path is None and directory is not None and os.path.isdir(directory):
+        path = error_file(directory, rank)
+    written = path is not None and _written(failure, path)
+    if record is not None and written:
         return
-    details = ""
-    if directory is not None and directory.is_dir():
-        details = str(error_file(directory, rank))
-        write_failure(failure, details)
     # Errors of settings and those that all ranks agreed on are raised by every rank.
     alike = failure.exit_code == 2 or getattr(error, "agreed", False)
     if rank == 0 or not alike:
-        tell(failure, details)
+        tell(failure, str(path) if written else "")
+
+
+def _written(failure: Failure, path: pathlib.Path) -> bool:
+    """Write a rank's record, and say whether the disk took it."""
+    from xdist.console import on_disk
+
+    with on_disk(str(path)):
+        write_failure(failure, path)
+        return True
+    return False

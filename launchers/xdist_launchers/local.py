@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from types import FrameType
 
 from xdist_launchers.doctor import memory_bytes
-from xdist_launchers.failure import Failure, read_failure
+from xdist_launchers.failure import Failure, read_failure, say
 from xdist_launchers.job import END_S, Job
 from xdist_launchers.processes import Child, adopt_orphans, children, kill_orphans, rss_bytes, stop
 from xdist_launchers.rank_env import (
@@ -104,7 +104,7 @@ def run(job: Job) -> int:
             watch = _attempt(job, signals, mine)
             codes = {child.exit_code for child in watch.ranks}
             if codes == {PREEMPTED} and len(watch.ranks) == job.ranks:
-                print(f"xdist: stopped and saved; go on with: {job.again}", file=sys.stderr)
+                say(f"xdist: stopped and saved; go on with: {job.again}")
                 return PREEMPTED
             if signals.seen:
                 return _stopped(job, signals.seen[0])
@@ -114,11 +114,11 @@ def run(job: Job) -> int:
             failure, trace = _first(job, watch, failed) if failed else (_absent(job, watch), "")
             if ports < PORT_TRIES and (taken := port_taken(job)):
                 ports += 1
-                print(f"{taken}; trying another port ({ports} of {PORT_TRIES})", file=sys.stderr)
+                say(f"{taken}; trying another port ({ports} of {PORT_TRIES})")
                 continue
             if failure.exit_code == 7 and restarts < job.max_restarts and progress.made():
                 restarts += 1
-                print(f"{failure.what}; restart {restarts} of {job.max_restarts}", file=sys.stderr)
+                say(f"{failure.what}; restart {restarts} of {job.max_restarts}")
                 continue
             replace_status(job.directory, failure)
             _tell(job, failure, trace)
@@ -151,7 +151,7 @@ def _attempt(job: Job, signals: _Signals, mine: set[int]) -> _Watch:
         _watch_over(job, watch, signals)
     finally:
         if signals.seen:
-            print("xdist: stopping after this step; a second signal stops at once", file=sys.stderr)
+            say("xdist: stopping after this step; a second signal stops at once")
         stop(
             watch.ranks,
             term_s=job.stop_timeout_s if signals.seen else TERM_S,
@@ -280,10 +280,9 @@ def _tell(job: Job, failure: Failure, trace: str) -> None:
     details = job.error_file(failure.rank)
     if not details.exists():
         details = job.log_file(failure.rank) if failure.rank else job.directory / "status.json"
-    print(failure.message(str(details)), file=sys.stderr)
+    say(failure.message(str(details)))
     if trace:
-        print(f"rank {failure.rank} said at last:\n{trace.rstrip()}", file=sys.stderr)
-    sys.stderr.flush()
+        say(f"rank {failure.rank} said at last:\n{trace.rstrip()}")
 
 
 def _stopped(job: Job, number: int) -> int:
@@ -301,7 +300,7 @@ def _stopped(job: Job, number: int) -> int:
         time_s=time.time(),
     )
     replace_status(job.directory, failure, state="stopped")
-    print(failure.message(), file=sys.stderr, flush=True)
+    say(failure.message())
     return failure.exit_code
 
 

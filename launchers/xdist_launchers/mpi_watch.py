@@ -17,9 +17,10 @@ import threading
 import time
 from collections.abc import Iterator
 from types import FrameType
-from typing import BinaryIO
+from typing import TextIO
 
-from xdist_launchers.failure import Failure, read_failure
+from xdist.console import pass_on
+from xdist_launchers.failure import Failure, read_failure, say
 from xdist_launchers.mpi import MpiJob, mpirun_env
 from xdist_launchers.processes import Child, adopt_orphans, children, kill_orphans, stop
 from xdist_launchers.rank_env import PORT_TRIES
@@ -59,7 +60,7 @@ class _Signals:
 class _Tee(threading.Thread):
     """Passes one stream of mpirun on and keeps its last lines."""
 
-    def __init__(self, target: BinaryIO) -> None:
+    def __init__(self, target: TextIO) -> None:
         super().__init__(daemon=True)
         reader, writer = os.pipe()
         self._reader, self.writer = os.fdopen(reader, "rb"), os.fdopen(writer, "wb")
@@ -71,10 +72,7 @@ class _Tee(threading.Thread):
         with self._reader:
             for line in self._reader:
                 self._lines.append(line)
-                # A reader of this command that has left must not end the run.
-                with contextlib.suppress(BrokenPipeError):
-                    self._target.write(line)
-                    self._target.flush()
+                pass_on(line, self._target)
 
     def text(self) -> str:
         """What mpirun and the ranks said at last."""
@@ -95,7 +93,7 @@ def run(one: MpiJob) -> int:
             if child.exit_code == 0:
                 return 0
             if _all_saved(one):
-                print(f"xdist: stopped and saved; go on with: {job.again}", file=sys.stderr)
+                say(f"xdist: stopped and saved; go on with: {job.again}")
                 return PREEMPTED
             if signals.seen:
                 return _tell(one, _stopped(one, signals.seen[0]), "stopped")
@@ -108,7 +106,7 @@ def run(one: MpiJob) -> int:
                 said = f"{failure.what}; restart {restarts} of {job.max_restarts}"
             else:
                 return _tell(one, failure, "failed")
-            print(said, file=sys.stderr, flush=True)
+            say(said)
 
 
 def _attempt(one: MpiJob, signals: _Signals, mine: set[int]) -> tuple[Child, str]:
@@ -119,7 +117,7 @@ def _attempt(one: MpiJob, signals: _Signals, mine: set[int]) -> tuple[Child, str
         for file in (job.error_file(rank), one.pid_file(rank), one.ended_file(rank)):
             file.unlink(missing_ok=True)
     # MPICH says on the first stream that a rank was killed, Open MPI on the second.
-    tees = [_Tee(sys.stdout.buffer), _Tee(sys.stderr.buffer)]
+    tees = [_Tee(sys.stdout), _Tee(sys.stderr)]
     try:
         # The wheels of Open MPI and MPICH put mpirun beside this Python.
         path = os.pathsep.join(
@@ -148,7 +146,7 @@ def _wait(child: Child, signals: _Signals, stop_timeout_s: float) -> None:
     while not child.ended:
         if signals.seen and until is None:
             until = time.monotonic() + stop_timeout_s
-            print("xdist: stopping after this step; a second signal stops at once", file=sys.stderr)
+            say("xdist: stopping after this step; a second signal stops at once")
             # Every mpirun forwards SIGUSR1; at SIGTERM that of Open MPI kills the ranks.
             os.kill(child.pid, signal.SIGUSR1)
         if until is not None and (len(signals.seen) > 1 or time.monotonic() > until):
@@ -241,8 +239,7 @@ def _tell(one: MpiJob, failure: Failure, state: str) -> int:
     """Write status.json, print the message; the exit code."""
     replace_status(one.job.directory, failure, state=state)
     details = one.job.error_file(failure.rank)
-    print(failure.message(str(details) if details.exists() else ""), file=sys.stderr)
+    say(failure.message(str(details) if details.exists() else ""))
     if failure.exit_code == 1 and failure.traceback:
-        print(f"rank {failure.rank} said at last:\n{failure.traceback.rstrip()}", file=sys.stderr)
-    sys.stderr.flush()
+        say(f"rank {failure.rank} said at last:\n{failure.traceback.rstrip()}")
     return failure.exit_code

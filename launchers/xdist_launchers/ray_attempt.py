@@ -10,8 +10,9 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+from xdist.console import pass_on
 from xdist.errors import LaunchError
-from xdist_launchers.failure import Failure, read_failure
+from xdist_launchers.failure import Failure, read_failure, say
 from xdist_launchers.job import END_S, Job
 from xdist_launchers.rank_env import LOOPBACK, common_env, new_nonce, rank_env, rendezvous_env
 from xdist_launchers.ray_actor import Answer, RankActor
@@ -101,7 +102,7 @@ class Attempt:
                 )
             if short and not told:
                 told = True
-                print(f"xdist: waiting for room: {short}", file=sys.stderr, flush=True)
+                say(f"xdist: waiting for room: {short}")
             time.sleep(0.2)
 
     def _reserve(self, until: float) -> bool:
@@ -296,15 +297,10 @@ class Attempt:
             self._give_back()
 
     def _print(self, answer: Answer) -> None:
-        sys.stdout.buffer.write(answer.said)
-        sys.stdout.buffer.flush()
+        pass_on(answer.said, sys.stdout)
 
     def _finish_step(self) -> None:
-        print(
-            "xdist: stopping after this step; a second signal stops at once",
-            file=sys.stderr,
-            flush=True,
-        )
+        say("xdist: stopping after this step; a second signal stops at once")
         for rank in self.ranks:
             if not rank.ended:
                 rank.actor.send.remote(signal.SIGTERM)

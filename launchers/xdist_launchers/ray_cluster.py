@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from xdist.config_ray import ADDRESS
 from xdist.errors import LaunchError
+from xdist_launchers.failure import say
 from xdist_launchers.ray_plan import Node
 
 FLOOR = (2, 54)  # older versions have holes in the dashboard and no token authentication
@@ -209,8 +209,7 @@ class Cluster:
 
 def warn_if_insecure(environ: Mapping[str, str]) -> None:
     if environ.get(_MODE, "token").lower() != "token":
-        print(
+        say(
             f"xdist: {_MODE}={environ[_MODE]}: whoever reaches this Ray cluster runs code as its "
-            "user",
-            file=sys.stderr,
+            "user"
         )

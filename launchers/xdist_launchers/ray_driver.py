@@ -11,13 +11,12 @@ import os
 import pathlib
 import signal
 import socket
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from types import FrameType
 
 from xdist.config import Config, load, override
-from xdist_launchers.failure import Failure
+from xdist_launchers.failure import Failure, say
 from xdist_launchers.job import Job, local_job
 from xdist_launchers.local import port_taken
 from xdist_launchers.rank_env import PORT_TRIES
@@ -85,7 +84,7 @@ def _note_signals(seen: list[int]) -> None:
 def _cluster(config: Config, seen: list[int], *, insecure: bool) -> Iterator[Cluster]:
     address = config.ray.address or job_address(os.environ)
     if address:
-        print(f"xdist: uses the Ray cluster at {address}", file=sys.stderr, flush=True)
+        say(f"xdist: uses the Ray cluster at {address}")
         warn_if_insecure(os.environ)
         given = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
         if not insecure:
@@ -120,7 +119,7 @@ class Driver:
             attempt.run()
             codes = attempt.codes()
             if codes == {PREEMPTED}:
-                print(f"xdist: stopped and saved; go on with: {job.again}", file=sys.stderr)
+                say(f"xdist: stopped and saved; go on with: {job.again}")
                 return PREEMPTED
             if self.signals:
                 return self._stopped()
@@ -128,16 +127,12 @@ class Driver:
                 return 0
             if ports < PORT_TRIES and (taken := port_taken(job)):
                 ports += 1
-                print(f"{taken}; trying another port ({ports} of {PORT_TRIES})", file=sys.stderr)
+                say(f"{taken}; trying another port ({ports} of {PORT_TRIES})")
                 continue
             failure, trace = self._failure(attempt)
             if failure.exit_code == 7 and restarts < job.max_restarts and progress.made():
                 restarts += 1
-                print(
-                    f"{failure.what}; {failure.why}; restart {restarts} of {job.max_restarts}",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                say(f"{failure.what}; {failure.why}; restart {restarts} of {job.max_restarts}")
                 continue
             replace_status(job.directory, failure)
             self._tell(failure, trace)
@@ -207,7 +202,7 @@ class Driver:
         failure = Failure(0, socket.gethostname(), code, "", what, "", do, "", time.time())
         job.directory.mkdir(parents=True, exist_ok=True)
         replace_status(job.directory, failure, state="stopped")
-        print(failure.message(), file=sys.stderr, flush=True)
+        say(failure.message())
         return code
 
     def _tell(self, failure: Failure, trace: str) -> None:
@@ -215,10 +210,9 @@ class Driver:
         details = self.job.error_file(failure.rank)
         if not details.exists():
             details = self.job.log_file(failure.rank)
-        print(failure.message(str(details)), file=sys.stderr)
+        say(failure.message(str(details)))
         if trace:
-            print(f"rank {failure.rank} said at last:\n{trace.rstrip()}", file=sys.stderr)
-        sys.stderr.flush()
+            say(f"rank {failure.rank} said at last:\n{trace.rstrip()}")
 
 
 def tail(job: Job, rank: Watched, lines: int = 30) -> str:

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from xdist.errors import LaunchError
+from xdist_launchers.failure import say
 from xdist_launchers.processes import Child, adopt_orphans, children, kill_orphans, stop
 from xdist_launchers.rank_env import LOOPBACK, PORT_TRIES
 
@@ -254,10 +255,7 @@ def _start(
         said = log.read_text(encoding="utf-8", errors="replace")[-1500:]
         if stopped():
             break
-        print(
-            f"xdist: Ray did not start on ports from {first} (try {attempt} of {PORT_TRIES})",
-            file=sys.stderr,
-        )
+        say(f"xdist: Ray did not start on ports from {first} (try {attempt} of {PORT_TRIES})")
     raise LaunchError(
         "Ray did not start",
         f"{PORT_TRIES} tries on other ports; it said at last:\n{said.strip()}",

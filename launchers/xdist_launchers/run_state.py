@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import pathlib
 import re
-from typing import Any
 
+from xdist.console import on_disk
+from xdist.train.record import read_status, replace
 from xdist_launchers.failure import Failure
-
-
-def read_status(directory: pathlib.Path) -> dict[str, Any]:
-    """status.json of a run, empty when there is none."""
-    path = directory / "status.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def replace_status(directory: pathlib.Path, failure: Failure, state: str = "failed") -> None:
@@ -30,9 +24,8 @@ def replace_status(directory: pathlib.Path, failure: Failure, state: str = "fail
         "reason": "; ".join(part for part in (failure.what, failure.why) if part),
         "last_checkpoint": known.checkpoint,
     }
-    beside = directory / f".status.json.launcher.{os.getpid()}"
-    beside.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    beside.replace(directory / "status.json")
+    with on_disk("status.json"):
+        replace(directory / "status.json", json.dumps(values, indent=1) + "\n", tag="launcher")
 
 
 def last_seen(directory: pathlib.Path, rank: int, pid: int) -> str:

@@ -282,6 +282,11 @@ class Act:
         limit = pages * os.sysconf("SC_PAGE_SIZE") + int(megabytes * 2**20)
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
+    def full_disk(self, seconds: float) -> None:
+        """No file grows any more; then as `sleep`."""
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+        time.sleep(seconds)
+
     def term(self, _: float) -> None:
         """Ask this rank alone to stop."""
         os.kill(os.getpid(), signal.SIGTERM)

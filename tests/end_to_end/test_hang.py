@@ -31,6 +31,7 @@ CASES = [
     Case("late-start", [*LIMITS], act=f"sleep {LIMIT_S + 4}", point="train.backward"),
     Case("first-step", FIRST, act="sleep 60", point="train.backward"),
     Case("lock", LIMITS, act="hold_lock 60", point="train.backward", count=4, settled=[0]),
+    Case("full-disk", LIMITS, act="full_disk 60", point="train.backward", count=4),
     Case("evaluation", LIMITS, act="sleep 60", point="train.status", count=2),
     Case("skip", EVEN, act="skip_a_move", count=3),
     Case("other", EVEN, act="other_a_move", count=3),
@@ -138,6 +139,14 @@ def test_a_rank_that_keeps_pythons_lock_is_named_and_its_stacks_are_written(
     assert f"rank 1 on {HOST} hangs: in backward of step 4" in one.said[0]
     assert "does not let go of Python's lock" in one.said[0]
     assert "in hold_lock" in (_logs(folder, "lock") / "rank-1.stacks.txt").read_text()
+
+
+def test_a_rank_that_cannot_write_ends_all_the_same(ended: dict[str, Ended]) -> None:
+    """Neither its note, nor its report, nor status.json: a full disk."""
+    one = ended["full-disk"]
+    assert one.codes == [7, 7]
+    assert one.seconds < PEERS_S
+    assert f"rank 1 on {HOST} hangs: in backward of step 4" in one.said[0]
 
 
 def test_every_kind_of_span_has_the_limit(ended: dict[str, Ended]) -> None:

@@ -395,3 +395,12 @@ def test_status_keeps_what_the_launcher_does_not_know(tmp_path: pathlib.Path) ->
     assert '"own": 1' in text
     assert '"reason": "died; why"' in text
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+def test_a_status_that_a_loss_of_power_emptied_stops_no_start(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 4}\n')
+    (tmp_path / "status.json").write_text("")
+    known = Progress(tmp_path)
+    assert (known.step, known.checkpoint) == (4, "")
+    replace_status(tmp_path, Failure(1, "h", 7, "PeerLost", "died", "why", "", "", 0.0))
+    assert '"reason": "died; why"' in (tmp_path / "status.json").read_text()

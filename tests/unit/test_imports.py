@@ -26,7 +26,7 @@ PACKAGES = {
 # do not import each other.
 ORDER = (
     ("xdist_kernels",),
-    ("errors",),
+    ("errors", "console"),
     ("config",),
     ("layout", "balance", "documents", "mask", "dropout"),
     ("cost",),

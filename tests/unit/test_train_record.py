@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import mmap
+import os
 import pathlib
 import re
 import subprocess
@@ -14,11 +15,13 @@ from html.parser import HTMLParser
 import pytest
 
 from xdist.config import Config, override
+from xdist.errors import PeerLost
 from xdist.train import write_report
 from xdist.train.charts import Band, Line, layout_chart, line_chart, short, ticks
+from xdist.train.failures import record_failure
 from xdist.train.metrics import PeakMemory, StepMetrics
 from xdist.train.progress import Clock, Lines, Live, duration, memory
-from xdist.train.record import Record, read_metrics
+from xdist.train.record import Record, read_metrics, read_status
 from xdist.train.summary import plan_lines
 
 CONFIG = override(
@@ -67,6 +70,26 @@ def test_status_holds_what_the_design_says(tmp_path: pathlib.Path) -> None:
     assert (status["state"], status["step"], status["exit_code"]) == ("running", 3, None)
     # Nothing stays beside the file that was replaced.
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["status.json"]
+
+
+def test_what_ends_a_run_is_on_the_disk_before_it_has_its_name(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not so what is written in every step; readers take an emptied status for none."""
+    flushed: list[int] = []
+    monkeypatch.setattr(os, "fsync", lambda file: flushed.append(os.fstat(file).st_size))
+    record = Record(tmp_path, 0)
+    record.status("running", 3)
+    assert flushed == []
+    record.status("failed", 3, exit_code=4)
+    record.describe("text", {})
+    assert flushed == [(tmp_path / "status.json").stat().st_size, 4, 3]
+    (tmp_path / "status.json").write_text("")
+    assert read_status(tmp_path) == {}
+    record_failure(PeerLost("gone"), record, 3)
+    assert read_status(tmp_path)["exit_code"] == 7
+    (tmp_path / "status.json").write_text('{"sta')
+    assert "unknown" in write_report(tmp_path).read_text()
 
 
 def test_numbers_that_are_not_finite_are_null(tmp_path: pathlib.Path) -> None:

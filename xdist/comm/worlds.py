@@ -17,6 +17,7 @@ from torch.distributed import ProcessGroup
 
 from xdist.comm import faults, join, sockets
 from xdist.comm.collectives import is_initialised
+from xdist.console import say
 from xdist.errors import LaunchError
 from xdist.rank import RankVariables
 
@@ -48,9 +49,9 @@ def initialise(
         ticket = join.Ticket(variables.nonce, settings, world_size)
         hosts = join.join(store, rank, ticket, timeout_s=join_timeout_s)
         if rank == 0 and len(set(hosts)) > 1:
-            print(
+            say(
                 f"xdist: {len(set(hosts))} hosts; c10d is unauthenticated: use a private network",
-                file=sys.stderr,
+                sys.stderr,
             )
         dist.init_process_group(
             backend,

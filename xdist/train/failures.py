@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 
+from xdist.console import on_disk
 from xdist.errors import PeerLost, XdistError
 from xdist.mesh import Mesh
 from xdist.train.agree import share_json_rows
 from xdist.train.engines.protocol import Engine
-from xdist.train.record import STATUS, Record, read_json, replace
+from xdist.train.record import Record, read_status, replace
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
 
@@ -31,7 +32,7 @@ def record_failure(error: BaseException, record: Record, step: int) -> None:
         return
     if isinstance(error, PeerLost):
         # Nor what one said that was told twice to stop, and left.
-        if read_json(record.directory / STATUS).get("state") in ("failed", "preempted"):
+        if _said(record) in ("failed", "preempted"):
             return
         reason, code = str(error), error.exit_code
     elif isinstance(error, XdistError):
@@ -49,6 +50,14 @@ def record_failure(error: BaseException, record: Record, step: int) -> None:
         rank=record.rank if rank is None else rank,
         host=host or socket.gethostname(),
     )
+
+
+def _said(record: Record) -> str:
+    """The state in status.json, "" where it cannot be read."""
+    try:
+        return str(read_status(record.directory).get("state", ""))
+    except OSError:
+        return ""
 
 
 def dump_diagnosis(
@@ -72,7 +81,8 @@ def dump_diagnosis(
             for name in names
         }
         text = json.dumps({**facts, "parameters": parameters}, indent=1)
-        replace(path, text + "\n")
+        with on_disk(str(path)):
+            replace(path, text + "\n")
     return path
 
 

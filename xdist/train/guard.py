@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 import threading
@@ -11,6 +10,7 @@ from typing import NoReturn
 
 from xdist.comm.recorder import RECORDER
 from xdist.config import Config
+from xdist.console import say
 from xdist.errors import PeerLost, XdistError
 from xdist.mesh import Mesh
 from xdist.train.engines.protocol import Engine
@@ -29,7 +29,7 @@ OnAbort = Callable[[XdistError], None]
 def print_error(error: XdistError) -> None:
     """Tell the verdict of a hang, from the one rank that is to tell it."""
     if not getattr(error, "agreed", False):
-        print(error, file=sys.stderr, flush=True)
+        say(str(error), sys.stderr)
 
 
 class Guard:
@@ -135,6 +135,5 @@ class Guard:
         age = self.step - self._saved
         old = f"{age} step{'s' if age != 1 else ''} old"
         reason = f"{self.stop.reason}: ended at once; the last checkpoint is {old}"
-        with contextlib.suppress(OSError):
-            self._record.status("preempted", self.step, exit_code=PREEMPTED, reason=reason)
+        self._record.status("preempted", self.step, exit_code=PREEMPTED, reason=reason)
         os._exit(PREEMPTED)

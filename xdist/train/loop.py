@@ -190,7 +190,12 @@ class Loop:
         final = self.evaluate()
         if final is None:
             return self._preempted()
-        finish_run(self.record, self.progress, lambda: self.work.summary(final))
+        try:
+            finish_run(self.record, self.progress, lambda: self.work.summary(final))
+        except OSError as error:
+            if not_saved is None:
+                raise
+            raise not_saved from error
         if not_saved is not None:
             raise not_saved
         self.record.status("finished", total, exit_code=0)

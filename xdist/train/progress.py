@@ -6,6 +6,8 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
+from xdist.console import say
+
 # A report needs `duration` of this file, and no torch.
 if TYPE_CHECKING:
     from rich.console import Console
@@ -88,7 +90,7 @@ class Lines:
 
     def say(self, line: str) -> None:
         """Print a line."""
-        print(line, file=self._stream, flush=True)
+        say(line, self._stream)
 
     def close(self) -> None:
         """Nothing to put away."""

@@ -6,12 +6,17 @@ and its files are for their owner alone (0700, 0600).
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import math
 import os
 import pathlib
 import socket
-from typing import Any, TextIO
+from collections.abc import Iterator
+from typing import Any
+
+from xdist.console import on_disk, tell_unwritten
 
 METRICS = "metrics.jsonl"
 STATUS = "status.json"
@@ -23,13 +28,19 @@ MET = "logs/met"
 
 
 class Record:
-    """Writes the files of one run. On ranks other than 0 everything but `status` is a no-op."""
+    """Writes the files of one run. On ranks other than 0 everything but `status` is a no-op.
+
+    A disk that is full ends no run by itself: what it refuses is told once on standard error, and
+    lines of metrics.jsonl wait until there is room again. Saves have a rule of their own.
+    """
 
     def __init__(self, directory: pathlib.Path, rank: int) -> None:
         self.directory = directory
         self.rank = rank
         self.last_checkpoint = ""
-        self._metrics: TextIO | None = None
+        self._metrics: io.FileIO | None = None
+        self._waiting = b""  # of metrics.jsonl
+        self._told: set[str] = set()
         if rank == 0:
             directory.mkdir(parents=True, exist_ok=True, mode=0o700)
 
@@ -68,14 +79,15 @@ class Record:
                 else:
                     dropped += 1
         replace(path, "".join(kept))
-        self._metrics = path.open("a")
+        self._metrics = io.FileIO(path, "a")
         return dropped
 
     def metrics(self, line: dict[str, Any]) -> None:
         """Append one object to metrics.jsonl; values that are not finite become null."""
         if self._metrics is not None:
-            self._metrics.write(json.dumps(_finite(line), allow_nan=False) + "\n")
-            self._metrics.flush()
+            self._waiting += json.dumps(_finite(line), allow_nan=False).encode() + b"\n"
+            with self._once(METRICS):
+                self._write_waiting(self._metrics)
 
     def has_evaluation(self, step: int) -> bool:
         """Whether metrics.jsonl holds the evaluation after `step`."""
@@ -86,7 +98,6 @@ class Record:
         self, state: str, step: int, *, exit_code: int | None = None, reason: str = "", **where: Any
     ) -> None:
         """Replace status.json. `where`: rank and host of a failure that happened elsewhere."""
-        self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         values = {
             "state": state,
             "step": step,
@@ -96,21 +107,54 @@ class Record:
             "reason": reason,
             "last_checkpoint": self.last_checkpoint,
         }
-        replace(self.directory / STATUS, json.dumps(values, indent=1) + "\n", tag=str(self.rank))
+        text = json.dumps(values, indent=1) + "\n"
+        # That it runs is said in every step, and nobody needs it after a loss of power.
+        running = state == "running"
+        with self._once(STATUS) if running else on_disk(f"{STATUS} ({state})"):
+            self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+            replace(self.directory / STATUS, text, tag=str(self.rank), durable=not running)
 
     def close(self) -> None:
         """Close metrics.jsonl."""
         if self._metrics is not None:
-            self._metrics.close()
+            lost = self._waiting.count(b"\n")
+            with on_disk(f"the last lines of {METRICS} ({lost})"), self._metrics as file:
+                self._write_waiting(file)
             self._metrics = None
 
+    def _write_waiting(self, file: io.FileIO) -> None:
+        """Write what waits for metrics.jsonl. A full disk may take a part: the rest comes after."""
+        while self._waiting:
+            self._waiting = self._waiting[file.write(self._waiting) or 0 :]
 
-def replace(path: pathlib.Path, text: str, tag: str = "0") -> None:
-    """Replace a file as one act: a reader sees the old text or the new one, never a part."""
+    @contextlib.contextmanager
+    def _once(self, name: str) -> Iterator[None]:
+        """`on_disk` for what is written in every step."""
+        try:
+            yield
+        except OSError as error:
+            if name not in self._told:
+                tell_unwritten(name, error)
+            self._told.add(name)
+
+
+def replace(path: pathlib.Path, text: str, tag: str = "0", *, durable: bool = True) -> None:
+    """Replace a file as one act: a reader sees the old text or the new one, never a part.
+
+    Without `durable` a loss of power may leave it empty; nothing waits for the disk then.
+    """
     beside = path.with_name(f".{path.name}.{tag}.{os.getpid()}")
-    with open(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-        file.write(text)
-    os.replace(beside, path)
+    try:
+        with open(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+            file.write(text)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(beside, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+        raise
 
 
 def read_metrics(directory: pathlib.Path) -> list[dict[str, Any]]:
@@ -123,6 +167,14 @@ def read_metrics(directory: pathlib.Path) -> list[dict[str, Any]]:
 def read_json(path: pathlib.Path) -> dict[str, Any]:
     """A JSON object of the run folder, empty when the file is not there."""
     return json.loads(path.read_text()) if path.exists() else {}
+
+
+def read_status(directory: pathlib.Path) -> dict[str, Any]:
+    """status.json of a run; empty where there is none, or a loss of power left half of one."""
+    try:
+        return read_json(directory / STATUS)
+    except ValueError:
+        return {}
 
 
 def _step_of(line: str) -> float:

@@ -11,7 +11,16 @@ from typing import Any
 
 from xdist.train.charts import COLOURS, Band, Line, bar_chart, layout_chart, line_chart
 from xdist.train.progress import duration
-from xdist.train.record import CONFIG, REPORT, RUN, STATUS, read_json, read_metrics, replace
+from xdist.train.record import (
+    CONFIG,
+    REPORT,
+    RUN,
+    STATUS,
+    read_json,
+    read_metrics,
+    read_status,
+    replace,
+)
 
 SUMMARY = "summary.json"
 Values = dict[str, Any]
@@ -35,7 +44,7 @@ def render(directory: pathlib.Path) -> str:
     lines = read_metrics(directory)
     steps = [line for line in lines if "eval" not in line]
     evaluations = [line for line in lines if "eval" in line]
-    status, facts = read_json(directory / STATUS), read_json(directory / RUN)
+    status, facts = read_status(directory), read_json(directory / RUN)
     summary = read_json(directory / SUMMARY)
     config = directory / CONFIG
     sections = [
@@ -71,7 +80,7 @@ def render(directory: pathlib.Path) -> str:
     return template.substitute(
         title=escape(f"{name} - xdist"),
         name=escape(name),
-        state=escape(str(status["state"])),
+        state=escape(str(status.get("state", "unknown"))),
         subtitle=escape(_subtitle(facts, steps)),
         reason=_reason(status),
         tiles="".join(_tiles(steps, summary, facts)),

@@ -9,6 +9,7 @@ code 7 - from this thread, because one that waits inside a move cannot be raised
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import json
 import os
@@ -16,12 +17,14 @@ import pathlib
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from xdist.comm.recorder import RECORDER
-from xdist.errors import XdistError
+from xdist.console import on_disk, tell_unwritten
+from xdist.errors import PeerLost, XdistError
 from xdist.mesh import Mesh
 from xdist.train.agree import share_json
 from xdist.train.hang import Report, Silent, this_host, verdict
@@ -125,7 +128,7 @@ class Watchdog:
 
     def hold_if_firing(self) -> None:
         """Block where a verdict is under way: this thread's own error is only a consequence."""
-        if self._nonce and (self.firing or self._note.is_file()):
+        if self._nonce and (self.firing or os.path.exists(self._note)):
             time.sleep(REPORT_S + SETTLE_S + 2 * BEAT_S + 5.0)
 
     def _file(self, rank: int, name: str) -> pathlib.Path:
@@ -143,7 +146,8 @@ class Watchdog:
             self._beat()
             span = self._span
             late = now - span.began > span.limit_s
-            if late or self._note.exists():
+            # os.path.exists: on a file server that is gone Path.exists raises.
+            if late or os.path.exists(self._note):
                 self._fire(span, late)
 
     def _beat(self) -> None:
@@ -167,26 +171,53 @@ class Watchdog:
         faulthandler.dump_traceback_later(max(seconds, 0.1), file=self._stacks)
 
     def _fire(self, span: _Span, late: bool) -> NoReturn:
-        """Report, read the reports of the others, tell the verdict, end this process."""
+        """Report, read the reports of the others, tell the verdict, end this process.
+
+        It ends whatever fails on the way: a run folder that cannot be written any more too.
+        """
         self.firing = True
+        code = PeerLost.exit_code
+        try:
+            error = self._verdict(span, late)
+            code = error.exit_code
+            self._tell(error)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+
+    def _verdict(self, span: _Span, late: bool) -> XdistError:
         limit = "train.first_step_timeout_s" if span.limit_s == self._limits.first_s else ""
         limit = limit or "train.step_timeout_s"
         why = f"{span.kind} {span.step} took longer than {limit} = {span.limit_s:g} s"
         if late:
-            replace(self._note, why, tag=str(self._rank))
+            with on_disk(str(self._note)):
+                replace(self._note, why, tag=str(self._rank), durable=False)
         faulthandler.cancel_dump_traceback_later()
         if self._stacks is not None:
             faulthandler.dump_traceback(self._stacks, all_threads=True)
-            self._stacks.flush()
         mine = Report.now(self._rank, self._host, self._nonce, span.kind, span.step)
-        replace(self._file(self._rank, "hang.json"), json.dumps(mine.fields()), tag=str(self._rank))
-        reports = self._reports()
+        doubt = self._publish(mine)
+        reports = self._reports(mine)
         error = verdict(reports, self._silent, self._ranks, self._why(why), self._logs)
+        error.why += doubt
         # Ranks that read the same reports say the same: the first of them is heard.
-        error.agreed = self._rank != min([*reports, self._rank])  # type: ignore[attr-defined]
+        error.agreed = self._rank != min(reports)  # type: ignore[attr-defined]
         error.verdict = True  # type: ignore[attr-defined]
-        self._tell(error)
-        os._exit(error.exit_code)
+        return error
+
+    def _publish(self, mine: Report) -> str:
+        """Let the other ranks read this one's report; what to add to the verdict."""
+        path = self._file(self._rank, "hang.json")
+        try:
+            replace(path, json.dumps(mine.fields()), tag=str(self._rank), durable=False)
+        except OSError as error:
+            tell_unwritten(str(path), error)
+            return (
+                f"; the report of rank {self._rank} could not be written ({error}): that another "
+                "rank is silent may mean no more than that"
+            )
+        return ""
 
     def _why(self, mine: str) -> str:
         try:
@@ -194,9 +225,9 @@ class Watchdog:
         except OSError:
             return mine
 
-    def _reports(self) -> dict[int, Report]:
-        """The reports that came in time."""
-        found: dict[int, Report] = {}
+    def _reports(self, mine: Report) -> dict[int, Report]:
+        """The reports that came in time, and this rank's own."""
+        found = {self._rank: mine}
         until = time.monotonic() + REPORT_S
         while len(found) < self._ranks and time.monotonic() < until:
             for rank in range(self._ranks):
@@ -220,12 +251,15 @@ class Watchdog:
         """Record the verdict, and stay until the other ranks have come to theirs."""
         try:
             self._on_abort(error)
-            sys.stdout.flush()
-            sys.stderr.flush()
-            self._file(self._rank, "hang.told").touch()
+            for stream in (sys.stdout, sys.stderr):
+                with contextlib.suppress(OSError):  # its reader has left
+                    stream.flush()
+            told = self._file(self._rank, "hang.told")
+            with on_disk(str(told)):
+                told.touch()
         finally:
             until = time.monotonic() + SETTLE_S
             others = [r for r in range(self._ranks) if self._report(r) is not None]
-            told = [self._file(r, "hang.told") for r in others]
-            while time.monotonic() < until and not all(path.exists() for path in told):
+            files = [self._file(r, "hang.told") for r in others]
+            while time.monotonic() < until and not all(map(os.path.exists, files)):
                 time.sleep(0.05)
