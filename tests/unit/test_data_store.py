@@ -313,6 +313,33 @@ def test_a_store_in_the_way(folder: Path, store: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "store"]
 
 
+def test_a_store_is_not_kept_when_a_file_changed_at_its_size(
+    folder: Path, store: Path, tmp_path: Path
+) -> None:
+    options = {"held_out_fraction": 0.2, "chunk_bytes": CHUNK, "existing": "keep"}
+    seen = []
+    prepare_text([folder], store, **options, on_progress=lambda done, whole: seen.append(done))
+    assert seen[-1] == sum(len(data) for data in _contents(folder).values())
+    file = folder / "file00.txt"
+    data = file.read_bytes()
+    file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(DataError, match="changed at the same sizes: sha256"):
+        prepare_text([folder], store, **options)
+    file.write_bytes(data[:-1])
+    with pytest.raises(DataError, match=f"tokens, split .* holds {len(data)} of it"):
+        prepare_text([folder], store, **options)
+
+    ids = tmp_path / "ids.npy"
+    options |= {"held_out_fraction": 0, "vocabulary_size": 300}
+    np.save(ids, np.arange(300))
+    prepare_text([ids], tmp_path / "ids", **options)
+    np.save(ids, np.arange(300).astype(np.int32))
+    assert prepare_text([ids], tmp_path / "ids", **options).kept
+    np.save(ids, np.arange(300)[::-1])
+    with pytest.raises(DataError, match="changed at the same sizes"):
+        prepare_text([ids], tmp_path / "ids", **options)
+
+
 def test_a_failure_leaves_the_old_store_and_nothing_beside_it(
     folder: Path, store: Path, tmp_path: Path
 ) -> None:

@@ -9,7 +9,7 @@ import lzma
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -21,12 +21,20 @@ from zarr.codecs import ZstdCodec
 from xdist.data.identity import FORMAT, VERSION, fingerprint
 from xdist.data.parts import Each, write_parts
 from xdist.data.sources import Source, Sources, collect, split_held_out
-from xdist.data.store import TextStore
+from xdist.data.store import Split, TextStore
+from xdist.data.token_files import (
+    READ_BYTES,
+    Reader,
+    bytes_of,
+    ids_of,
+    length_of,
+    parts_of,
+    slice_of,
+)
 from xdist.errors import ConfigError, DataError
 
 BYTE_VOCABULARY = 256
 FIGURES_BYTES = 1 << 20
-_READ_BYTES = 8 << 20
 _ZSTD_LEVEL = 3
 
 Progress = Callable[[int, int], None]
@@ -86,7 +94,8 @@ def prepare_text(
         vocabulary_size: None for bytes; else every file is a 1-D `.npy` of token ids below it.
         chunk_bytes: decoded bytes of one chunk, the unit that is read and checksummed.
         existing: what to do with a store that is there: refuse, keep it when it holds the same
-            names, sizes and settings (else refuse), or replace it.
+            names, contents and settings (else refuse; the files are read once to know), or
+            replace it.
         on_progress: called with (bytes done, bytes in all).
         each: writes the tokens in parts through this: `each(function, tuples of arguments)` calls
             the function for every tuple, anywhere, and gives the results in order. The store is
@@ -103,22 +112,22 @@ def prepare_text(
         sources = collect(sources, pattern=pattern, text_only=vocabulary_size is None)
     if not sources.files:
         raise DataError(f"no text to write to {target}", "no file was found", "name other paths")
-    reader = _bytes_of if vocabulary_size is None else _ids_of
+    reader = bytes_of if vocabulary_size is None else ids_of
     train, held_out = split_held_out(sources.files, held_out_fraction)
     splits = {"train": train} | ({"held_out": held_out} if held_out else {})
+    meter = _Meter(on_progress, sources.total_bytes)
     if target.exists() or target.is_symlink():
         if existing == "error":
             raise DataError(
                 f"{target} exists", "nothing was written", "replace it, or name another folder"
             )
         if existing == "keep":
-            return _kept(target, sources, splits, vocabulary_size)
+            return _kept(target, sources, splits, vocabulary_size, reader, meter)
     target.parent.mkdir(parents=True, exist_ok=True)
     size = vocabulary_size or BYTE_VOCABULARY
     beside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         beside.chmod(0o750)
-        meter = _Meter(on_progress, sources.total_bytes)
         _write(beside, splits, size, reader, chunk_bytes, meter, each)
         put_in_place(beside, target)
     finally:
@@ -152,14 +161,11 @@ class _Meter:
             self.tell(self.done_bytes, self.total_bytes)
 
 
-_Reader = Callable[[Source, int], Iterator[NDArray[Any]]]
-
-
 def _write(
     folder: Path,
     splits: dict[str, list[Source]],
     vocabulary_size: int,
-    reader: _Reader,
+    reader: Reader,
     chunk_bytes: int,
     meter: _Meter,
     each: Each | None,
@@ -178,7 +184,7 @@ def _write(
             folder, group, name, files, dtype, vocabulary_size, reader, chunk_bytes, meter, each
         )
     figures = {}
-    if vocabulary_size == BYTE_VOCABULARY and reader is _bytes_of and "held_out" in splits:
+    if vocabulary_size == BYTE_VOCABULARY and reader is bytes_of and "held_out" in splits:
         sample = np.asarray(group["held_out/tokens"][:FIGURES_BYTES])  # type: ignore[index]
         figures = compression_figures(sample)
     group.attrs["xdist"] = {
@@ -197,13 +203,13 @@ def _write_split(
     files: Sequence[Source],
     dtype: np.dtype[Any],
     vocabulary_size: int,
-    reader: _Reader,
+    reader: Reader,
     chunk_bytes: int,
     meter: _Meter,
     each: Each | None,
 ) -> dict[str, Any]:
     """Write one split; returns its facts (counts and hashes)."""
-    lengths = [_length_of(source, reader) for source in files]
+    lengths = [length_of(source, reader) for source in files]
     table = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     chunk_length = max(1, chunk_bytes // dtype.itemsize)
     tokens = make_array(group, f"{name}/tokens", int(table[-1]), dtype, chunk_length)
@@ -212,7 +218,7 @@ def _write_split(
             tokens, files, lengths, dtype, vocabulary_size, reader, chunk_length, meter
         )
     else:
-        read = functools.partial(_slice, reader, vocabulary_size)
+        read = functools.partial(slice_of, reader, vocabulary_size)
         hashed = write_parts(folder, f"{name}/tokens", files, table, read, each, meter.add)
     make_array(group, f"{name}/documents", table.size, table.dtype, 1 << 15)[:] = table
     raw = b"".join(source.name.encode("utf-8", "surrogateescape") + b"\0" for source in files)
@@ -233,7 +239,7 @@ def _write_tokens(
     lengths: Sequence[int],
     dtype: np.dtype[Any],
     vocabulary_size: int,
-    reader: _Reader,
+    reader: Reader,
     chunk_length: int,
     meter: _Meter,
 ) -> str:
@@ -241,15 +247,12 @@ def _write_tokens(
     digest = hashlib.sha256()
     at, pending, held = 0, [], 0
     for source, length in zip(files, lengths, strict=True):
-        for part in reader(source, length):
-            _check_ids(part, source, vocabulary_size)
-            narrow = part.astype(dtype, copy=False)
+        for narrow in parts_of(source, length, dtype, vocabulary_size, reader, meter.add):
             digest.update(narrow.tobytes())
             pending.append(narrow)
             held += narrow.size
-            meter.add(part.nbytes)
         # Whole chunks only: each chunk is compressed once.
-        if held >= max(chunk_length, _READ_BYTES):
+        if held >= max(chunk_length, READ_BYTES):
             whole = held - held % chunk_length
             joined = np.concatenate(pending)
             tokens[at : at + whole] = joined[:whole]
@@ -257,21 +260,6 @@ def _write_tokens(
     if held:
         tokens[at : at + held] = np.concatenate(pending)
     return digest.hexdigest()
-
-
-def _slice(
-    reader: _Reader, vocabulary_size: int, source: Source, length: int, start: int, stop: int
-) -> NDArray[Any]:
-    """Elements `[start, stop)` of a file that had `length` of them, checked."""
-    if reader is _ids_of:
-        found = np.asarray(_load_ids(source)[start:stop])
-    else:
-        found = np.fromfile(source.path, dtype=np.uint8, count=stop - start, offset=start)
-    now = source.path.stat().st_size if reader is _bytes_of else _length_of(source, reader)
-    if now != length or found.size != stop - start:
-        raise DataError(f"{source.path} changed while it was read", f"{now}, it had {length}")
-    _check_ids(found, source, vocabulary_size)
-    return found
 
 
 def make_array(
@@ -288,54 +276,6 @@ def make_array(
         fill_value=0,
         config={"write_empty_chunks": True},
     )
-
-
-def _bytes_of(source: Source, length: int) -> Iterator[NDArray[Any]]:
-    done = 0
-    with source.path.open("rb") as file:
-        while block := file.read(_READ_BYTES):
-            done += len(block)
-            yield np.frombuffer(block, dtype=np.uint8)
-    if done != length:
-        raise DataError(
-            f"{source.path} changed while it was read",
-            f"{done} bytes, it had {length}",
-            "try again",
-        )
-
-
-def _ids_of(source: Source, length: int) -> Iterator[NDArray[Any]]:
-    ids = _load_ids(source)
-    step = max(1, _READ_BYTES // ids.dtype.itemsize)
-    for start in range(0, length, step):
-        yield np.asarray(ids[start : start + step])
-
-
-def _length_of(source: Source, reader: _Reader) -> int:
-    return source.size_bytes if reader is _bytes_of else int(_load_ids(source).shape[0])
-
-
-def _load_ids(source: Source) -> NDArray[Any]:
-    try:
-        ids = np.load(source.path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError) as error:
-        raise DataError(f"{source.path} is not a .npy file of token ids", str(error)) from error
-    if not isinstance(ids, np.ndarray) or ids.ndim != 1 or ids.dtype.kind not in "iu":
-        raise DataError(
-            f"{source.path} does not hold token ids",
-            f"got {getattr(ids, 'dtype', type(ids).__name__)} {getattr(ids, 'shape', '')}",
-            "save a 1-D array of integers",
-        )
-    return ids
-
-
-def _check_ids(ids: NDArray[Any], source: Source, vocabulary_size: int) -> None:
-    if ids.size and (int(ids.max()) >= vocabulary_size or int(ids.min()) < 0):
-        raise DataError(
-            f"{source.path} holds a token outside the vocabulary",
-            f"ids from {ids.min()} to {ids.max()}, vocabulary size {vocabulary_size}",
-            "raise the vocabulary size, or tokenise again",
-        )
 
 
 def _check_arguments(fraction: float, vocabulary_size: int | None, chunk_bytes: int) -> None:
@@ -362,25 +302,49 @@ def _kept(
     sources: Sources,
     splits: dict[str, list[Source]],
     vocabulary_size: int | None,
+    reader: Reader,
+    meter: _Meter,
 ) -> Prepared:
     store = TextStore(target)
-    differs = store.vocabulary_size != (vocabulary_size or BYTE_VOCABULARY)
-    differs |= store.split_names != sorted(splits)
-    for name, files in splits.items():
-        if differs:
-            break
-        split = store.split(name)
-        lengths = np.diff(split.cu_seqlens).tolist()
-        reader = _bytes_of if vocabulary_size is None else _ids_of
-        differs |= split.names != [source.name for source in files]
-        differs |= lengths != [_length_of(source, reader) for source in files]
+    size = vocabulary_size or BYTE_VOCABULARY
+    differs = "held-out share or vocabulary differ"
+    if store.vocabulary_size == size and store.split_names == sorted(splits):
+        found = (_difference(store.split(n), splits[n], reader, meter) for n in splits)
+        differs = next(filter(None, found), "")
     if differs:
         raise DataError(
             f"{target} holds other data than these sources and settings",
-            "names, sizes, held-out share or vocabulary differ",
+            differs,
             "replace it, or name another folder",
         )
     return describe(target, sources.skipped, kept=True)
+
+
+def _difference(split: Split, files: Sequence[Source], reader: Reader, meter: _Meter) -> str:
+    """What of `files` is not what the split was made of; "" where it was made of them.
+
+    Names and sizes first; only where these are the same every file is read.
+    """
+    lengths = [length_of(source, reader) for source in files]
+    if split.names != [source.name for source in files]:
+        return (
+            f"split {split.name} is made of {len(split.names)} files, here {len(files)} or others"
+        )
+    sizes = np.diff(split.cu_seqlens).tolist()
+    for source, size, length in zip(files, sizes, lengths, strict=True):
+        if size != length:
+            return f"{source.path} has {length} tokens, split {split.name} holds {size} of it"
+    digest = hashlib.sha256()
+    for source, length in zip(files, lengths, strict=True):
+        for part in parts_of(source, length, split.dtype, split.vocabulary_size, reader, meter.add):
+            digest.update(part.tobytes())
+    was, now = split.facts["tokens_sha256"], digest.hexdigest()
+    if was != now:
+        return (
+            f"files of split {split.name} changed at the same sizes: "
+            f"sha256 {was[:16]}.. -> {now[:16]}.."
+        )
+    return ""
 
 
 def describe(target: Path, skipped: tuple[str, ...] = (), *, kept: bool) -> Prepared:
