@@ -37,7 +37,8 @@ class FinalStates:
         """All final states, from this rank's own and the initial ones [B, documents, ...]."""
         owned = self._owned()
         own = torch.stack([states[d] for d in owned[self.share.rank]], 1) if states else None
-        own = starting[:, :0] if own is None else own
+        # An op may give its states in another dtype; ranks without any expect that of `starting`.
+        own = starting[:, :0] if own is None else own.to(starting.dtype)
         sizes = [len(documents) for documents in owned]
         gathered = start_gather(own.contiguous(), self.group, dim=1, sizes=sizes).wait()
         final = starting.clone()
