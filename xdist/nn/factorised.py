@@ -124,10 +124,13 @@ class FactorisedAttention(nn.Module):
         strategy: str = "auto",
     ) -> Tensor:
         """q, k, v `[B, others.., attended.., H, D]`: attention for each place in the others."""
-        if not q.numel():  # no head or no token of this rank: attached, and empty
+        # No head or no token of this rank: attached, and empty. Where ranks attend together, all
+        # of them take part, whatever they hold.
+        if shard is None and not q.numel():
             return q + k + v
-        tokens = prod(q.shape[-2 - len(self.dims) : -2])
-        q_, k_, v_ = (x.reshape(-1, tokens, *x.shape[-2:]) for x in (q, k, v))
+        first = q.dim() - 2 - len(self.dims)
+        shape = (prod(q.shape[:first]), prod(q.shape[first:-2]), *q.shape[-2:])
+        q_, k_, v_ = (x.reshape(shape) for x in (q, k, v))
         return ops.attention(q_, k_, v_, shard, mask=_EVERY, strategy=strategy).view(q.shape)
 
     def _attended(self, gshard: GridShard) -> SequenceShard:
