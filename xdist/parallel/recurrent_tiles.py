@@ -18,6 +18,7 @@ from torch import Tensor
 
 from xdist.documents import Documents
 from xdist.layout import Layout
+from xdist.shard import may_keep
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,15 +50,16 @@ class Tile:
     def marks(self, device: torch.device) -> Tensor | None:
         """`starts` as a tensor, copied to a card once: calls of equal shares have their tiles in
         common."""
-        if self.starts is None or device in self._marks:
-            return self._marks.get(device)
-        # What is kept must serve calls outside inference mode too.
-        with torch.inference_mode(False):
-            found = torch.from_numpy(self.starts).to(device)
-        # Not what a tracing mode made.
-        if type(found) is Tensor:
-            self._marks[device] = found
-        return found
+        if self.starts is None:
+            return None
+        # A tracing mode neither takes what real calls kept nor leaves anything to them.
+        if not may_keep():
+            return torch.from_numpy(self.starts).to(device)
+        if device not in self._marks:
+            # What is kept must serve calls outside inference mode too.
+            with torch.inference_mode(False):
+                self._marks[device] = torch.from_numpy(self.starts).to(device)
+        return self._marks[device]
 
 
 @dataclass(frozen=True, eq=False)

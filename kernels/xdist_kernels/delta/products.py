@@ -10,19 +10,10 @@ middle, keys of the first half decay to it.
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
 from xdist_kernels.delta.chunks import Decays, block_of, halves, levels, scalar_decays
-
-
-@lru_cache(maxsize=16)
-def _visible(chunk: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[2, C, C]: 1 on and below the diagonal for queries, below it for keys."""
-    one = torch.ones(chunk, chunk, dtype=dtype, device=device)
-    return torch.stack([one.tril(), one.tril(-1)])
 
 
 def _mask(scores: Tensor, decays: Decays | None) -> Tensor:
@@ -30,7 +21,8 @@ def _mask(scores: Tensor, decays: Decays | None) -> Tensor:
     chunk = scores.shape[-1]
     both = scores.view(-1, 2, chunk, chunk)
     if decays is None or decays.within is None:
-        both.mul_(_visible(chunk, scores.dtype, scores.device))
+        both[:, 0].tril_()
+        both[:, 1].tril_(-1)
         return scores
     both.mul_(decays.within[:, None])
     both[:, 1].diagonal(0, 1, 2).zero_()

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -48,13 +47,11 @@ class Decays:
     states: Tensor
 
 
-@lru_cache(maxsize=32)
 def _spread(heads: int, dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """[H, H * D]: repeats a number per head over its D channels, as a product."""
     return torch.eye(heads, dtype=dtype, device=device).repeat_interleave(dim, 1)
 
 
-@lru_cache(maxsize=32)
 def _slopes(heads: int, dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """[2 * H * D, H]: sums over the channels of q minus those of k, per head, as a product."""
     one = _spread(heads, dim, dtype, device).t()
