@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from functools import partial
 from itertools import product
+from types import SimpleNamespace
 
+import pytest
 import torch
 from torch import Tensor
 
 import xdist
 from xdist import Dropout, Mask
 from xdist.cost import attention_choice, attention_keys
+from xdist.cost.attention_keys import Problem
+from xdist.documents import Documents
 from xdist.parallel.attention_call import Call
 from xdist.shard import MOST_KEPT, SequenceShard
 from xdist.testing.pool import RankPool
+from xdist_kernels.attention.triton_plan import Plans
 
 N = 26
 CUTS = [0, 5, 19, N]
@@ -98,6 +103,49 @@ def counted() -> dict[str, int]:
 def test_needs_choice_and_spans_are_computed_once_a_shard(pool2: RankPool) -> None:
     for counts in pool2.run(counted):
         assert counts == {"needs": 1, "choice": 1, "spans": 1}
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A card that is not there: the stream work goes to, and whether it goes into a graph."""
+    card = SimpleNamespace(stream=1, capturing=False)
+    monkeypatch.setattr(
+        torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=card.stream)
+    )
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: card.capturing)
+    return card
+
+
+def test_a_stream_reads_what_it_made_and_a_graph_leaves_nothing(card: SimpleNamespace) -> None:
+    layout, documents = xdist.Layout.contiguous(4, 1), Documents.of(None, 4)
+    sizes = (1, 2, 2, 8, 8, 4)
+    problem = Problem(layout, documents, Mask(), layout, documents, False, *sizes)
+
+    def once(name: str) -> object:
+        return Call(problem, 0, None, 1.0, None, torch.device("cuda")).once(name, object)
+
+    card.capturing = True
+    assert once("plan") is not once("plan")
+    card.capturing = False
+    first = once("plan")
+    assert once("plan") is first
+    card.stream = 2
+    second = once("plan")
+    assert second is not first
+    assert once("plan") is second
+    # A graph begins when all streams have ended their work: it reads what one of them made.
+    card.stream, card.capturing = 3, True
+    assert once("plan") is first
+    assert once("another") is not once("another")
+
+
+def test_a_plan_made_in_a_graph_is_not_kept(card: SimpleNamespace) -> None:
+    plans = Plans(tuple(torch.zeros(4, 3, dtype=torch.int64)), torch.arange(3))
+    plans.at = SimpleNamespace(is_cuda=True)
+    card.capturing = True
+    assert plans.prefixed is not plans.prefixed
+    card.capturing = False
+    assert plans.prefixed is plans.prefixed
 
 
 def test_a_shard_keeps_a_few_calls() -> None:

@@ -82,18 +82,33 @@ class Call:
 
     def once(self, name: Hashable, make: Callable[[], T]) -> T:
         """What `make` gives, made by the first of the calls that share this problem: the same for
-        all of them that have this `name` and device. A call that shares nothing keeps nothing
-        for its backward, which makes it anew."""
+        all of them that have this `name`, device and CUDA stream. A call that shares nothing keeps
+        nothing for its backward, which makes it anew."""
         kept = self._kept
         if kept is None:
             return make()
-        key = (name, self.device)
-        if key not in kept:
+        # By stream: what is made is filled on it, and no other waits for that.
+        made: dict[int | None, T] = kept.setdefault((name, self.device), {})
+        if self._capturing():
+            # What was there is filled, since a graph begins when the device has ended its work.
+            # What is made here is filled by replays alone.
+            return next(iter(made.values())) if made else make()
+        stream = self._stream()
+        if stream not in made:
             # It may outlive the inference mode of this call.
             with torch.inference_mode(False):
-                kept[key] = make()
-        found: T = kept[key]
-        return found
+                made[stream] = make()
+        return made[stream]
+
+    def _stream(self) -> int | None:
+        """The CUDA stream that work for this call goes to."""
+        if self.device.type != "cuda":
+            return None
+        return int(torch.cuda.current_stream(self.device).cuda_stream)
+
+    def _capturing(self) -> bool:
+        """Whether that work is written into a CUDA graph instead."""
+        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
     @cached_property
     def _kept(self) -> dict[Any, Any] | None:
@@ -105,13 +120,10 @@ class Call:
         spans = sets * self.problem.layout.length
         if self.backend != "triton" or max(spans, self.problem.key_length) > MOST_SPANS:
             return None
-        stream = None
-        if self.device.type == "cuda":
-            # Plans are filled on this stream: no other waits for it, a captured graph only replays.
-            if torch.cuda.is_current_stream_capturing():
-                return None
-            stream = torch.cuda.current_stream(self.device).cuda_stream
-        return _remembered(self.problem, stream).kept if may_keep() else None
+        # Nothing is found in a graph: what it reads must live as long, and no shard holds it.
+        if self._capturing() or not may_keep():
+            return None
+        return _remembered(self.problem, self._stream()).kept
 
     def seen(self, ranks: range, start: int, stop: int) -> Seen:
         """What the queries of `ranks`, one rank after another, of heads `[start, stop)` see."""

@@ -23,8 +23,8 @@ end of one segment and the start of another meets what these see, not all that l
 
 from __future__ import annotations
 
-from functools import cached_property
-from typing import NamedTuple
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import triton
@@ -35,6 +35,7 @@ from xdist_kernels.attention.reference import Spans
 from xdist_kernels.attention.triton_scores import Arg
 from xdist_kernels.launch import Config, launch
 
+T = TypeVar("T")
 # Beyond any position; no span reaches it.
 FAR = tl.constexpr(2**62)
 FAN = 16
@@ -66,24 +67,33 @@ class Plans:
         whole = torch.stack(torch.broadcast_tensors(*spans)).to(torch.int64)
         self.spans = whole.unsqueeze(1) if whole.dim() == 2 else whole
         self.at = k_positions.to(torch.int64).contiguous()
-        self._made: dict[tuple[bool, int, int], Plan] = {}
+        self._made: dict[Hashable, Any] = {}
 
-    @cached_property
+    @property
     def prefixed(self) -> Tensor:
         """Whether any query of each set has a prefix, int32 `[sets]`, on the device."""
-        return (self.spans[2] < self.spans[3]).any(-1).to(torch.int32)
+        _, _, first, last = self.spans
+        return self._once("prefixed", lambda: (first < last).any(-1).to(torch.int32))
 
     def queries(self, rows: int, keys: int) -> Plan:
         """What blocks of `rows` queries visit of blocks of `keys` keys."""
-        if (True, rows, keys) not in self._made:
-            self._made[True, rows, keys] = plan_queries(self.spans, self.at, rows, keys)
-        return self._made[True, rows, keys]
+        return self._once(
+            ("queries", rows, keys), lambda: plan_queries(self.spans, self.at, rows, keys)
+        )
 
     def keys(self, rows: int, keys: int) -> Plan:
         """What blocks of `keys` keys visit of blocks of `rows` queries."""
-        if (False, rows, keys) not in self._made:
-            self._made[False, rows, keys] = plan_keys(self.spans, self.at, rows, keys)
-        return self._made[False, rows, keys]
+        return self._once(("keys", rows, keys), lambda: plan_keys(self.spans, self.at, rows, keys))
+
+    def _once(self, name: Hashable, make: Callable[[], T]) -> T:
+        """What `make` gives. In a CUDA graph it is not kept: replays alone fill it."""
+        if name in self._made:
+            found: T = self._made[name]
+            return found
+        made = make()
+        if not (self.at.is_cuda and torch.cuda.is_current_stream_capturing()):
+            self._made[name] = made
+        return made
 
 
 def plan_queries(spans: Tensor, at: Tensor, rows: int, keys: int) -> Plan:
