@@ -27,10 +27,10 @@ from xdist.parallel.attention_fetch import FetchAttention
 from xdist.parallel.attention_ring import RingAttention
 from xdist.parallel.attention_ulysses import ulysses
 from xdist.parallel.backend import decided, is_auto
-from xdist.parallel.first_order import without_autocast
 from xdist.parallel.noted import Noted, notes
 from xdist.shard import SequenceShard, resolve
 from xdist_kernels import attention as kernels
+from xdist_kernels.autocast import without_autocast
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 KeyShard: TypeAlias = SequenceShard | str
