@@ -165,3 +165,15 @@ def test_bad_arguments_say_what_was_got() -> None:
         xdist.causal_conv1d(x, torch.zeros(5, 4))
     with pytest.raises(ShapeError, match="activation must be None or 'silu'; got 'relu'"):
         xdist.causal_conv1d(x, torch.zeros(6, 4), activation="relu")
+
+
+def test_a_bias_keeps_its_own_dtype_and_digits() -> None:
+    """A float32 bias beside a bfloat16 weight: its gradient is not rounded to bfloat16."""
+    generator = torch.Generator().manual_seed(0)
+    x, dout = (torch.randn(1, 4096, 4, generator=generator) for _ in range(2))
+    weight = torch.randn(4, 4, generator=generator, dtype=torch.bfloat16, requires_grad=True)
+    bias = torch.zeros(4, requires_grad=True)
+    y = xdist.causal_conv1d(x, weight, bias)
+    dweight, dbias = torch.autograd.grad(y, (weight, bias), dout)
+    assert (dweight.dtype, dbias.dtype) == (torch.bfloat16, torch.float32)
+    assert relative_error(dbias.double(), dout.double().sum((0, 1))) < 2e-6

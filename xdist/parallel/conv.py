@@ -220,7 +220,7 @@ class _CausalConv(torch.autograd.Function):
         dweight = sums.dweight.to(weight.dtype)
         dbias, dinitial = (
             None if g is None else g.to(like.dtype)
-            for g, like in ((sums.dbias, weight), (sums.dinitial, x))
+            for g, like in ((sums.dbias, bias), (sums.dinitial, x))
         )
         return None, dx.to(x.dtype), dweight, dbias, dinitial
 
