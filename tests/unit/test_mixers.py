@@ -18,7 +18,7 @@ from torch import Tensor
 
 from xdist.errors import ConfigError
 from xdist.nn import ALIASES, MIXERS, build_mixer
-from xdist.nn.hgrn2 import lower_bounds
+from xdist.nn.hgrn2 import _bounded, lower_bounds
 from xdist.nn.rotary import rotate
 from xdist.testing import relative_error
 
@@ -148,6 +148,38 @@ def test_hgrn2_ties_the_input_gate_to_the_forget_gate(learned: bool) -> None:
     assert torch.equal(bounds[0], torch.zeros(DIM))
     assert bool((bounds.diff(dim=0) > 0).all())
     assert float(bounds.max()) < 1.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_hgrn2_with_the_lowest_layers_bound_is_finite(dtype: torch.dtype) -> None:
+    """The learned bound of layer 0 is 0: any gate gives what no bound gives, with gradients."""
+    mixer = built("hgrn2").to(dtype)
+    with torch.no_grad():
+        mixer.qfi[HEADS * HEAD : 2 * HEADS * HEAD].mul_(3000.0)
+    x = tokens().to(dtype)
+    found = []
+    for layer in (None, 0, 2):
+        gamma = torch.zeros(3, DIM, dtype=dtype, requires_grad=True)
+        given = {} if layer is None else {"lower_bound": lower_bounds(gamma)[layer]}
+        y = mixer(x, **given)
+        grads = torch.autograd.grad(
+            y.square().sum(), [*mixer.parameters(), gamma], allow_unused=True
+        )
+        assert all(bool(g.isfinite().all()) for g in (y, *grads) if g is not None)
+        found.append([y, *grads[:-1]])
+    assert all(torch.equal(a, b) for a, b in zip(*found[:2], strict=True))
+
+
+@pytest.mark.parametrize("low", [0.0, 1e-300, 1e-3, 0.9])
+def test_hgrn2s_gradient_of_a_bound(low: float) -> None:
+    """Of a bound of 0 too, against the formula."""
+    raw = torch.linspace(-12, 12, 49).double().requires_grad_()
+    bound = torch.full_like(raw, low).requires_grad_()
+    found = torch.autograd.grad(_bounded(raw, bound).sum(), (raw, bound))
+    f = raw.sigmoid()
+    wanted = torch.autograd.grad(torch.log(bound + (1 - bound) * f).sum(), (raw, bound))
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("options", [{}, {"negative_eigenvalues": True, "output_gate": True}])

@@ -27,7 +27,16 @@ def lower_bounds(gamma: Tensor) -> Tensor:
     2023, "Hierarchically Gated Recurrent Neural Network", equation 4).
     """
     shares = wide(gamma).softmax(0)
-    return shares.cumsum(0) - shares[:1]
+    return torch.cat([torch.zeros_like(shares[:1]), shares[1:].cumsum(0)])
+
+
+def _bounded(raw: Tensor, low: Tensor) -> Tensor:
+    """log(low + (1 - low) sigmoid(raw)), finite for any raw and any bound in [0, 1), with finite
+    gradients: a bound of 0, the lowest layer's, has no logarithm."""
+    free, some = F.logsigmoid(raw), low >= torch.finfo(low.dtype).tiny
+    bounded = torch.logaddexp(torch.where(some, low, 1.0).log(), torch.log1p(-low) + free)
+    # To the first order in the bound; the cut keeps a slope that float32 holds.
+    return torch.where(some, bounded, free + low * raw.neg().clamp(max=80.0).exp())
 
 
 class HGRN2(nn.Module):
@@ -70,7 +79,9 @@ class HGRN2(nn.Module):
         # 1 - f without cancellation, and log f without underflow where nothing bounds it.
         k = ((1 - low) * torch.sigmoid(-raw)).to(v.dtype)
         decay = F.logsigmoid(raw)
-        if isinstance(low, Tensor) or low > 0.0:
+        if isinstance(low, Tensor):
+            decay = _bounded(raw, low)
+        elif low > 0.0:
             decay = torch.log(low + (1 - low) * decay.exp())
         y = ops.linear_attention(
             F.silu(q), k, v, shard, log_decay=decay, scale=1.0, strategy=self.strategy
