@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import xdist
+from xdist.errors import ConfigError
 from xdist.testing import RankPool, layouts, relative_error
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "add_a_recurrence.md"
@@ -152,3 +153,31 @@ def test_the_script_of_the_page_runs(module: str) -> None:
     assert done.returncode == 0, done.stderr
     error = float(re.findall(r"tensor\(([-\d.e]+)", done.stdout)[0])
     assert error < 1e-12
+
+
+class InPlace(xdist.Recurrence):
+    """Sums of x [B, n, H, D], made in the state itself."""
+
+    transition = "none"
+
+    def state_shape(self, inputs: Any) -> tuple[int, int, int, int]:
+        batch, _, heads, dim = inputs[0].shape
+        return batch, heads, 1, dim
+
+    def transition_of(self, tile: Any) -> None:
+        return None
+
+    def run(self, tile: Any, state: Tensor) -> tuple[Tensor, Tensor]:
+        outs = [state.add_(x[:, :, None])[:, :, 0].clone() for x in tile[0].unbind(1)]
+        return torch.stack(outs, 1), state
+
+
+def test_a_state_changed_in_place_is_an_error() -> None:
+    """Other documents start from the same tensor; where no version tells, the state is a copy."""
+    x, cuts = torch.ones(1, 6, 1, 1), [0, 3, 6]
+    shard = xdist.SequenceShard(xdist.Mesh.one_rank(), xdist.Layout.contiguous(6, 1), cuts)
+    with pytest.raises(ConfigError, match=r"InPlace changed the state .* in place\n.*\n.*clone"):
+        xdist.recurrence(InPlace(), x, shard=shard)
+    with torch.inference_mode():
+        sums = xdist.recurrence(InPlace(), x.clone(), shard=shard)
+    assert sums.flatten().tolist() == [1, 2, 3, 1, 2, 3]

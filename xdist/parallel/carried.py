@@ -6,6 +6,7 @@ from the carry, computes the chunk as a sequence of one rank, and leaves its sta
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,7 +20,7 @@ from xdist.parallel import recurrent_call
 from xdist.parallel.conv import causal_conv1d
 from xdist.parallel.recurrent_scan import ScanRecurrence, ScanRequest
 from xdist.parallel.recurrent_tiles import Share
-from xdist.parallel.recurrent_work import Work
+from xdist.parallel.recurrent_work import Work, from_state
 from xdist.shard import SequenceShard
 from xdist_kernels.autocast import without_autocast
 
@@ -73,7 +74,8 @@ def _advanced(work: Work, carry: Carry, state: Tensor) -> Tensor:
         )
         prepared = op.prepare(tuple(parts), tile.marks(state.device))
         before = work.identity if tile.fresh and tile.at.start else state
-        _, state, own = op.summarised(prepared, before, through=carry.through is not None)
+        call = partial(op.summarised, prepared, through=carry.through is not None)
+        _, state, own = from_state(call, before, of=op)
         if carry.through is not None:
             assert own is not None
             joined = own @ carry.through if op.transition == "matrix" else own + carry.through

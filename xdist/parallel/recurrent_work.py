@@ -11,18 +11,22 @@ Shapes: states [B,H,K,V]; states of documents [B,documents,H,K,V].
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from xdist.errors import ConfigError
 from xdist.parallel.recurrence import Inputs, Recurrence
 from xdist.parallel.recurrent_tiles import Segment, Share, Tile
 
 # Prepared tiles kept while a state travels: a few tiles, about half a second of a CPU core. Tiles
 # of a GPU are larger, and so is its memory.
 KEPT_BYTES, TIMES_ON_A_GPU = 256 << 20, 16
+
+Found = TypeVar("Found")
 
 
 def tensors_in(tree: Any) -> Iterator[Tensor]:
@@ -67,6 +71,27 @@ class Kept:
 
 def _memory(x: Tensor) -> int:
     return x.untyped_storage().data_ptr()
+
+
+def from_state(call: Callable[..., Found], state: Tensor, *rest: Tensor, of: Recurrence) -> Found:
+    """`call(state, *rest)` of a recurrence, which leaves the state as it is: other documents start
+    from the same tensor, and backward reads it.
+
+    Raises:
+        ConfigError: the state was changed in place.
+    """
+    if state.is_inference():
+        # Such a tensor does not tell whether it was changed.
+        return call(state.clone(), *rest)
+    version = state._version
+    found = call(state, *rest)
+    if state._version != version:
+        raise ConfigError(
+            f"{type(of).__name__} changed the state it was given in place",
+            f"its shape is {list(state.shape)}; other documents start from the same tensor",
+            "return a new state, or work on `state.clone()`, in `run` and what replaces it",
+        )
+    return found
 
 
 class Work:
@@ -138,7 +163,8 @@ class Work:
         state = self.identity
         for tile in segment.tiles[segment.origin :]:
             state = self._start_of(tile) if tile.fresh else state
-            prepared, state, own = self.op.summarised(self._prepared(tile), state, through=moves)
+            call = partial(self.op.summarised, self._prepared(tile), through=moves)
+            prepared, state, own = from_state(call, state, of=self.op)
             if moves:
                 assert through is not None
                 through = joined_transitions(kind, through, own)
@@ -182,10 +208,11 @@ class Work:
             if not self._idle:
                 prepared = self._prepared(tile)
                 if tile.reverse:
-                    out, state = self.op.run(prepared, state)
+                    out, state = from_state(partial(self.op.run, prepared), state, of=self.op)
                     tile.put(self.out, out)
                 else:
-                    state = self.op.run_into(prepared, state, self.out[:, tile.at])
+                    call = partial(self.op.run_into, prepared)
+                    state = from_state(call, state, self.out[:, tile.at], of=self.op)
             if tile.closes is not None:
                 self.finals[tile.closes] = state
         return self.identity if state is None else state
