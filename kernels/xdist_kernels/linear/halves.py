@@ -1,4 +1,4 @@
-"""Log decays between the tokens of a chunk: sums of numbers of one sign, never a difference of sums.
+"""Log decays between the tokens of a chunk: sums of one sign, never a difference of sums.
 
 With c = cumulative log decay, c_i - c_j of two tokens behind one very strong decay has only the
 digits that the strong one leaves to both sums: of -1e6 beside -0.01, none. A pair is taken apart at

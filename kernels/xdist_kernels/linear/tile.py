@@ -76,8 +76,8 @@ def decays(
 ) -> Decays:
     """The factors of a tile.
 
-    log_decay: [B, T, H], T a multiple of `chunk`, a power of two; starts: bool [T], True at a document's first
-    token (None: no document starts here); dim: channels of a head.
+    log_decay: [B, T, H], T a multiple of `chunk`, a power of two; starts: bool [T], True at a
+    document's first token (None: no document starts here); dim: channels of a head.
     """
     batch, tokens, heads = log_decay.shape
     chunks = tokens // chunk

@@ -231,8 +231,9 @@ def scan_both(
         b_y = load_rows(p_y, o_b, m_b, o_1, y_t, D1)  # [BT, BD1]
         b_z = load_rows(p_z, o_b, m_b, o_2, z_t, D2)  # [BT, BD2]
         ahead = o_a[:, None] - o_b[None, :]
-        before = m_b[None, :] & ((ahead <= 0) if ADJOINT else (ahead >= 0))
-        behind = m_b[None, :] & ((ahead >= 0) if ADJOINT else (ahead <= 0))
+        tokens = m_a[:, None] & m_b[None, :]
+        before = tokens & ((ahead <= 0) if ADJOINT else (ahead >= 0))
+        behind = tokens & ((ahead >= 0) if ADJOINT else (ahead <= 0))
         if ids is not None:
             id_a = tl.load(ids + tl.minimum(o_a, T - 1))
             id_b = tl.load(ids + tl.minimum(o_b, T - 1))

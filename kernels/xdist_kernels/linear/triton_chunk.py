@@ -10,8 +10,8 @@ import triton.language as tl
 from xdist_kernels.linear import chunks
 
 LOG2_E = tl.constexpr(chunks.LOG2_E)
-# exp2 of this and of all below is 0 in float32: no decay is stronger.
-LEAST = tl.constexpr(-160.0)
+# exp of this and of all below is 0 in float32: no log decay is stronger.
+LEAST = tl.constexpr(-110.0)
 
 
 @triton.jit
@@ -38,8 +38,8 @@ def load_documents(
 @triton.jit
 def to_base_2(b_g: tl.tensor) -> Any:
     """A log decay as a float32 exponent of 2, not below LEAST; NaN stays."""
-    b_g = b_g.to(tl.float32) * LOG2_E
-    return tl.where(b_g < LEAST, LEAST, b_g)
+    b_g = b_g.to(tl.float32)
+    return tl.where(b_g < LEAST, LEAST, b_g) * LOG2_E
 
 
 @triton.jit
