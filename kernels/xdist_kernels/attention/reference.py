@@ -51,7 +51,8 @@ def attention_reference(
             s_ = scale * torch.einsum("bd,bjd->bj", q[:, i, h], k_)  # (1)
             if softcap is not None:
                 s_ = softcap * torch.tanh(s_ / softcap)  # (2)
-            if sinks is not None and sinks[h] != -math.inf:  # (3): a sink is a key whose value is zero
+            # (3): a sink is a key whose value is zero
+            if sinks is not None and sinks[h] != -math.inf:
                 s_ = torch.cat([s_, sinks[h].double().expand(batch, 1)], dim=1)
                 v_ = torch.cat([v_, v_.new_zeros(batch, 1, v_.shape[-1])], dim=1)
             if s_.shape[1] == 0:
