@@ -116,10 +116,11 @@ def test_ssd(low: float, backend: str) -> None:
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("tokens", [32, 64])
 @pytest.mark.parametrize("low", [*STRONG, -30.0])
-def test_the_tile_of_streamed_layers(low: float) -> None:
-    """tile.py in float32: outputs, states and all gradients."""
-    q, k, v, g = (x[:, :64] for x in drawn(low, 1.0 if low == -30.0 else 1 / 16, 1))
+def test_the_tile_of_streamed_layers(low: float, tokens: int) -> None:
+    """tile.py in float32, of one chunk and of two: outputs, states and all gradients."""
+    q, k, v, g = (x[:, :tokens] for x in drawn(low, 1.0 if low == -30.0 else 1 / 16, 1))
     leaves = [x.clone().requires_grad_() for x in (q, k, v, g)]
     out, last = linear_attention_reference(*leaves, scale=0.3)
     dout, dlast = torch.randn_like(out), torch.randn(1, HEADS, DIM, DIM).double()

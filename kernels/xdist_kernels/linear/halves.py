@@ -34,8 +34,9 @@ def halves(x: Tensor, half: int) -> tuple[Tensor, Tensor]:
 
 
 def levels(g: Tensor) -> Iterator[Level]:
-    """half = 1, 2, .. C/2 of the log decays g [R, C, D], contiguous, C a power of two."""
-    since, until, half = g.clone(), torch.zeros_like(g), 1
+    """half = 1, 2, .. C/2 of the log decays g [R, C, D], C a power of two."""
+    since = g.clone(memory_format=torch.contiguous_format)  # its blocks are views
+    until, half = torch.zeros_like(since), 1
     while half < g.shape[1]:
         first, second = halves(since, half)
         to_middle = halves(until, half)[0]
