@@ -17,6 +17,7 @@ from xdist.train.engines.protocol import Engine
 from xdist.train.failures import record_failure
 from xdist.train.out_of_memory import is_out_of_memory, out_of_memory
 from xdist.train.record import Record
+from xdist.train.setup import resolved
 from xdist.train.stop import Stop
 from xdist.train.watchdog import Limits, Watchdog
 
@@ -56,6 +57,7 @@ class Guard:
     def open(self, mesh: Mesh) -> None:
         """Catch signals, start the watchdog, say that the ranks have met; every rank calls it."""
         self.stop.__enter__()
+        self._config = resolved(self._config, mesh.world_size)
         RECORDER.enter("set-up")
         note = self._watchdog.open(mesh)
         self.notes += [note] if note else []
