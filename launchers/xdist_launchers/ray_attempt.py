@@ -256,8 +256,7 @@ class Attempt:
 
     def _note(self, rank: Watched, answer: Answer) -> None:
         if answer.said:
-            sys.stdout.buffer.write(answer.said)
-            sys.stdout.buffer.flush()
+            self._print(answer)
         rank.answer = answer
         if answer.ended and rank.ended_at is None:
             rank.ended_at = time.monotonic()

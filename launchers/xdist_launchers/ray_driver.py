@@ -11,10 +11,12 @@ import os
 import pathlib
 import signal
 import socket
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from types import FrameType
 
+from xdist import console
 from xdist.config import Config, load, override
 from xdist_launchers.failure import Failure, say
 from xdist_launchers.job import Job, local_job
@@ -65,7 +67,7 @@ def run(config: Config, job: Job, *, insecure: bool = False) -> int:
             if config.ray.prepare and not seen:
                 from xdist_launchers.ray_prepare import prepare
 
-                print("\n".join(prepare(cluster, config).lines()), flush=True)
+                console.say("\n".join(prepare(cluster, config).lines()), sys.stdout)
             return Driver(cluster, config, job, seen).run()
     finally:
         for number, handler in before.items():

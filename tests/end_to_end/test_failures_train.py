@@ -22,6 +22,7 @@ from xdist.checkpoint import load_latest
 from xdist.config import Config
 from xdist.data.prepare import prepare_text
 from xdist.errors import XdistError
+from xdist.models import build
 from xdist.shard import SequenceShard
 from xdist.testing import RankPool
 from xdist.train import run
@@ -74,6 +75,11 @@ def test_failure_10_a_store_that_does_not_fit_is_refused_before_the_first_step(
     assert "model.vocab_size=1000" in told["wide"]
     assert "'held_out' to evaluate on" in told["no-split"]
     assert "data.held_out = 'test', the store has held_out, train" in told["misnamed"]
+    # The setting says nothing of a model of the caller's.
+    config = config_of(folder, "own", f"data.store={folder}/store.zarr", "model.vocab_size=255")
+    wide = config.model.model_copy(update={"vocab_size": 256})
+    module = build(wide)
+    assert run(config, build=lambda _: module) == 0
 
 
 LONG = "train.curriculum=[{length=96,batch=4,steps=12}]"
@@ -215,6 +221,7 @@ import os, pathlib, signal
 from tests.end_to_end.training import config_of
 from xdist.checkpoint import Cut
 from xdist.errors import XdistError
+from xdist.models import build
 from xdist.train import run
 config = config_of(pathlib.Path({folder!r}), "lost", "parallel.ulysses=2")
 cut = Cut("train.backward", 4) if os.environ["RANK"] == "1" else (lambda name: None)

@@ -159,10 +159,15 @@ def test_a_reader_that_has_left_ends_no_run(folder: pathlib.Path) -> None:
 
 PASSED_ON = """
 import sys
+from types import SimpleNamespace
 from xdist.console import pass_on, say
+from xdist_launchers.ray_actor import Answer
+from xdist_launchers.ray_attempt import Attempt
+attempt = object.__new__(Attempt)
 for line in range(3):
     pass_on(b"of a rank\\n", sys.stdout)
     say("of this process", sys.stdout)
+    attempt._note(SimpleNamespace(ended_at=None), Answer(None, None, 0, 0.0, b"of an actor"))
 """
 
 
@@ -180,3 +185,33 @@ def test_nothing_is_left_to_flush_for_a_reader_that_has_left() -> None:
     )
     os.close(writer)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+# The writer's thread fails at the disk, keeps the error and raises it from later calls.
+EVENTS = """
+import errno, pathlib, sys
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.summary.writer.record_writer import RecordWriter
+from xdist.train.evaluate import Evaluation
+from xdist.train.tensorboard import Board
+def full(self, data):
+    raise OSError(errno.ENOSPC, "No space left on device")
+board = Board(pathlib.Path(sys.argv[1]))
+RecordWriter.write = full
+for step in range(30):
+    board.evaluation(step, Evaluation(1.0, 8, 8, 8))
+board.close()
+board.evaluation(31, Evaluation(1.0, 8, 8, 8))
+"""
+
+
+def test_events_that_a_full_disk_refuses_end_no_run(tmp_path: pathlib.Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", EVENTS, str(tmp_path)],
+        env=os.environ | {"PYTHONPATH": PATHS},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("TensorBoard's events could not be written: [Errno 28]") == 1

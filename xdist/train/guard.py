@@ -137,5 +137,7 @@ class Guard:
         age = self.step - self._saved
         old = f"{age} step{'s' if age != 1 else ''} old"
         reason = f"{self.stop.reason}: ended at once; the last checkpoint is {old}"
-        self._record.status("preempted", self.step, exit_code=PREEMPTED, reason=reason)
+        self._record.status(
+            "preempted", self.step, exit_code=PREEMPTED, reason=reason, durable=False
+        )
         os._exit(PREEMPTED)

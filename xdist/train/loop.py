@@ -128,7 +128,9 @@ class Loop:
     def __init__(self, config: Config, mesh: Mesh, record: Record, parts: Parts) -> None:
         self.config, self.mesh, self.record = config, mesh, record
         self.guard, self._on_point = parts.guard, parts.on_point
-        self.work: Workload = together(mesh, lambda: open_workload(config, mesh))
+        self.work: Workload = together(
+            mesh, lambda: open_workload(config, mesh, known=parts.planned)
+        )
         torch.manual_seed(config.run.seed)
         module = parts.build(config).to(mesh.device)
         self.engine: Engine = build_engine(config, module, mesh)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
@@ -124,12 +125,14 @@ class Live:
         self._display.update(self._panel(metrics, done, left))
 
     def say(self, line: str) -> None:
-        """A line above the panel."""
-        self._console.print(line, markup=False, highlight=False)
+        """A line above the panel; none where the terminal is gone, which ends no run."""
+        with contextlib.suppress(OSError):
+            self._console.print(line, markup=False, highlight=False)
 
     def close(self) -> None:
         """Leave the last panel on the screen and give the cursor back."""
-        self._display.stop()
+        with contextlib.suppress(OSError):
+            self._display.stop()
 
     def _panel(self, metrics: StepMetrics, done: float, left_s: float) -> Any:
         from rich.panel import Panel

@@ -95,9 +95,17 @@ class Record:
         return any(line["step"] == step and "eval" in line for line in lines)
 
     def status(
-        self, state: str, step: int, *, exit_code: int | None = None, reason: str = "", **where: Any
+        self,
+        state: str,
+        step: int,
+        *,
+        exit_code: int | None = None,
+        reason: str = "",
+        durable: bool = True,
+        **where: Any,
     ) -> None:
-        """Replace status.json. `where`: rank and host of a failure that happened elsewhere."""
+        """Replace status.json. `where`: rank and host of a failure that happened elsewhere; without
+        `durable` nothing waits for the disk, which may be busy with a checkpoint."""
         values = {
             "state": state,
             "step": step,
@@ -112,7 +120,8 @@ class Record:
         running = state == "running"
         with self._once(STATUS) if running else on_disk(f"{STATUS} ({state})"):
             self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-            replace(self.directory / STATUS, text, tag=str(self.rank), durable=not running)
+            kept = durable and not running
+            replace(self.directory / STATUS, text, tag=str(self.rank), durable=kept)
 
     def close(self) -> None:
         """Close metrics.jsonl."""

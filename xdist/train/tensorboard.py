@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
+from xdist.console import tell_unwritten
 from xdist.errors import ConfigError
 from xdist.train.evaluate import Evaluation
 from xdist.train.metrics import StepMetrics
 
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
 
 class Board:
-    """Writes the scalars of each step under `directory`."""
+    """Writes the scalars of each step under `directory`, until the disk takes no more."""
 
     def __init__(self, directory: pathlib.Path) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(directory))
+        self._writer: SummaryWriter | None = SummaryWriter(str(directory))
 
     def step(self, metrics: StepMetrics) -> None:
         """One optimizer step, by its number."""
@@ -28,18 +35,33 @@ class Board:
             "rank/peak_memory_bytes": max(metrics.peak_memory_bytes),
             "rank/sent_bytes": max(metrics.sent_bytes),
         }
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, metrics.step)
+        self._add(metrics.step, values)
 
     def evaluation(self, step: int, result: Evaluation) -> None:
         """One evaluation after `step`."""
-        self._writer.add_scalar("eval/loss", result.loss, step)
-        if result.accuracy is not None:
-            self._writer.add_scalar("eval/accuracy", result.accuracy, step)
+        accuracy = {} if result.accuracy is None else {"eval/accuracy": result.accuracy}
+        self._add(step, {"eval/loss": result.loss} | accuracy)
 
     def close(self) -> None:
         """Flush and close the file."""
-        self._writer.close()
+        with self._told():
+            if self._writer is not None:
+                self._writer.close()
+
+    def _add(self, step: int, values: dict[str, float]) -> None:
+        with self._told():
+            for name, value in values.items():
+                if self._writer is not None:
+                    self._writer.add_scalar(name, value, step)
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """The writer's thread keeps its error and raises it again at each call: once is enough."""
+        try:
+            yield
+        except OSError as error:
+            tell_unwritten("TensorBoard's events", error)
+            self._writer = None
 
 
 def open_board(directory: pathlib.Path, rank: int) -> Board | None:

@@ -23,16 +23,18 @@ BYTES = 256
 
 
 class TextWork:
-    """`Workload` of `data.kind = "text"`.
+    """`Workload` of `data.kind = "text"`; `known`: the model is the one that config.model names.
 
     Raises:
-        DataError: no store there, or one of more tokens than `model.vocab_size`.
+        DataError: no store there, or one of more tokens than `model.vocab_size`, where the model
+            is known.
     """
 
-    def __init__(self, config: Config, mesh: Mesh) -> None:
+    def __init__(self, config: Config, mesh: Mesh, *, known: bool = True) -> None:
         self._config, self._mesh = config, mesh
         self.store = TextStore(config.data.store)
-        check_vocabulary(config, self.store)
+        if known:
+            check_vocabulary(config, self.store)
         self.shards = Shards(mesh)
 
     @property

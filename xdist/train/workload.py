@@ -52,8 +52,8 @@ class Workload(Protocol):
         """The figures of summary.json and the lines that say them. Rank 0 asks alone."""
 
 
-def open_workload(config: Config, mesh: Mesh) -> Workload:
-    """The workload of `config.data.kind`.
+def open_workload(config: Config, mesh: Mesh, *, known: bool = True) -> Workload:
+    """The workload of `config.data.kind`; `known`: the model is the one that config.model names.
 
     Raises:
         DataError: the store cannot be read here, or does not fit the config.
@@ -61,7 +61,7 @@ def open_workload(config: Config, mesh: Mesh) -> Workload:
     if config.data.kind == "text":
         from xdist.train.text_work import TextWork
 
-        return TextWork(config, mesh)
+        return TextWork(config, mesh, known=known)
     from xdist.train.grid_work import GridWork
 
     return GridWork(config, mesh)
