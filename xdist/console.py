@@ -52,8 +52,9 @@ def _silence(stream: TextIO, error: OSError) -> None:
     """Lead the stream's descriptor to nowhere. What is left in its buffer would otherwise fail
     once more when Python flushes it at its end, with exit code 120."""
     with contextlib.suppress(OSError, ValueError):
+        descriptor = stream.fileno()
         nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())
+        os.dup2(nowhere, descriptor)
         os.close(nowhere)
-    if not isinstance(error, BrokenPipeError):
+    if stream is not sys.stderr and not isinstance(error, BrokenPipeError):
         tell_unwritten("what is printed", error)

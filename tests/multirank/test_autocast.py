@@ -19,6 +19,7 @@ from xdist.memory.tiled import tiled
 from xdist.nn.gated_norm import GateThenNorm
 from xdist.nn.head_norm import HeadNorm, unit
 from xdist.testing import RankPool
+from xdist_kernels.linear import bidirectional as both
 
 
 def under_autocast() -> list[bool]:
@@ -58,6 +59,7 @@ CALLS: dict[str, Callable[[Tensor], Tensor]] = {
     "both ways": lambda x: xdist.bidirectional(
         xdist.linear_attention, {"q": x, "k": x, "v": x}, merge=True
     ),
+    "both ways, one device": lambda x: both.bidirectional(x, x, x, backend="torch"),
     "gated delta_rule": lambda x: xdist.delta_rule(
         _unit(x), _unit(x), x, torch.sigmoid(x[..., 0]), log_decay=-x[..., 1].float().abs()
     ),

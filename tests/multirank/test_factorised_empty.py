@@ -13,7 +13,7 @@ from xdist.testing import RankPool
 
 
 def attended(way: str, checked: bool) -> float:
-    """On one of three ranks, two of which hold a token: its largest difference from one rank."""
+    """On one of three ranks, two of which hold a token: its differences from one rank, added up."""
     mesh = xdist.init_mesh(ring=3, timeout_s=20)
     gshard = xdist.GridShard(mesh, (2, 4), 0)
     torch.manual_seed(0)
@@ -27,10 +27,11 @@ def attended(way: str, checked: bool) -> float:
     out.square().sum().backward()
     parts = [(out, layer(whole)), (x.grad, alone.grad)]
     assert x.grad is not None
-    return max([float((a - gshard.scatter(b)).abs().sum()) for a, b in parts if b is not None])
+    # Sums, not the largest: Python's max may pass over a NaN.
+    return sum(float((a - gshard.scatter(b)).abs().sum()) for a, b in parts if b is not None)
 
 
 @pytest.mark.parametrize("checked", [False, True], ids=["plain", "checked"])
 @pytest.mark.parametrize("way", ["ring", "ulysses", "tensor"])
 def test_a_rank_without_a_token_takes_part(pool3: RankPool, way: str, checked: bool) -> None:
-    assert max(pool3.run(attended, way, checked)) < 1e-12
+    assert sum(pool3.run(attended, way, checked)) < 1e-12

@@ -28,13 +28,15 @@ from xdist.nn.gated_norm import NormThenGate, Unit
 from xdist.parallel.selective_local import _Finish
 from xdist.parallel.ssd_local import Skip, Values
 from xdist.testing import RankPool
+from xdist_kernels.errors import KernelError
+from xdist_kernels.linear import bidirectional as both
 
 ROOT = Path(__file__).resolve().parents[2]
 LAYOUT, TURNED = xdist.Layout.contiguous(8, 2), xdist.Layout.zigzag(8, 2)
 # Functions whose backward is made of torch's own operations, and moves nothing: torch has their
-# second derivative, or says that it has none.
+# second derivative.
 OF_TORCH = {
-    "_Bidirectional", "_Finish", "_Mean", "_Scatter", "_Steps",
+    "_Finish", "_Mean", "_Scatter", "_Steps",
     "GateThenNorm", "NormThenGate", "Skip", "Unit", "Values",
 }  # fmt: skip
 
@@ -102,13 +104,21 @@ def test_every_backward_by_hand_refuses_or_is_made_of_torch() -> None:
             (back,) = [
                 f for f in node.body if isinstance(f, ast.FunctionDef) and f.name == "backward"
             ]
-            if "first_order" not in map(ast.unparse, back.decorator_list):
+            refuses = "raise KernelError" in ast.unparse(back.body[0])  # kernels know no xdist
+            if "first_order" not in map(ast.unparse, back.decorator_list) and not refuses:
                 others.add(node.name)
     assert others == OF_TORCH
 
 
 def rows(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+
+def test_a_second_derivative_of_both_directions_is_refused() -> None:
+    x = rows(1, 5, 2, 3)
+    out = both.bidirectional(x, x, x, backend="torch").square().sum()
+    with pytest.raises(KernelError, match="no second derivative"):
+        torch.autograd.grad(out, x, create_graph=True)
 
 
 @pytest.mark.parametrize("name", ["values", "skip", "finish", "norm", "unit", "mean", "scatter"])

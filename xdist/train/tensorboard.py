@@ -5,15 +5,12 @@ from __future__ import annotations
 import contextlib
 import pathlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import Any
 
 from xdist.console import tell_unwritten
 from xdist.errors import ConfigError
 from xdist.train.evaluate import Evaluation
 from xdist.train.metrics import StepMetrics
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
 
 
 class Board:
@@ -22,7 +19,7 @@ class Board:
     def __init__(self, directory: pathlib.Path) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer: SummaryWriter | None = SummaryWriter(str(directory))
+        self._writer: Any = SummaryWriter(str(directory))
 
     def step(self, metrics: StepMetrics) -> None:
         """One optimizer step, by its number."""

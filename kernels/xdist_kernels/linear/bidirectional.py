@@ -20,6 +20,7 @@ from torch import Tensor
 from xdist_kernels import backend as backends
 from xdist_kernels import linear
 from xdist_kernels.autocast import in_given_dtypes
+from xdist_kernels.errors import KernelError
 from xdist_kernels.linear.chunks import collect, state_dtype
 from xdist_kernels.linear.inputs import canonical_decay, check
 
@@ -90,8 +91,10 @@ class _Bidirectional(torch.autograd.Function):
         return run_twice(q, k, v, log_decay, starts, sides, scale=scale, backend=name)[0]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @in_given_dtypes
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise KernelError("bidirectional has no second derivative: leave create_graph out")
         q, k, v, log_decay, starts = ctx.saved_tensors
         zero = _zero(k, v)
         sides = Sides(zero, zero)
