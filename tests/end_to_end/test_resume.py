@@ -9,6 +9,7 @@ import pathlib
 import shutil
 import signal
 import time
+from collections.abc import Iterator
 
 import pytest
 from torch import nn
@@ -212,6 +213,15 @@ def _signal_at(number: int, times: int = 1) -> Cut:
     return Cut("train.step", 3, send)
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """SIGINT does here what it does at a terminal; a script's background job would ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_saves_after_the_step_and_ends_with_75(
     folder: pathlib.Path, number: signal.Signals
@@ -228,6 +238,7 @@ def test_a_signal_saves_after_the_step_and_ends_with_75(
     assert losses(config) == losses(config_of(folder, "whole"))
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_a_second_ctrl_c_ends_a_run_at_once_that_has_no_young_checkpoint(
     folder: pathlib.Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -135,8 +135,8 @@ def kept_bytes(name: str, sizes: tuple[int, ...], stream: str) -> tuple[int, int
     with ledger() as moved, hooks, mock.patch.object(keep.Tape, "__init__", noted):
         loss = model.loss(own, labels, gshard)
     for tape in tapes:
-        for _, place in tape.received:
-            for tensor in place.values():
+        for exchange in tape.exchanges:
+            for tensor in exchange.tensors.values():
                 storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
     assert loss.requires_grad
     return sum(storages.values()), moved.received_bytes
